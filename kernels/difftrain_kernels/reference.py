@@ -1,0 +1,80 @@
+"""The definition of the loss: plain PyTorch, any device, every formula written once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import cases
+from .cases import CaseTable
+from .validation import Penalty
+
+
+def diffusion_loss_reference(
+    logits: Tensor,
+    y: Tensor,
+    x: Tensor,
+    mask_id: int,
+    pk: Penalty,
+    pm: Penalty,
+    *,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    return_cases: bool = False,
+) -> Tensor | tuple[Tensor, CaseTable]:
+    """Cross-entropy weighted by what the model predicts, in eager PyTorch.
+
+    For each position with logits l, target y and input x::
+
+        nll    = logsumexp(l) - l[y]                     (0 where y == ignore_index)
+        weight = pk  if x == mask_id and y != mask_id and argmax(l) == mask_id
+                 pm  if x == y       and x != mask_id and argmax(l) == mask_id
+                 1   otherwise
+        loss   = sum(weight * nll) / N                   (N counts ignored positions too)
+
+    argmax takes the first maximum, and NaN counts as maximum. The weight is a constant: no
+    gradient flows through it. Arithmetic is fp32 (fp64 for fp64 logits).
+
+    Arguments, result and errors are those of :func:`difftrain_kernels.fused_diffusion_loss`,
+    which validates them; call that one. A label outside [0, V) makes its row's loss and gradient
+    NaN. An ignored row has loss 0 and gradient exactly 0, whatever its logits hold. An empty
+    batch gives NaN for "mean", 0 for "sum" and an empty tensor for "none".
+
+    Source: the specification's ``diffusion_loss_function``.
+    """
+    logits_NV = logits.reshape(-1, logits.shape[-1])
+    y_N, x_N = y.reshape(-1).long(), x.reshape(-1).long()
+    vocab_size = logits_NV.shape[1]
+    is_counted = y_N != ignore_index
+    is_label = (y_N >= 0) & (y_N < vocab_size)
+    compute_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+    # Masked before the softmax, so that a NaN in an ignored row cannot reach its gradient.
+    wide_NV = logits_NV.to(compute_dtype).masked_fill(~is_counted[:, None], 0.0)
+    target = torch.where(is_label, y_N, 0)
+    log_p = torch.log_softmax(wide_NV, dim=-1).gather(1, target[:, None]).squeeze(1)
+    poison = torch.where(is_label | ~is_counted, 1.0, torch.nan).to(compute_dtype)
+    nll = torch.where(is_counted, -log_p * poison, 0.0)
+
+    predicted = logits_NV.detach().argmax(dim=-1)
+    says_mask = predicted == mask_id
+    is_masked = (x_N == mask_id) & (y_N != mask_id)
+    is_intact = (x_N == y_N) & (x_N != mask_id)
+    pk, pm = (p.detach().to(nll.dtype) if isinstance(p, Tensor) else p for p in (pk, pm))
+    weight = torch.ones_like(nll)
+    weight = torch.where(is_masked & says_mask, pk, weight)
+    weight = torch.where(is_intact & says_mask, pm, weight)
+
+    row_loss = weight * nll
+    if reduction == "none":
+        loss = row_loss.view(y.shape)
+    else:
+        loss = row_loss.sum() if reduction == "sum" else row_loss.mean()
+    if not return_cases:
+        return loss
+
+    kind = torch.where(is_masked, cases.MASKED, torch.where(is_intact, cases.INTACT, cases.CORRUPTED))
+    answer = torch.where(says_mask, cases.MASK, torch.where(predicted == y_N, cases.TARGET, cases.OTHER))
+    top = logits_NV.detach().gather(1, predicted[:, None]).squeeze(1)
+    gap = top.to(compute_dtype) - logits_NV.detach()[:, mask_id].to(compute_dtype)
+    return loss, cases.tabulate(kind, answer, is_counted, nll.detach(), gap)

@@ -1,0 +1,104 @@
+"""Checks of the loss's arguments. Every message says what was expected and what came.
+
+Shapes, dtypes and devices are checked always: they cost no look at the device. What the tensors
+hold is checked only where the caller asks for it (``check_labels``), since that waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LABEL_DTYPES = (torch.int64, torch.int32)
+REDUCTIONS = ("mean", "sum", "none")
+Penalty = float | Tensor
+
+
+def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise TypeError unless ``value`` is a tensor of one of ``dtypes``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = " or ".join(str(d) for d in dtypes)
+        raise ValueError(f"{name} must have dtype {expected}, got {value.dtype}")
+
+
+def check_labels_like(name: str, value: object, shape: torch.Size, device: torch.device) -> None:
+    """Raise unless ``value`` is an integer tensor of this shape on this device."""
+    check_tensor(name, value, LABEL_DTYPES)
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on device {device}, got {value.device}")
+
+
+def check_penalty(name: str, value: object, device: torch.device) -> None:
+    """Raise unless ``value`` is a finite number >= 0 or a 0-d float tensor on ``device``."""
+    if isinstance(value, Tensor):
+        if value.dim() or not value.is_floating_point():
+            raise ValueError(
+                f"{name} must be a 0-d floating-point tensor, "
+                f"got shape {tuple(value.shape)} and dtype {value.dtype}"
+            )
+        if value.device != device:
+            raise ValueError(f"{name} must be on device {device}, got {value.device}")
+    elif not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
+    elif not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+def check_integer(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is an integer (a bool is none)."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_loss_arguments(
+    logits: Tensor,
+    y: Tensor,
+    x: Tensor,
+    mask_id: int,
+    pk: Penalty,
+    pm: Penalty,
+    ignore_index: int,
+    reduction: str,
+) -> None:
+    """Check every argument that both implementations of the loss share; see the loss's Raises."""
+    check_tensor("logits", logits, LOGITS_DTYPES)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
+    check_labels_like("y", y, logits.shape[:-1], logits.device)
+    check_labels_like("x", x, logits.shape[:-1], logits.device)
+    check_integer("mask_id", mask_id)
+    if not 0 <= mask_id < logits.shape[-1]:
+        raise ValueError(f"mask_id must be in [0, {logits.shape[-1]}), got {mask_id}")
+    check_integer("ignore_index", ignore_index)
+    check_penalty("pk", pk, logits.device)
+    check_penalty("pm", pm, logits.device)
+    check_choice("reduction", reduction, REDUCTIONS)
+
+
+def check_label_values(y: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Raise ValueError naming the first label outside [0, V) that is not ``ignore_index``.
+
+    Reads the labels back to the host, so it waits for a GPU; meant for debugging.
+    """
+    bad = ((y < 0) | (y >= vocab_size)) & (y != ignore_index)
+    if bad.any():
+        first = bad.nonzero()[0]
+        position = tuple(first.tolist())
+        raise ValueError(
+            f"y must be in [0, {vocab_size}) or ignore_index {ignore_index}, "
+            f"got {int(y[tuple(first)])} at position {position} ({int(bad.sum())} bad in all)"
+        )

@@ -1,0 +1,43 @@
+"""Packaging of difftrain: two import packages from one repository.
+
+The folder ``kernels/`` is a source root, not a package: the import name ``kernels`` belongs to
+another distribution.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PLOT = ["matplotlib>=3.7"]
+TEST = [*PLOT, "pytest>=8", "hypothesis>=6.100", "ruff>=0.9"]
+
+setup(
+    name="difftrain",
+    version="0.1.0",
+    description="A fused loss and a small trainer for masked-diffusion language models",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["difftrain", "difftrain.*"]) + find_packages("kernels"),
+    package_dir={"difftrain_kernels": "kernels/difftrain_kernels"},
+    package_data={"difftrain": ["presets/*.toml"]},
+    entry_points={"console_scripts": ["difftrain = difftrain.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "safetensors>=0.4",
+        "tqdm>=4.60",
+        "tomli>=2.0; python_version < '3.11'",
+    ],
+    extras_require={
+        "plot": PLOT,
+        "tb": ["tensorboard>=2.14"],
+        "wandb": ["wandb>=0.16"],
+        "tok": ["tokenizers>=0.20", "tiktoken>=0.7"],
+        "bench": [*PLOT, "liger-kernel>=0.5; platform_system == 'Linux'"],
+        "test": TEST,
+        "dev": [*TEST, "pre-commit>=3.5"],
+    },
+)
