@@ -1,0 +1,28 @@
+# make demo: install, train a small model, plot, restore a held-out text.  make test: ruff and pytest.
+# make install: only their common set-up. Nothing is installed twice.
+PYTHON ?= python3
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test install clean
+
+demo: install
+	$(BIN)/difftrain train demo --overwrite
+	$(BIN)/difftrain plot runs/demo
+	$(BIN)/difftrain sample runs/demo --held_out --temperature 0
+
+test: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+install: .venv/.plot
+
+# One stamp a set of extras, made anew when what is to be installed changes.
+.venv/.plot .venv/.test: .venv/.%: setup.py constraints.txt pyproject.toml
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	$(PIP) install --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis

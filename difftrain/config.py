@@ -1,0 +1,273 @@
+"""The configuration: one frozen dataclass; defaults < TOML file < command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LARGEST_TOML = 1 << 20  # bytes; a configuration is a page, anything larger is a mistake
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the command line shows its message alone, in one line."""
+
+
+def option(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A field with its default, its meaning with the unit, and the range it must lie in."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+# The groups of ``--help`` and of the README's table, by the first option of each.
+GROUPS = {
+    "out_dir": "Run",
+    "data": "Data",
+    "n_layer": "Model",
+    "penalty_keep_mask": "Masking",
+    "max_iters": "Optimisation",
+    "eval_interval": "Evaluation, logging, checkpoints",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that determines a run. Names are nanoGPT's and the specification's."""
+
+    out_dir: str = option("runs/default", "folder of the run: configuration, metrics, checkpoints, plots")
+    seed: int = option(1337, "seed of initialisation, data order, corruption and dropout", low=0)
+    mode: Literal["diffusion", "gpt2"] = option(
+        "diffusion", "diffusion: no causal mask, repairs corrupted text; gpt2: causal, next token"
+    )
+    device: str = option("auto", "auto | cpu | cuda | cuda:N | mps")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "autocast type; auto: bfloat16 on CUDA that has it, else float32"
+    )
+    compile: bool = option(False, "torch.compile the model")
+
+    data: str = option("stdlib", "stdlib (the running Python's own source), a text file, or a folder")
+    block_size: int = option(256, "tokens a sequence", low=1)
+    batch_size: int = option(64, "sequences a micro-batch", low=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches a step over all processes together", low=1)
+
+    n_layer: int = option(6, "transformer blocks", low=1)
+    n_head: int = option(6, "attention heads; divides n_embd", low=1)
+    n_embd: int = option(384, "width of the residual stream", low=1)
+    dropout: float = option(0.0, "share of activations dropped in training", low=0.0, high=0.999)
+    bias: bool = option(False, "biases in linear layers and layer norms, as GPT-2 has")
+    position: Literal["rotary", "learned"] = option(
+        "rotary", "rotary: rotation of queries and keys; learned: nanoGPT's embedding"
+    )
+
+    penalty_keep_mask: float = option(
+        0.25, "final weight where a masked position is answered [MASK]", low=0.0
+    )
+    penalty_mask_correct: float = option(
+        0.5, "final weight where a correct word is answered [MASK]", low=0.0
+    )
+    masking_warmup_iters: int = option(
+        1000, "steps over which the penalties move from (1, 0) to their final values", low=0
+    )
+    guaranteed_correct_factor: float = option(
+        0.01, "share of each sequence that corruption leaves alone at least", low=0.0, high=1.0
+    )
+
+    max_iters: int = option(5000, "optimiser steps, exactly", low=1)
+    learning_rate: float = option(1e-3, "peak learning rate", low=0.0)
+    min_lr: float = option(1e-4, "learning rate at and after lr_decay_iters", low=0.0)
+    warmup_iters: int = option(100, "steps of linear learning-rate warmup", low=0)
+    lr_decay_iters: int = option(0, "step at which cosine decay ends; 0: max_iters", low=0)
+    decay_lr: bool = option(True, "warm up and decay the learning rate; false: constant")
+    weight_decay: float = option(0.1, "AdamW decay of matrices; vectors are not decayed", low=0.0)
+    beta1: float = option(0.9, "AdamW, first moment", low=0.0, high=0.9999)
+    beta2: float = option(0.95, "AdamW, second moment", low=0.0, high=0.999999)
+    grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping", low=0.0)
+    max_bad_steps: int = option(
+        10, "consecutive steps with a non-finite loss or gradient before the run ends", low=1
+    )
+
+    eval_interval: int = option(500, "steps between evaluations, each followed by a checkpoint", low=1)
+    eval_iters: int = option(40, "batches in the fixed validation set, least to most corrupted", low=1)
+    eval_batch_size: int = option(64, "sequences a validation batch", low=1)
+    log_interval: int = option(10, "steps between log lines", low=1)
+    always_save_checkpoint: bool = option(True, "save at every evaluation; false: on improvement only")
+    keep_checkpoints: int = option(2, "newest checkpoints kept beside the best one", low=1)
+    wandb_log: bool = option(False, "also log to Weights & Biases (extra: wandb)")
+    wandb_project: str = option("difftrain", "its project")
+    wandb_run_name: str = option("", "its run name; empty: the run folder's name")
+    tensorboard: bool = option(False, "also log to TensorBoard in the run folder (extra: tb)")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _checked_type(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            _check_range(field, value)
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd must be a multiple of n_head {self.n_head}, got {self.n_embd}")
+        if self.position == "rotary" and (self.n_embd // self.n_head) % 2:
+            raise UserError(
+                f"n_embd / n_head must be even for rotary positions, got {self.n_embd // self.n_head}"
+            )
+        if self.min_lr > self.learning_rate and self.decay_lr:
+            raise UserError(f"min_lr must be at most learning_rate {self.learning_rate}, got {self.min_lr}")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences an optimiser step, over all processes and micro-batches."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def max_corruption(self) -> float:
+        """Largest share of a sequence that corruption may touch."""
+        return 1.0 - self.guaranteed_correct_factor
+
+    def to_toml(self) -> str:
+        """The configuration as a TOML document, every key with its meaning."""
+        lines = []
+        for field in dataclasses.fields(self):
+            # JSON's strings, numbers and booleans are TOML's.
+            value = json.dumps(getattr(self, field.name), ensure_ascii=False)
+            lines.append(f"{field.name} = {value}  # {field.metadata['help']}")
+        return "\n".join(lines) + "\n"
+
+
+TYPES = get_type_hints(Config)
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _checked_type(name: str, value: Any) -> Any:
+    """``value`` in the type of option ``name``; a whole number does for a float."""
+    expected = TYPES[name]
+    if get_origin(expected) is Literal:
+        if value not in get_args(expected):
+            raise UserError(f"{name} must be one of {', '.join(get_args(expected))}, got {value!r}")
+        return value
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise UserError(f"{name} must be {expected.__name__}, got {type(value).__name__} {value!r}")
+    return value
+
+
+def _check_range(field: dataclasses.Field, value: Any) -> None:
+    low, high = field.metadata["low"], field.metadata["high"]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{field.name} must be finite, got {value}")
+    if low is not None and value < low:
+        raise UserError(f"{field.name} must be at least {low}, got {value}")
+    if high is not None and value > high:
+        raise UserError(f"{field.name} must be at most {high}, got {value}")
+
+
+def parse_word(name: str, word: str) -> Any:
+    """A command-line word as the value of option ``name``; raises UserError."""
+    expected = TYPES[name]
+    try:
+        if expected is bool:
+            return _WORDS[word.lower()]
+        return expected(word) if expected in (int, float) else word
+    except (KeyError, ValueError):
+        kind = "true or false" if expected is bool else expected.__name__
+        raise UserError(f"{name} must be {kind}, got {word!r}") from None
+
+
+def near_matches(name: str, known: list[str]) -> str:
+    """'; did you mean a or b?', or nothing when no known name is like ``name``."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def preset_names() -> list[str]:
+    """Names of the configurations that come with the package."""
+    folder = resources.files("difftrain") / "presets"
+    return sorted(p.name[: -len(".toml")] for p in folder.iterdir() if p.name.endswith(".toml"))
+
+
+def preset_summary(name: str) -> str:
+    """The first line of a preset's file, which says what it is for."""
+    return _preset_text(name).splitlines()[0].lstrip("# ")
+
+
+def _preset_text(name: str) -> str:
+    return (resources.files("difftrain") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The keys a preset sets; raises UserError with near matches when there is none."""
+    if name not in preset_names():
+        known = preset_names()
+        hint = near_matches(name, known) or f"; there are {', '.join(known)}"
+        raise UserError(f"no preset named {name!r}{hint}")
+    return _parse_toml(_preset_text(name), f"preset {name}")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The keys a TOML file sets; raises UserError for a file that cannot be a configuration."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"configuration file not found: {path}")
+    if path.stat().st_size > LARGEST_TOML:
+        raise UserError(f"{path} is larger than {LARGEST_TOML} bytes, which no configuration is")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    return _parse_toml(text, str(path))
+
+
+def _parse_toml(text: str, origin: str) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{origin} is not valid TOML: {error}") from None
+    known = list(TYPES)
+    for key in values:
+        if key not in known:
+            raise UserError(f"{origin}: unknown option {key!r}{near_matches(key, known)}")
+    return values
+
+
+def resolve_config(
+    preset: str | None, file: str | None, words: dict[str, str], *, resume: bool = False
+) -> Config:
+    """Defaults < preset < TOML file < command line; a resumed run's own configuration replaces the preset.
+
+    Args:
+        preset: name of a preset.
+        file: path of a TOML file.
+        words: option names and their command-line words.
+        resume: start from the configuration that the run in ``out_dir`` was saved with.
+
+    Raises:
+        UserError: an unknown name, a wrong type or a value out of range.
+    """
+    base = read_preset(preset) if preset else {}
+    explicit = read_toml(file) if file else {}
+    explicit |= {name: parse_word(name, word) for name, word in words.items()}
+    config = Config(**(base | explicit))
+    if not resume:
+        return config
+    saved = Path(config.out_dir) / "config.toml"
+    if not saved.is_file():
+        raise UserError(f"cannot resume: {config.out_dir} is not a run folder (it has no config.toml)")
+    return Config(**(read_toml(saved) | explicit | {"out_dir": config.out_dir}))
+
+
+def options_table() -> str:
+    """The options as a Markdown table, generated from the dataclass; the README holds it."""
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(Config):
+        if field.name in GROUPS:
+            rows.append(f"| **{GROUPS[field.name]}** | | |")
+        meaning = field.metadata["help"].replace("|", "\\|")
+        rows.append(f"| `{field.name}` | `{json.dumps(field.default)}` | {meaning} |")
+    return "\n".join(rows)

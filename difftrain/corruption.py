@@ -1,0 +1,77 @@
+"""Corruption: clean tokens -> (x, y), a pure function of the tokens and each sample's index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from difftrain.philox import below, random_words, uniform
+
+STREAMS = {"train": 1, "val": 2}  # Philox streams; those of the text windows are in data.py
+
+
+def corrupt(
+    tokens: Tensor,
+    samples: Tensor,
+    *,
+    seed: int,
+    split: str,
+    vocab_size: int,
+    max_corruption: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Mask some tokens and replace others by wrong words, as training does.
+
+    With M = max_corruption and U, U' uniform in [0, 1): the mask rate is U*M, the replacement
+    rate U'*(M - mask rate); counts are truncated to integers. The first positions of a random
+    permutation become [MASK] (target: the original), the next ones a different word (target:
+    [MASK]); the rest stay (target: the token itself).
+
+    Args:
+        tokens: (B, T) int64 data words in [0, vocab_size - 1); not modified.
+        samples: (B,) int64 index of each sequence in its split, on the tokens' device.
+        seed: run seed.
+        split: "train" or "val".
+        vocab_size: data words and [MASK], which is the last id; at least 3.
+        max_corruption: M, one for all or (B,) fp32.
+
+    Returns:
+        x, y: (B, T) int64, what the model sees and what it should answer. A sample's result
+        depends on (seed, split, its index) and its tokens, not on the batch it came in.
+
+    Source: the specification, "Corruption".
+    """
+    length = tokens.shape[1]
+    words = random_words(seed, STREAMS[split], samples, 2 + 2 * length)
+    u_mask, u_replace = uniform(words[:, 0]), uniform(words[:, 1])
+    mask_rate = u_mask * max_corruption
+    replace_rate = u_replace * (max_corruption - mask_rate)
+    n_mask = (length * mask_rate).long()
+    n_replace = (length * replace_rate).long()
+    return _apply(tokens, words[:, 2:], n_mask, n_replace, vocab_size)
+
+
+def mask_share(
+    tokens: Tensor, samples: Tensor, *, seed: int, split: str, vocab_size: int, share: float
+) -> tuple[Tensor, Tensor]:
+    """Mask exactly int(share * T) tokens of each sequence and replace none; see :func:`corrupt`."""
+    length = tokens.shape[1]
+    words = random_words(seed, STREAMS[split], samples, 2 + 2 * length)
+    n_mask = torch.full_like(samples, int(share * length))
+    return _apply(tokens, words[:, 2:], n_mask, torch.zeros_like(n_mask), vocab_size)
+
+
+def _apply(
+    tokens: Tensor, words: Tensor, n_mask: Tensor, n_replace: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    mask_id, length = vocab_size - 1, tokens.shape[1]
+    order = words[:, :length].argsort(dim=1, stable=True)
+    place = torch.arange(length, device=tokens.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, place)  # the inverse permutation
+    is_masked = rank < n_mask[:, None]
+    is_replaced = (rank < (n_mask + n_replace)[:, None]) & ~is_masked
+    # One of the vocab_size - 2 other words: skipping the original keeps them equally likely.
+    other = below(words[:, length:], vocab_size - 2)
+    other = other + (other >= tokens).long()
+    x = torch.where(is_masked, mask_id, torch.where(is_replaced, other, tokens))
+    y = torch.where(is_replaced, mask_id, tokens)
+    return x, y

@@ -1,0 +1,145 @@
+"""The model: nanoGPT's GPT-2, without the causal mask in diffusion mode. It knows no loss."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from difftrain.config import Config
+
+ROTARY_BASE = 10000.0
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, causal or not, with optional rotary positions."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.is_causal = config.mode == "gpt2"
+        self.is_rotary = config.position == "rotary"
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, h: Tensor, rotation: Tensor | None) -> Tensor:  # (B, T, D) -> (B, T, D)
+        B, T, D = h.shape
+        q, k, v = self.qkv(h).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.is_causal)
+        out = self.proj(out.transpose(1, 2).reshape(B, T, D))
+        return F.dropout(out, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide between, with GELU."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.dropout(self.proj(F.gelu(self.up(h))), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attention = Attention(config)
+        self.norm_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, h: Tensor, rotation: Tensor | None) -> Tensor:
+        h = h + self.attention(self.norm_1(h), rotation)
+        return h + self.mlp(self.norm_2(h))
+
+
+class Transformer(nn.Module):
+    """Ids -> hidden states or logits; the head's weight is the token embedding's."""
+
+    def __init__(self, config: Config, vocab_size: int):
+        """Args: config, of which the model's keys count; vocab_size, data words and [MASK]."""
+        super().__init__()
+        self.block_size = config.block_size
+        self.dropout = config.dropout
+        self.embedding = nn.Embedding(vocab_size, config.n_embd)
+        is_learned = config.position == "learned"
+        self.positions = nn.Embedding(config.block_size, config.n_embd) if is_learned else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        self.head.weight = self.embedding.weight
+        head_size = config.n_embd // config.n_head
+        rotation = None if is_learned else rotation_table(config.block_size, head_size)
+        self.register_buffer("rotation", rotation, persistent=False)
+        self.apply(_initialise)
+        for name, parameter in self.named_parameters():
+            if name.endswith("proj.weight"):  # GPT-2: keep the residual stream's variance
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(self, x: Tensor, *, return_hidden: bool = False) -> Tensor:
+        """Logits (B, T, V) of ids x (B, T) int64, T <= block_size; or hidden states (B, T, D).
+
+        ``head.weight`` (V, D) turns hidden states into logits.
+        """
+        T = x.shape[1]
+        if self.block_size < T:
+            raise ValueError(f"x must have at most block_size {self.block_size} columns, got {T}")
+        h = self.embedding(x)
+        if self.positions is not None:
+            h = h + self.positions.weight[:T]
+        h = F.dropout(h, self.dropout, self.training)
+        rotation = None if self.rotation is None else self.rotation[:, :T]
+        for block in self.blocks:
+            h = block(h, rotation)
+        h = self.norm(h)
+        return h if return_hidden else self.head(h)
+
+    def n_parameters(self) -> int:
+        """Trainable numbers, the shared embedding counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def rotation_table(length: int, head_size: int) -> Tensor:
+    """Cosine and sine of each position's angles: (2, length, head_size / 2) fp32.
+
+    Source: Su et al., "RoFormer" (2021), in the half-split form.
+    """
+    frequency = ROTARY_BASE ** (-torch.arange(0, head_size, 2).float() / head_size)
+    angle = torch.outer(torch.arange(length).float(), frequency)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(heads: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate (B, H, T, D) queries or keys by their positions' angles, in fp32."""
+    cos, sin = rotation
+    a, b = heads.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(heads.dtype)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW that decays matrices and embeddings, not vectors; fused where the device has it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)

@@ -1,0 +1,62 @@
+"""A run's folder: claiming it for a new run, and finding where to go on in an old one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from difftrain.checkpoint import Checkpoint, find_newest_good
+from difftrain.config import Config, UserError
+from difftrain.data import Corpus
+from difftrain.metrics import FILE
+
+CONFIG_FILE = "config.toml"
+RUN_ENTRIES = (FILE, "checkpoints", "samples", "plots", "tensorboard", CONFIG_FILE)
+MODEL_KEYS = ("mode", "block_size", "n_layer", "n_head", "n_embd", "bias", "position")
+
+
+def check_run_dir(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise UserError where a run must not be written: nothing is touched yet."""
+    is_run = (run_dir / CONFIG_FILE).is_file()
+    if is_run and not (resume or overwrite):
+        raise UserError(
+            f"out_dir {run_dir} already holds a run; give --resume, --overwrite or another out_dir"
+        )
+    if not is_run and run_dir.is_dir() and any(run_dir.iterdir()):
+        raise UserError(f"out_dir {run_dir} is not empty and not a run folder")
+
+
+def claim_run_dir(run_dir: Path, config: Config, *, resume: bool) -> None:
+    """Make the folder and save the configuration; without ``resume``, remove what a run left there."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            for entry in RUN_ENTRIES:
+                path = run_dir / entry
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        (run_dir / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"out_dir {run_dir} is not writable: {error.strerror}") from None
+
+
+def find_resume_point(run_dir: Path, config: Config, corpus: Corpus) -> tuple[Checkpoint, list[str]]:
+    """The newest unharmed checkpoint and what was wrong with newer ones.
+
+    Raises:
+        UserError: there is none, or this configuration or data cannot go on from it.
+    """
+    checkpoint, problems = find_newest_good(run_dir)
+    if checkpoint.vocabulary.to_meta() != corpus.vocabulary.to_meta():
+        raise UserError(
+            f"{checkpoint.folder} was trained on another vocabulary of {checkpoint.vocabulary.n_words} words, "
+            f"the data {config.data} has {corpus.vocabulary.n_words}"
+        )
+    if checkpoint.step > config.max_iters:
+        raise UserError(
+            f"max_iters must be at least the {checkpoint.step} steps done, got {config.max_iters}"
+        )
+    for key in MODEL_KEYS:
+        was, now = getattr(checkpoint.config, key), getattr(config, key)
+        if was != now:
+            raise UserError(f"{key} must be {was!r} to resume {run_dir}, got {now!r}")
+    return checkpoint, problems

@@ -1,0 +1,198 @@
+"""Vocabularies: text <-> ids of the data's words. [MASK] is the id after the last word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from difftrain.config import UserError
+
+
+class Vocabulary:
+    """Words with ids 0 .. n_words - 1."""
+
+    n_words: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Words and [MASK]."""
+        return self.n_words + 1
+
+    @property
+    def mask_id(self) -> int:
+        return self.n_words
+
+    def to_meta(self) -> dict[str, Any]:
+        """What ``meta.json`` and a checkpoint store; :func:`from_meta` reads it back."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; raises UserError for text outside the vocabulary."""
+        raise NotImplementedError
+
+    def decode_words(self, ids: list[int]) -> str:
+        """Text of ids without [MASK]."""
+        raise NotImplementedError
+
+    def decode(self, ids: list[int], mask: str = "_") -> str:
+        """Text of ids, with ``mask`` for each [MASK]."""
+        runs: list[list[int]] = [[]]
+        for i in ids:
+            if i == self.mask_id:
+                runs.append([])
+            else:
+                runs[-1].append(i)
+        return mask.join(self.decode_words(run) for run in runs)
+
+
+@dataclass(frozen=True)
+class Ids(Vocabulary):
+    """Words without text: only their number is known, and a word's text is ``<id>``."""
+
+    n_words: int
+
+    def to_meta(self) -> dict[str, Any]:
+        return {"kind": "ids", "vocab_size": self.n_words}
+
+    def encode(self, text: str) -> list[int]:
+        raise UserError("the data's meta.json gives a vocabulary size only, so text cannot be encoded")
+
+    def decode_words(self, ids: list[int]) -> str:
+        return "".join(f"<{i}>" for i in ids)
+
+
+@dataclass(frozen=True)
+class Characters(Vocabulary):
+    """One word a character."""
+
+    characters: tuple[str, ...]
+
+    @property
+    def n_words(self) -> int:
+        return len(self.characters)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {character: i for i, character in enumerate(self.characters)}
+
+    def to_meta(self) -> dict[str, Any]:
+        return {"kind": "char", "vocab_size": self.n_words, "itos": list(self.characters)}
+
+    def encode(self, text: str) -> list[int]:
+        unknown = sorted(set(text) - self._ids.keys())
+        if unknown:
+            raise UserError(f"characters outside the vocabulary: {' '.join(map(repr, unknown))}")
+        return [self._ids[character] for character in text]
+
+    def decode_words(self, ids: list[int]) -> str:
+        return "".join(self.characters[i] for i in ids)
+
+
+@dataclass(frozen=True)
+class Tokenizer(Vocabulary):
+    """The words of a Hugging Face ``tokenizer.json``, kept whole in the meta data (extra: tok)."""
+
+    definition: str
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError("a tokenizer.json needs the extra: pip install 'difftrain[tok]'") from None
+        try:
+            return tokenizers.Tokenizer.from_str(self.definition)
+        except Exception as error:  # the library raises no narrower class
+            raise UserError(f"not a tokenizer.json: {error}") from None
+
+    @cached_property
+    def n_words(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def to_meta(self) -> dict[str, Any]:
+        return {"kind": "tokenizer", "vocab_size": self.n_words, "definition": self.definition}
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode_words(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+@dataclass(frozen=True)
+class Tiktoken(Vocabulary):
+    """The words of a tiktoken encoding such as gpt2 (extra: tok)."""
+
+    name: str
+
+    @cached_property
+    def _encoding(self) -> Any:
+        try:
+            import tiktoken
+        except ImportError:
+            raise UserError("a tiktoken encoding needs the extra: pip install 'difftrain[tok]'") from None
+        try:
+            return tiktoken.get_encoding(self.name)
+        except ValueError as error:
+            raise UserError(str(error).splitlines()[0]) from None
+
+    @cached_property
+    def n_words(self) -> int:
+        return self._encoding.n_vocab
+
+    def to_meta(self) -> dict[str, Any]:
+        return {"kind": "tiktoken", "vocab_size": self.n_words, "name": self.name}
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def decode_words(self, ids: list[int]) -> str:
+        return self._encoding.decode(ids)
+
+
+def from_meta(meta: dict[str, Any], origin: str) -> Vocabulary:
+    """The vocabulary that a ``meta.json`` (or nanoGPT's ``meta.pkl``) describes.
+
+    Raises:
+        UserError: the description is not one; the message names ``origin``.
+    """
+    if not isinstance(meta, dict):
+        raise UserError(f"{origin} must hold an object, got {type(meta).__name__}")
+    kind = meta.get("kind", "char" if "itos" in meta else "ids")
+    if kind == "char":
+        itos = meta.get("itos")
+        if isinstance(itos, dict):  # nanoGPT: {0: '\n', 1: ' ', ...}
+            itos = [itos.get(i) for i in range(len(itos))]
+        if not isinstance(itos, list) or not all(isinstance(c, str) and len(c) == 1 for c in itos):
+            raise UserError(f"{origin}: itos must list one character for each id from 0 on")
+        vocabulary: Vocabulary = Characters(tuple(itos))
+    elif kind == "tokenizer" and isinstance(meta.get("definition"), str):
+        vocabulary = Tokenizer(meta["definition"])
+    elif kind == "tiktoken" and isinstance(meta.get("name"), str):
+        vocabulary = Tiktoken(meta["name"])
+    elif kind == "ids" and isinstance(meta.get("vocab_size"), int):
+        vocabulary = Ids(meta["vocab_size"])
+    else:
+        raise UserError(f"{origin} must give vocab_size, or a kind of char, tokenizer, tiktoken or ids")
+    if vocabulary.n_words < 2:
+        raise UserError(f"{origin}: a vocabulary must have at least 2 words, got {vocabulary.n_words}")
+    return vocabulary
+
+
+def make_vocabulary(name: str, text: str) -> Vocabulary:
+    """The vocabulary that ``difftrain prepare --tokenizer NAME`` asks for.
+
+    Args:
+        name: "char" (the text's own characters), the path of a ``tokenizer.json``, or the name of
+            a tiktoken encoding.
+        text: the text to prepare.
+    """
+    if name == "char":
+        return Characters(tuple(sorted(set(text))))
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise UserError(f"tokenizer file not found: {name}")
+        return Tokenizer(Path(name).read_text(encoding="utf-8"))
+    return Tiktoken(name)

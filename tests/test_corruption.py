@@ -1,0 +1,130 @@
+import pytest
+import torch
+
+from difftrain.corruption import corrupt, mask_share
+from difftrain.philox import random_words, uniform
+
+V, MASK_ID = 11, 10  # ten words and [MASK]
+KEYS = {"seed": 1337, "split": "train", "vocab_size": V}
+
+
+def tokens_of(n, length=64, seed=0):
+    return torch.randint(0, V - 1, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def counts(tokens, x):
+    """Masked and replaced tokens of each sequence."""
+    return (x == MASK_ID).sum(1), ((x != tokens) & (x != MASK_ID)).sum(1)
+
+
+def test_counts_are_the_truncated_rates_of_the_specification():
+    length, most = 64, 0.99
+    tokens, samples = tokens_of(500, length), torch.arange(500)
+    x, _ = corrupt(tokens, samples, max_corruption=most, **KEYS)
+    u = uniform(random_words(1337, 1, samples, 2))
+    n_mask, n_replaced = counts(tokens, x)
+    for i in range(500):
+        mask_rate = u[i, 0].item() * most
+        replace_rate = u[i, 1].item() * (most - mask_rate)
+        assert n_mask[i] == int(length * mask_rate)
+        assert n_replaced[i] == int(length * replace_rate)
+
+
+def test_targets_are_as_specified():
+    tokens = tokens_of(300)
+    x, y = corrupt(tokens, torch.arange(300), max_corruption=0.99, **KEYS)
+    is_masked, is_replaced = x == MASK_ID, (x != tokens) & (x != MASK_ID)
+    assert torch.equal(y[is_masked], tokens[is_masked])
+    assert (y[is_replaced] == MASK_ID).all()
+    rest = ~is_masked & ~is_replaced
+    assert torch.equal(x[rest], tokens[rest])
+    assert torch.equal(y[rest], tokens[rest])
+    assert min(is_masked.sum(), is_replaced.sum(), rest.sum()) > 1000
+
+
+@pytest.mark.parametrize("vocab_size", [3, 4, 11, 50304])
+def test_replaced_tokens_are_never_the_original_nor_mask(vocab_size):
+    tokens = torch.randint(0, vocab_size - 1, (400, 50), generator=torch.Generator().manual_seed(1))
+    keys = KEYS | {"vocab_size": vocab_size}
+    x, y = corrupt(tokens, torch.arange(400), max_corruption=0.99, **keys)
+    is_replaced = (y == vocab_size - 1) & (tokens != vocab_size - 1)
+    assert is_replaced.sum() > 2000
+    assert (x[is_replaced] != tokens[is_replaced]).all()
+    assert (x[is_replaced] < vocab_size - 1).all()
+    assert (x >= 0).all()
+
+
+def test_every_other_word_is_equally_likely():
+    tokens = torch.full((4000, 64), 3)
+    x, y = corrupt(tokens, torch.arange(4000), max_corruption=0.99, **KEYS)
+    seen = torch.bincount(x[y == MASK_ID], minlength=V).double()
+    assert seen[3] == seen[MASK_ID] == 0
+    expected = seen.sum() / 9
+    others = torch.cat((seen[:3], seen[4:MASK_ID]))
+    assert ((others - expected).abs() < 5 * expected.sqrt()).all()
+
+
+def test_shares_over_many_samples():
+    tokens = tokens_of(40000, 32)
+    x, _ = corrupt(tokens, torch.arange(40000), max_corruption=0.99, **KEYS)
+    n_mask, n_replaced = counts(tokens, x)
+    n = tokens.numel()
+    # Truncation takes half a token from each count on average.
+    lost = 0.5 / 32
+    assert n_mask.sum().item() / n + lost == pytest.approx(0.495, abs=0.006)
+    assert n_replaced.sum().item() / n + lost == pytest.approx(0.2475, abs=0.006)
+    assert 1 - (n_mask + n_replaced).sum().item() / n - 2 * lost == pytest.approx(0.2575, abs=0.006)
+
+
+def test_every_position_is_masked_equally_often():
+    tokens = tokens_of(8000, 16)
+    x, _ = corrupt(tokens, torch.arange(8000), max_corruption=0.99, **KEYS)
+    share = (x == MASK_ID).double().mean(0)
+    assert share.max() - share.min() < 0.035
+
+
+def test_a_sample_is_corrupted_the_same_way_in_any_batch():
+    tokens, samples = tokens_of(24), torch.arange(100, 124)
+    whole = corrupt(tokens, samples, max_corruption=0.99, **KEYS)
+    for sizes in ([24], [1] * 24, [5, 19], [12, 12]):
+        parts = [
+            corrupt(t, s, max_corruption=0.99, **KEYS)
+            for t, s in zip(tokens.split(sizes), samples.split(sizes), strict=True)
+        ]
+        for i in (0, 1):
+            assert torch.equal(torch.cat([p[i] for p in parts]), whole[i])
+    order = torch.randperm(24)
+    shuffled = corrupt(tokens[order], samples[order], max_corruption=0.99, **KEYS)
+    assert torch.equal(shuffled[0], whole[0][order])
+
+
+def test_seed_split_and_sample_change_the_corruption_and_the_global_rng_does_not():
+    tokens, samples = tokens_of(8), torch.arange(8)
+    base = corrupt(tokens, samples, max_corruption=0.99, **KEYS)[0]
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert torch.equal(corrupt(tokens, samples, max_corruption=0.99, **KEYS)[0], base)
+    assert torch.equal(torch.get_rng_state(), state)
+    for change in ({"seed": 1}, {"split": "val"}):
+        assert not torch.equal(corrupt(tokens, samples, max_corruption=0.99, **(KEYS | change))[0], base)
+    assert not torch.equal(corrupt(tokens, samples + 8, max_corruption=0.99, **KEYS)[0], base)
+
+
+def test_the_largest_corruption_may_differ_by_sample_and_zero_changes_nothing():
+    tokens, samples = tokens_of(200), torch.arange(200)
+    most = torch.linspace(0, 0.5, 200)
+    x, _ = corrupt(tokens, samples, max_corruption=most, **KEYS)
+    n_changed = sum(counts(tokens, x))
+    assert (n_changed <= most * 64).all()
+    assert torch.equal(x[0], tokens[0])
+    assert n_changed[100:].sum() > n_changed[:100].sum()
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.15, 9), (0.5, 32), (0.85, 54), (1.0, 64), (0.0, 0)])
+def test_mask_share_masks_exactly_that_many_and_replaces_none(share, expected):
+    tokens = tokens_of(50)
+    x, y = mask_share(tokens, torch.arange(50), share=share, **KEYS)
+    n_mask, n_replaced = counts(tokens, x)
+    assert (n_mask == expected).all()
+    assert (n_replaced == 0).all()
+    assert torch.equal(y, tokens)

@@ -1,0 +1,91 @@
+import dataclasses
+
+import pytest
+import torch
+
+from difftrain.config import Config
+from difftrain.model import Transformer, make_optimizer, rotate, rotation_table
+
+SMALL = Config(n_layer=2, n_head=2, n_embd=16, block_size=12)
+
+
+def make(**changes):
+    torch.manual_seed(0)
+    return Transformer(dataclasses.replace(SMALL, **changes), 9).eval()
+
+
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+@pytest.mark.parametrize(("mode", "sees_later"), [("diffusion", True), ("gpt2", False)])
+def test_only_diffusion_mode_looks_ahead(mode, sees_later, position):
+    model = make(mode=mode, position=position)
+    x = torch.randint(0, 9, (1, 12))
+    changed = x.clone()
+    changed[0, -1] = (x[0, -1] + 1) % 9
+    difference = (model(x) - model(changed)).abs().amax(-1)[0]
+    assert (difference[:-1] > 1e-7).any() == sees_later
+    assert difference[-1] > 1e-4
+
+
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_the_order_of_the_tokens_matters(position):
+    model = make(position=position)
+    x = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    swapped = torch.tensor([[2, 1, 3, 4, 5, 6]])
+    assert (model(x)[0, 3] - model(swapped)[0, 3]).abs().max() > 1e-5
+
+
+def test_hidden_states_times_the_heads_weight_are_the_logits():
+    model = make()
+    x = torch.randint(0, 9, (2, 7))
+    hidden = model(x, return_hidden=True)
+    assert hidden.shape == (2, 7, 16)
+    torch.testing.assert_close(hidden @ model.head.weight.T, model(x))
+    assert model.head.weight is model.embedding.weight
+
+
+def test_gpt2_small_has_124_million_parameters():
+    config = Config(n_layer=12, n_head=12, n_embd=768, block_size=1024, position="learned", bias=True)
+    with torch.device("meta"):
+        model = Transformer(config, 50257)
+    assert model.n_parameters() == 124_439_808  # as Hugging Face's and OpenAI's GPT-2
+
+
+def test_untrained_loss_is_near_uniform():
+    x = torch.randint(0, 9, (4, 12))
+    nll = torch.nn.functional.cross_entropy(make()(x).flatten(0, 1), x.flatten())
+    assert abs(nll - torch.tensor(9.0).log()) < 0.1
+
+
+def test_rotation_keeps_lengths_and_depends_on_the_distance_alone():
+    table = rotation_table(20, 8)
+    q, k = torch.randn(2, 8)
+    rotated_q = rotate(q.expand(1, 1, 20, 8), table)[0, 0]
+    rotated_k = rotate(k.expand(1, 1, 20, 8), table)[0, 0]
+    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm().expand(20))
+    products = rotated_q @ rotated_k.T
+    torch.testing.assert_close(products[5, 3], products[15, 13])
+    torch.testing.assert_close(rotated_q[0], q)
+    assert (products[5, 3] - products[5, 4]).abs() > 1e-4
+
+
+def test_too_long_input_names_expected_and_got():
+    with pytest.raises(ValueError, match="at most block_size 12 columns, got 13"):
+        make()(torch.zeros(1, 13, dtype=torch.int64))
+
+
+def test_dropout_acts_in_training_only():
+    model = make(dropout=0.5)
+    x = torch.randint(0, 9, (1, 12))
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+def test_only_matrices_decay():
+    model = make(bias=True)
+    decayed, others = make_optimizer(model, SMALL).param_groups
+    assert decayed["weight_decay"] == SMALL.weight_decay
+    assert others["weight_decay"] == 0
+    assert all(p.dim() >= 2 for p in decayed["params"])
+    assert all(p.dim() == 1 for p in others["params"])
+    assert sum(p.numel() for g in (decayed, others) for p in g["params"]) == model.n_parameters()
