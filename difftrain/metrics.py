@@ -97,36 +97,46 @@ def health_warnings(record: dict[str, Any], config: Config) -> list[tuple[str, s
 
 
 class MetricsLog:
-    """Appends records to ``metrics.jsonl`` and, where configured, to W&B and TensorBoard."""
+    """Appends records to ``metrics.jsonl`` and, where configured, to W&B and TensorBoard.
 
-    def __init__(self, run_dir: Path, config: Config):
-        self._file = (run_dir / FILE).open("a", encoding="utf-8")
-        self._wandb = self._writer = None
+    A context manager. With ``is_writing`` false (every process but the main one) it does nothing.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, *, is_writing: bool):
+        self._file = self._wandb = self._tensorboard = None
+        if not is_writing:
+            return
         if config.wandb_log:
             wandb = _import_extra("wandb", "wandb")
-            self._wandb = wandb.init(
-                project=config.wandb_project, name=config.wandb_run_name or run_dir.name, dir=run_dir
-            )
+            name = config.wandb_run_name or run_dir.name
+            self._wandb = wandb.init(project=config.wandb_project, name=name, dir=run_dir)
         if config.tensorboard:
             module = _import_extra("torch.utils.tensorboard", "tb")
-            self._writer = module.SummaryWriter(str(run_dir / "tensorboard"))
+            self._tensorboard = module.SummaryWriter(str(run_dir / "tensorboard"))
+        self._file = (run_dir / FILE).open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; ``step`` and ``kind`` are among its keys. Non-finite numbers become null."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(_finite_or_null(record), allow_nan=False) + "\n")
         self._file.flush()
-        if self._wandb or self._writer:
+        if self._wandb or self._tensorboard:
             scalars = dict(_flatten(f"{record['kind']}/", record))
             if self._wandb:
                 self._wandb.log(scalars, step=record["step"])
-            if self._writer:
+            if self._tensorboard:
                 for name, value in scalars.items():
-                    self._writer.add_scalar(name, value, record["step"])
+                    self._tensorboard.add_scalar(name, value, record["step"])
 
-    def close(self) -> None:
-        self._file.close()
-        if self._writer:
-            self._writer.close()
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file:
+            self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
 

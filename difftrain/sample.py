@@ -201,7 +201,7 @@ def fill(
             left = is_masked.sum(1, keepdim=True)
             budget = (left / (max_steps - step)).ceil().long()  # (B, 1)
             confidence = confidence.masked_fill(~is_masked, -1.0)
-            rank = confidence.argsort(1, descending=True, stable=True).argsort(1)
+            rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             is_masked &= rank < budget
         x = torch.where(is_masked, sampled, x)
     is_masked = x == mask_id

@@ -136,14 +136,14 @@ def _train(
     if runtime.is_main:
         claim_run_dir(run_dir, config, resume=resume)
         drop_records_after(run_dir, start, is_evaluated=is_evaluated)
-    log = MetricsLog(run_dir, config) if runtime.is_main else None
+    log = MetricsLog(run_dir, config, is_writing=runtime.is_main)
     progress = tqdm(
         total=config.max_iters, initial=start, disable=not runtime.shows_progress(), unit="step"
     )
     warned: set[str] = set()
     bad_steps, seconds, timed_from = 0, 0.0, start
     record: dict[str, Any] = {}
-    with stop_requests() as stop, progress:
+    with log, progress, stop_requests() as stop:
         for step in range(start, config.max_iters + 1):
             is_last = step == config.max_iters
             if (step % config.eval_interval == 0 or is_last) and not is_evaluated:
@@ -154,8 +154,7 @@ def _train(
                     if key not in warned:
                         say(f"warning: {message}")
                     warned.add(key)
-                if log:
-                    log.write(record)
+                log.write(record)
                 if config.always_save_checkpoint or is_best or is_last:
                     save(step, is_best=is_best, is_evaluated=True)
                 is_evaluated = True
@@ -221,10 +220,7 @@ def _train(
                 progress.set_postfix_str(
                     f"loss {train_record['loss']:.3f} pk {pk:.2f} pm {pm:.2f} lr {lr:.1e}"
                 )
-                if log:
-                    log.write(train_record)
-    if log:
-        log.close()
+                log.write(train_record)
     say(summary_line(record))
     return record
 

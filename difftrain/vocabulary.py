@@ -176,9 +176,7 @@ def from_meta(meta: dict[str, Any], origin: str) -> Vocabulary:
         vocabulary = Ids(meta["vocab_size"])
     else:
         raise UserError(f"{origin} must give vocab_size, or a kind of char, tokenizer, tiktoken or ids")
-    if vocabulary.n_words < 2:
-        raise UserError(f"{origin}: a vocabulary must have at least 2 words, got {vocabulary.n_words}")
-    return vocabulary
+    return _with_two_words(vocabulary, origin)
 
 
 def make_vocabulary(name: str, text: str) -> Vocabulary:
@@ -190,9 +188,18 @@ def make_vocabulary(name: str, text: str) -> Vocabulary:
         text: the text to prepare.
     """
     if name == "char":
-        return Characters(tuple(sorted(set(text))))
-    if name.endswith(".json"):
-        if not Path(name).is_file():
-            raise UserError(f"tokenizer file not found: {name}")
-        return Tokenizer(Path(name).read_text(encoding="utf-8"))
-    return Tiktoken(name)
+        vocabulary: Vocabulary = Characters(tuple(sorted(set(text))))
+    elif not name.endswith(".json"):
+        vocabulary = Tiktoken(name)
+    elif Path(name).is_file():
+        vocabulary = Tokenizer(Path(name).read_text(encoding="utf-8"))
+    else:
+        raise UserError(f"tokenizer file not found: {name}")
+    return _with_two_words(vocabulary, "the text")
+
+
+def _with_two_words(vocabulary: Vocabulary, origin: str) -> Vocabulary:
+    """The vocabulary, if a word can be replaced by another one."""
+    if vocabulary.n_words < 2:
+        raise UserError(f"{origin}: a vocabulary must have at least 2 words, got {vocabulary.n_words}")
+    return vocabulary

@@ -13,3 +13,46 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory):
+    """A small character corpus in nanoGPT's format."""
+    from difftrain.data import prepare
+
+    folder = tmp_path_factory.mktemp("corpus")
+    words = ["red", "green", "blue\nwhite", "black", "grey\nlong", "short", "wide", "narrow\n"]
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(0, len(words), (4000,), generator=generator).tolist()
+    (folder / "text.txt").write_text(" ".join(words[i] for i in picks))
+    return prepare(str(folder / "text.txt"), out=folder / "tokens")
+
+
+@pytest.fixture
+def tiny(tmp_path, corpus_folder):
+    """A function that makes the configuration of a run of a few seconds; keywords change it."""
+    from difftrain.config import Config
+
+    def make(**changes):
+        values = {
+            "out_dir": str(tmp_path / "run"),
+            "data": str(corpus_folder),
+            "device": "cpu",
+            "block_size": 16,
+            "batch_size": 8,
+            "n_layer": 1,
+            "n_head": 2,
+            "n_embd": 16,
+            "max_iters": 12,
+            "learning_rate": 1e-2,
+            "min_lr": 1e-3,
+            "warmup_iters": 2,
+            "masking_warmup_iters": 6,
+            "eval_interval": 4,
+            "eval_iters": 4,
+            "eval_batch_size": 8,
+            "log_interval": 1,
+        }
+        return Config(**(values | changes))
+
+    return make

@@ -1,0 +1,140 @@
+"""Time of a training step and of its parts: data, corruption, forward, loss, backward, optimiser.
+
+    python benchmarks/bench_train.py [--steps N] [--device D] [--json FILE] [--n_layer N] ...
+
+The defaults are the shape of the specification's first implementation: batch 12, block 64, 4
+layers, 4 heads, width 128, vocabulary 66. Tokens are random: their values do not change the work.
+Times are medians with 20 % and 80 % quantiles; on CUDA each part ends with a synchronisation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from difftrain.config import Config
+from difftrain.corruption import corrupt
+from difftrain.data import Corpus, sample_indices
+from difftrain.model import Transformer, make_optimizer
+from difftrain.runtime import resolve_device
+from difftrain.schedule import masking_penalties
+from difftrain.vocabulary import Ids
+from difftrain_kernels import fused_diffusion_loss
+
+PARTS = ("data", "corruption", "forward", "loss", "backward", "optimizer")
+
+
+def measure(
+    config: Config, vocab_size: int, device: torch.device, steps: int, warmup: int
+) -> dict[str, list[float]]:
+    """Milliseconds of each part in each of ``steps`` steps, after ``warmup`` more."""
+    words = np.random.default_rng(0).integers(0, vocab_size - 1, 1_000_000, dtype=np.uint16)
+    corpus = Corpus(words, words, Ids(vocab_size - 1), Path())
+    torch.manual_seed(config.seed)
+    model = Transformer(config, vocab_size).to(device)
+    optimizer = make_optimizer(model, config)
+    mask_id = vocab_size - 1
+    times: dict[str, list[float]] = {part: [] for part in PARTS}
+
+    def lap(part: str, since: float) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        times[part].append(1e3 * (now - since))
+        return now
+
+    for step in range(warmup + steps):
+        if step == warmup:
+            for values in times.values():
+                values.clear()
+        pk, pm = masking_penalties(step, config)
+        now = time.perf_counter()
+        samples = sample_indices(step, 0, 0, 1, config)
+        tokens = corpus.windows("train", samples, seed=config.seed, length=config.block_size).to(device)
+        now = lap("data", now)
+        x, y = corrupt(tokens, samples.to(device), seed=config.seed, split="train", vocab_size=vocab_size,
+                       max_corruption=config.max_corruption)  # fmt: skip
+        now = lap("corruption", now)
+        logits = model(x)
+        now = lap("forward", now)
+        loss = fused_diffusion_loss(logits, y, x, mask_id, pk, pm)
+        now = lap("loss", now)
+        loss.backward()
+        now = lap("backward", now)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        lap("optimizer", now)
+    return times
+
+
+def report(times: dict[str, list[float]], step_tokens: int) -> dict[str, object]:
+    """Medians and quantiles in ms, tokens a second, and the share of data plus corruption."""
+    steps = [sum(parts) for parts in zip(*times.values(), strict=True)]
+    summary = {}
+    for name, values in {**times, "step": steps}.items():
+        fifths = statistics.quantiles(values, n=5)
+        summary[name] = {"median_ms": statistics.median(values), "q20_ms": fifths[0], "q80_ms": fifths[-1]}
+    total = summary["step"]["median_ms"]
+    prepared = summary["data"]["median_ms"] + summary["corruption"]["median_ms"]
+    return {
+        "parts": summary,
+        "tokens_per_second": 1e3 * step_tokens / total,
+        "data_share": prepared / total,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shape = {"batch_size": 12, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128}
+    for name, default in shape.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"[{default}]")
+    parser.add_argument("--vocab_size", type=int, default=66, help="with [MASK] [66]")
+    parser.add_argument("--position", default="learned", choices=("learned", "rotary"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--warmup", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    args = parser.parse_args()
+    config = Config(**{name: getattr(args, name) for name in shape}, position=args.position)
+    device = resolve_device(args.device)
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    setting = {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **{key: getattr(args, key) for key in (*shape, "vocab_size", "position", "steps")},
+    }
+    print(" ".join(f"{key}={value}" for key, value in setting.items()))
+    result = report(
+        measure(config, args.vocab_size, device, args.steps, args.warmup),
+        config.batch_size * config.block_size,
+    )
+    total = result["parts"]["step"]["median_ms"]
+    print(f"{'part':<12}{'median ms':>10}{'20 %':>9}{'80 %':>9}{'share':>8}")
+    for part, row in result["parts"].items():
+        share = row["median_ms"] / total
+        print(f"{part:<12}{row['median_ms']:>10.3f}{row['q20_ms']:>9.3f}{row['q80_ms']:>9.3f}{share:>8.1%}")
+    print(
+        f"{result['tokens_per_second']:,.0f} tokens/s; data and corruption take {result['data_share']:.1%} of the step"
+    )
+    if args.json:
+        args.json.write_text(json.dumps({"setting": setting, **result}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+import dataclasses
+import errno
+import json
+
+import pytest
+import torch
+
+from difftrain import checkpoint
+from difftrain.checkpoint import find_checkpoint, find_newest_good, open_checkpoint, save_checkpoint
+from difftrain.config import UserError
+from difftrain.model import Transformer
+from difftrain.vocabulary import Characters
+
+WORDS = Characters(tuple("abcdef"))
+
+
+@pytest.fixture
+def run(tmp_path, tiny):
+    """A run folder and a function that saves a checkpoint in it."""
+    config = tiny(out_dir=str(tmp_path), keep_checkpoints=2)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+
+    def save(step, is_best=False, seed=None):
+        torch.manual_seed(step if seed is None else seed)
+        model = Transformer(config, WORDS.vocab_size)
+        state = {"moment": torch.randn(3), "best_loss": 0.5}
+        save_checkpoint(tmp_path, step, model, state, config, WORDS, is_best=is_best)
+        return model, state
+
+    return tmp_path, save
+
+
+def names(run_dir):
+    return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+
+
+def test_what_is_loaded_is_what_was_saved(run):
+    run_dir, save = run
+    model, state = save(7, is_best=True)
+    for which in ("latest", "best", "7"):
+        found = find_checkpoint(run_dir, which)
+        assert found.step == 7
+        assert found.vocabulary == WORDS
+        loaded = found.make_model(torch.device("cpu"))
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+        assert loaded.head.weight is loaded.embedding.weight
+        assert not loaded.training
+        assert torch.equal(found.load_state()["moment"], state["moment"])
+        assert found.config.out_dir == str(run_dir)
+
+
+def test_the_newest_and_the_best_stay(run):
+    run_dir, save = run
+    for step in range(1, 7):
+        save(step, is_best=step == 2)
+    assert names(run_dir) == ["best", "latest", "step-00000002", "step-00000005", "step-00000006"]
+    assert find_checkpoint(run_dir, "best").step == 2
+    assert find_checkpoint(run_dir, "latest").step == 6
+
+
+@pytest.mark.parametrize("name", checkpoint.CONTENT)
+@pytest.mark.parametrize("harm", ["flip a bit", "truncate", "delete"])
+def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_found(run, name, harm):
+    run_dir, save = run
+    save(1)
+    save(2)
+    path = run_dir / "checkpoints" / "step-00000002" / name
+    content = bytearray(path.read_bytes())
+    if harm == "flip a bit":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif harm == "truncate":
+        path.write_bytes(content[:-1])
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=name):
+        open_checkpoint(path.parent)
+    found, problems = find_newest_good(run_dir)
+    assert found.step == 1
+    assert len(problems) == 1
+    assert name in problems[0]
+
+
+def test_harmed_digests_are_refused(run):
+    run_dir, save = run
+    save(1)
+    path = run_dir / "checkpoints" / "step-00000001" / checkpoint.DIGESTS
+    for content in ("", "[]", "{}", json.dumps({"model.safetensors": "0"})):
+        path.write_text(content)
+        with pytest.raises(UserError, match="damaged"):
+            open_checkpoint(path.parent)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_leftovers(run, monkeypatch):
+    run_dir, save = run
+    save(1)
+
+    def no_space(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", no_space)
+    with pytest.raises(OSError, match="No space"):
+        save(2)
+    assert names(run_dir) == ["latest", "step-00000001"]
+    assert find_checkpoint(run_dir, "latest").step == 1
+
+
+def test_saving_a_step_again_replaces_it(run):
+    run_dir, save = run
+    save(3, seed=1)
+    model, _ = save(3, seed=2)
+    loaded = find_checkpoint(run_dir, "latest").make_model(torch.device("cpu"))
+    assert torch.equal(loaded.embedding.weight, model.embedding.weight)
+    assert names(run_dir) == ["latest", "step-00000003"]
+
+
+def test_what_a_killed_save_left_is_cleaned_up_and_nothing_is_lost(run):
+    run_dir, save = run
+    save(1)
+    home = run_dir / "checkpoints"
+    (home / ".writing-step-00000002").mkdir()
+    (home / ".writing-step-00000002" / "model.safetensors").write_bytes(b"half")
+    # Killed between moving the old one of this step away and the new one into place.
+    (home / "step-00000001").rename(home / ".old-step-00000001")
+    save(3)
+    assert names(run_dir) == ["latest", "step-00000001", "step-00000003"]
+    assert open_checkpoint(home / "step-00000001").step == 1
+
+
+def test_another_models_weights_are_refused_in_one_line(run, tiny):
+    run_dir, save = run
+    save(1)
+    other = Transformer(tiny(n_embd=32), WORDS.vocab_size)
+    with pytest.raises(UserError, match="does not fit this model") as caught:
+        find_checkpoint(run_dir, "latest").load_weights(other)
+    assert "\n" not in str(caught.value)
+
+
+class _Hostile:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_state_that_names_code_is_not_executed(run, capsys):
+    run_dir, save = run
+    save(1)
+    folder = run_dir / "checkpoints" / "step-00000001"
+    torch.save({"x": _Hostile()}, folder / checkpoint.STATE)
+    digests = {name: checkpoint._digest(folder / name) for name in checkpoint.CONTENT}
+    (folder / checkpoint.DIGESTS).write_text(json.dumps(digests))
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        open_checkpoint(folder).load_state()
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_places_without_a_checkpoint_are_named(run, tmp_path):
+    run_dir, save = run
+    with pytest.raises(UserError, match="no checkpoint 'best'; steps there: none"):
+        find_checkpoint(run_dir, "best")
+    save(4)
+    with pytest.raises(UserError, match="no checkpoint '5'; steps there: 4"):
+        find_checkpoint(run_dir, "5")
+    with pytest.raises(UserError, match="is not a run folder"):
+        find_checkpoint(tmp_path / "nowhere", "latest")
+
+
+def test_a_pointer_cannot_lead_out_of_the_run(run):
+    run_dir, save = run
+    save(1)
+    (run_dir / "checkpoints" / "latest").write_text("step-1/../../../elsewhere")
+    with pytest.raises(UserError, match="no checkpoint 'latest'"):
+        find_checkpoint(run_dir, "latest")
+
+
+def test_every_field_of_the_configuration_is_kept(run):
+    run_dir, save = run
+    save(1)
+    kept = json.loads((run_dir / "checkpoints/step-00000001/config.json").read_text())["config"]
+    assert kept == dataclasses.asdict(find_checkpoint(run_dir, "1").config)

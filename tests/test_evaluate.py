@@ -1,0 +1,117 @@
+import pytest
+import torch
+
+from difftrain.data import open_corpus
+from difftrain.evaluate import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
+from difftrain.metrics import loss_metrics
+from difftrain.model import Transformer
+from difftrain.runtime import start_runtime
+from difftrain_kernels import fused_diffusion_loss
+
+
+@pytest.fixture
+def setting(tiny):
+    config = tiny(eval_iters=9)
+    corpus = open_corpus(config.data)
+    torch.manual_seed(0)
+    model = Transformer(config, corpus.vocabulary.vocab_size)
+    with torch.no_grad():
+        model.head.weight[corpus.vocabulary.mask_id] *= 8  # so that [MASK] is answered now and then
+    return config, corpus, model
+
+
+def changed_share(corpus, x, y):
+    mask_id = corpus.vocabulary.mask_id
+    return ((x == mask_id) | (x != y)).double().mean().item()
+
+
+def test_the_fixed_set_grows_from_almost_clean_to_almost_all_corrupted(setting):
+    config, corpus, _ = setting
+    batches = [(x, y) for part, x, y in make_validation_set(corpus, config).batches if part == FIXED]
+    assert len(batches) == config.eval_iters
+    shares = [changed_share(corpus, x, y) for x, y in batches]
+    assert shares[0] == 0  # at most 1 % of 16 tokens is none
+    assert shares[-1] > 0.5
+    assert sum(shares[5:]) > 2 * sum(shares[:4])
+
+
+def test_levels_mask_exactly_their_share_and_replace_nothing(setting):
+    config, corpus, _ = setting
+    mask_id = corpus.vocabulary.mask_id
+    seen = set()
+    for part, x, y in make_validation_set(corpus, config).batches:
+        if part in LEVELS:
+            seen.add(part)
+            assert ((x == mask_id).sum(1) == int(LEVELS[part] * config.block_size)).all()
+            assert torch.equal(x[x != mask_id], y[x != mask_id])
+    assert seen == set(LEVELS)
+
+
+def test_the_set_depends_on_data_and_seed_not_on_training_options_or_the_global_rng(setting, tiny):
+    config, corpus, _ = setting
+    base = make_validation_set(corpus, config)
+    torch.manual_seed(5)
+    torch.rand(3)
+    other = tiny(eval_iters=9, batch_size=3, gradient_accumulation_steps=4, eval_interval=7, max_iters=2)
+    assert make_validation_set(corpus, other).id == base.id
+    assert make_validation_set(corpus, tiny(eval_iters=9, seed=2)).id != base.id
+    assert make_validation_set(corpus, tiny(eval_iters=8)).id != base.id
+
+
+def test_one_pass_gives_the_loss_at_any_penalties(setting):
+    config, corpus, model = setting
+    mask_id = corpus.vocabulary.mask_id
+    validation_set = make_validation_set(corpus, config)
+    calls = []
+    model.register_forward_hook(lambda *args: calls.append(1))
+    table = evaluate(model, validation_set, mask_id, start_runtime(config))[FIXED]
+    assert len(calls) == len(validation_set.batches)
+
+    fixed = [(x, y) for part, x, y in validation_set.batches if part == FIXED]
+    x, y = torch.cat([x for x, _ in fixed]), torch.cat([y for _, y in fixed])
+    with torch.no_grad():
+        logits = model.eval()(x).double()
+    metrics = loss_metrics(table, 0.7, 0.2, config)
+    for key, pk, pm in (("loss", 0.7, 0.2), ("loss_final", 0.25, 0.5), ("nll", 1.0, 1.0)):
+        expected = fused_diffusion_loss(logits, y, x, mask_id, pk, pm).item()
+        assert metrics[key] == pytest.approx(expected, rel=1e-5)
+    assert len({metrics[key] for key in ("loss", "loss_final", "nll")}) == 3
+    assert sum(metrics["cases"][kind]["n"] for kind in metrics["cases"]) == x.numel()
+
+
+def test_masked_nll_of_a_level_is_the_mean_over_its_masked_positions(setting):
+    config, corpus, model = setting
+    mask_id = corpus.vocabulary.mask_id
+    validation_set = make_validation_set(corpus, config)
+    tables = evaluate(model, validation_set, mask_id, start_runtime(config))
+    for level in (*LEVELS, TRAINING):
+        nll = []
+        for part, x, y in validation_set.batches:
+            if part == level:
+                log_p = model(x).log_softmax(-1).gather(-1, y[..., None])[..., 0]
+                nll.append(-log_p[x == mask_id])
+        assert tables[level].mean_nll()[0].item() == pytest.approx(torch.cat(nll).mean().item(), rel=1e-5)
+
+
+def test_the_model_is_evaluated_without_dropout_and_trained_with_it_again(setting):
+    config, corpus, model = setting
+    model.dropout = 0.9
+    model.train()
+    arguments = (
+        model,
+        make_validation_set(corpus, config),
+        corpus.vocabulary.mask_id,
+        start_runtime(config),
+    )
+    first, second = (evaluate(*arguments)[FIXED].nll for _ in range(2))
+    assert torch.equal(first, second)
+    assert model.training
+
+
+def test_gpt2_mode_predicts_the_next_token_of_clean_text(tiny):
+    config = tiny(mode="gpt2")
+    batches = make_validation_set(open_corpus(config.data), config).batches
+    assert {part for part, _, _ in batches} == {FIXED}
+    for _, x, y in batches:
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        assert x.shape == y.shape == (config.eval_batch_size, config.block_size)

@@ -1,0 +1,116 @@
+import math
+
+import pytest
+
+from difftrain.config import Config, UserError
+from difftrain.metrics import (
+    MetricsLog,
+    console_line,
+    drop_records_after,
+    health_warnings,
+    read_metrics,
+    summary_line,
+)
+
+
+def record(step, kind="eval", masked=0.1, intact=0.1, gap=1.0, **changes):
+    row = {"n": 10, "target": 0.5, "other": 0.4, "nll": 1.0}
+    base = {
+        "kind": kind, "step": step, "loss": 1.25, "loss_final": 1.5, "nll": 2.0, "pk": 0.5, "pm": 0.25, "lr": 1e-3,
+        "validation_id": "abc", "unigram_entropy": 3.25,
+        "masked_nll": {"15": 2.1, "50": 2.4, "85": 2.8, "training": 2.9},
+        "cases": {
+            "masked": row | {"mask": masked, "gap": gap},
+            "intact": row | {"mask": intact, "gap": 1.0},
+            "corrupted": row | {"mask": 0.9, "gap": 0.0},
+        },
+    }  # fmt: skip
+    return base | changes
+
+
+def write(run_dir, *records):
+    with MetricsLog(run_dir, Config(), is_writing=True) as log:
+        for item in records:
+            log.write(item)
+
+
+def test_records_come_back_in_order_and_non_finite_numbers_as_null(tmp_path):
+    write(tmp_path, record(0), record(1, loss=math.nan, nll=math.inf))
+    first, second = read_metrics(tmp_path)
+    assert first == record(0)
+    assert second == record(1, loss=None, nll=None)
+
+
+def test_processes_that_do_not_write_leave_no_file(tmp_path):
+    with MetricsLog(tmp_path, Config(wandb_log=True), is_writing=False) as log:
+        log.write(record(0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_cut_off_by_a_kill_is_passed_over(tmp_path):
+    write(tmp_path, record(0))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "ev')
+    assert read_metrics(tmp_path) == [record(0)]
+
+
+def test_folders_without_records_are_named(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder: it has no metrics.jsonl"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="has no records yet"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("is_evaluated", "kept"),
+    [(True, [("eval", 0), ("train", 0), ("eval", 4)]), (False, [("eval", 0), ("train", 0)])],
+)
+def test_a_resumed_run_forgets_what_it_writes_again(tmp_path, is_evaluated, kept):
+    steps = [("eval", 0), ("train", 0), ("eval", 4), ("train", 4), ("train", 5), ("eval", 8)]
+    write(tmp_path, *(record(step, kind) for kind, step in steps))
+    drop_records_after(tmp_path, 4, is_evaluated=is_evaluated)
+    assert [(r["kind"], r["step"]) for r in read_metrics(tmp_path)] == kept
+
+
+def test_the_console_line_shows_losses_penalties_rate_levels_and_cases():
+    line = console_line(record(7, tokens_per_second=12345.0))
+    for part in ("step      7", "loss 1.2500", "final 1.5000", "nll 2.0000", "15:2.100", "85:2.800",
+                 "pk 0.500 pm 0.250", "lr 1.00e-03", "masked 10%", "corrupted 90%", "12,345 tok/s", "val abc"):  # fmt: skip
+        assert part in line
+    assert "\n" not in line
+
+
+def test_the_summary_states_unigram_entropy_and_every_level():
+    assert summary_line(record(9)) == (
+        "unigram entropy 3.250 nats; validation nll on masked positions 2.100 at 15 %, 2.400 at 50 %, "
+        "2.800 at 85 % masked, 2.900 as in training"
+    )
+    assert (
+        summary_line(record(9, masked_nll=None))
+        == "unigram entropy 3.250 nats; validation nll 2.000 nats a token"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({}, []),
+        ({"masked": 0.0}, ["pk"]),
+        ({"masked": 0.0, "pk": 1.0}, []),
+        ({"intact": 0.0}, ["pm"]),
+        ({"masked": 0.99, "intact": 0.99}, ["all"]),
+        ({"gap": 40.0}, ["gap"]),
+    ],
+)
+def test_penalties_that_do_nothing_and_degenerate_answers_are_warned_of(changes, keys):
+    assert [key for key, _ in health_warnings(record(5, **changes), Config())] == keys
+    assert health_warnings(record(0, **changes), Config()) == []
+
+
+def test_a_missing_tracker_names_its_extra(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'difftrain\[wandb\]'"):
+        MetricsLog(tmp_path, Config(wandb_log=True), is_writing=True)

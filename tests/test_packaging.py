@@ -1,0 +1,145 @@
+"""The layout, the import rules of DESIGN and what an installation brings."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STDLIB = sys.stdlib_module_names
+
+# What a file may import besides the standard library. "+" means the torch-only row before it.
+KERNELS = {
+    "__init__": {"cases", "logits_loss", "reference"},
+    "cases": {"torch"},
+    "validation": {"torch"},
+    "reference": {"torch", "cases", "validation"},
+    "logits_loss": {"torch", "cases", "reference", "validation"},
+}
+LEAF = {"torch", "numpy", "safetensors", "difftrain.config", "difftrain.philox", "difftrain.vocabulary"}
+TRAINER = {
+    "__init__": set(),
+    "__main__": {"difftrain.cli"},
+    "config": {"tomli"},
+    "schedule": {"difftrain.config"},
+    "philox": {"torch"},
+    "vocabulary": {"difftrain.config", "tokenizers", "tiktoken"},
+    "data": LEAF,
+    "corruption": LEAF,
+    "model": LEAF,
+    "runtime": LEAF,
+    "checkpoint": LEAF | {"difftrain.model"},
+    "metrics": {"difftrain.config", "difftrain_kernels"},
+    "evaluate": LEAF | {"difftrain.corruption", "difftrain.data", "difftrain.runtime", "difftrain_kernels"},
+    "sample": LEAF
+    | {
+        "difftrain.checkpoint",
+        "difftrain.corruption",
+        "difftrain.data",
+        "difftrain.metrics",
+        "difftrain.runtime",
+    },
+    "run_folder": {"difftrain.checkpoint", "difftrain.config", "difftrain.data", "difftrain.metrics"},
+    "plot": {"difftrain.config", "difftrain.metrics", "matplotlib"},
+}
+
+
+def imports_of(path):
+    """Names a file imports, relative ones without their dot, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} if node.module else {alias.name for alias in node.names}
+    return names
+
+
+def allowed(name, permitted):
+    return name.split(".")[0] in STDLIB or any(name == p or name.startswith(p + ".") for p in permitted)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "kernels/difftrain_kernels").glob("*.py")), ids=lambda p: p.stem
+)
+def test_kernels_follow_the_import_table(path):
+    assert path.stem in KERNELS, "a new file needs its row in the table"
+    assert {n for n in imports_of(path) if not allowed(n, KERNELS[path.stem])} == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "difftrain").glob("*.py")), ids=lambda p: p.stem)
+def test_the_trainer_follows_the_import_table(path):
+    if path.stem in ("train", "cli"):
+        return
+    assert path.stem in TRAINER, "a new file needs its row in the table"
+    # "difftrain" alone is `from difftrain import __version__`.
+    assert {n for n in imports_of(path) if not allowed(n, TRAINER[path.stem]) and n != "difftrain"} == set()
+
+
+def test_nobody_imports_tests_or_benchmarks():
+    for folder in ("kernels", "difftrain", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            names = {n.split(".")[0] for n in imports_of(path)}
+            assert not names & {"tests", "benchmarks", "oracle", "conftest"}, path
+
+
+def test_kernels_is_a_folder_and_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def run(code, **options):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, **options
+    )
+
+
+def test_importing_the_trainers_name_loads_no_torch_and_its_loss_is_lazy(tmp_path):
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}]
+import difftrain
+assert "torch" not in sys.modules
+from difftrain import fused_diffusion_loss
+from difftrain_kernels import fused_diffusion_loss as same
+assert fused_diffusion_loss is same
+try:
+    difftrain.no_such_name
+except AttributeError as error:
+    assert "no_such_name" in str(error)
+else:
+    raise SystemExit("no AttributeError")
+"""
+    run(code, cwd=tmp_path)
+
+
+def test_both_packages_import_without_triton(tmp_path):
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}]
+sys.modules["triton"] = None
+import torch
+import difftrain.train, difftrain.sample
+from difftrain_kernels import fused_diffusion_loss
+y = torch.tensor([0])
+assert fused_diffusion_loss(torch.zeros(1, 3), y, y, 2, 1.0, 0.0).isfinite()
+"""
+    run(code, cwd=tmp_path)
+
+
+def test_a_built_wheel_holds_both_packages_and_the_presets_and_nothing_else(tmp_path):
+    code = (
+        "from setuptools import setup; import sys; sys.argv = "
+        f"['setup.py', '-q', 'egg_info', '-e', {str(tmp_path)!r}, 'build', '-b', {str(tmp_path / 'b')!r}]; "
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py', '__name__': '__main__'})"
+    )
+    pytest.importorskip("setuptools", reason="setuptools is not installed")
+    run(code, cwd=ROOT)
+    built = {
+        p.relative_to(tmp_path / "b/lib").as_posix() for p in (tmp_path / "b/lib").rglob("*") if p.is_file()
+    }
+    expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "difftrain").rglob("*.py")}
+    expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "difftrain/presets").glob("*.toml")}
+    expected |= {p.relative_to(ROOT / "kernels").as_posix() for p in (ROOT / "kernels").rglob("*.py")}
+    assert built == expected
