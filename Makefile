@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test install clean
+.PHONY: demo test install options clean
 
 demo: install
 	$(BIN)/difftrain train demo --overwrite
@@ -23,6 +23,12 @@ install: .venv/.plot
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(PIP) install --constraint constraints.txt --editable ".[$*]"
 	touch $@
+
+# The README's table of options, written from the configuration.
+options: install
+	$(BIN)/python -c "import re, pathlib; from difftrain.config import options_table as table; \
+	p = pathlib.Path('README.md'); mark = r'(?s)(<!-- options -->\n).*(<!-- end of options -->)'; \
+	p.write_text(re.sub(mark, lambda m: m[1] + table() + '\n' + m[2], p.read_text()))"
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
