@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 demo: install
 	$(BIN)/difftrain train demo --overwrite
 	$(BIN)/difftrain plot runs/demo
-	$(BIN)/difftrain sample runs/demo --held_out --temperature 0
+	$(BIN)/difftrain sample runs/demo --held_out --temperature 0 --seed 1
 
 test: .venv/.test
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -68,7 +69,7 @@ def _train(
     config: Config, runtime: Runtime, resume: bool, overwrite: bool, eval_only: bool
 ) -> dict[str, Any]:
     run_dir = Path(config.out_dir)
-    say = tqdm.write if runtime.is_main else _say_nothing
+    say = _say if runtime.is_main else _say_nothing
     if not eval_only:
         check_run_dir(run_dir, resume=resume, overwrite=overwrite)
     corpus = _open_data(config, runtime)
@@ -223,6 +224,12 @@ def _train(
                 log.write(train_record)
     say(summary_line(record))
     return record
+
+
+def _say(message: str) -> None:
+    """Print above the progress bar, at once even into a pipe."""
+    tqdm.write(message)
+    sys.stdout.flush()
 
 
 def _say_nothing(message: str) -> None:
