@@ -1,0 +1,273 @@
+"""What the loss kernels compile to: registers, spills, access widths, instructions per logit. No GPU.
+
+    python benchmarks/bench_codegen.py [--json FILE] [--target sm_90 ...] [--dtype bf16 ...] [--vocab-size V ...]
+
+Every kernel is compiled as the launcher would launch it (its launches are recorded, on one row of
+contiguous logits), then the machine code is read: for NVIDIA the SASS, for AMD the assembly.
+
+``slots_scan`` and ``slots_grad`` are the instructions in the body of the loop that sums exp2, and
+of the loop that stores the gradient, over the logits that one pass of that body takes. What a row
+does outside its loops (the target's block, the tail, reductions) is not in them. Kernels that hold
+whole rows in registers have no such loop: null. AMD slots are not counted: null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: the interpreter compiles nothing
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from difftrain_kernels import triton_kernels
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Small rows (characters), rows of each streamed tile, and rows that start off a 16-byte boundary.
+VOCAB_SIZES = (66, 1024, 4096, 8192, 32000, 32001, 50257, 50304, 50305, 128256, 151936, 262144)
+BITS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+
+
+# Compiling what the launcher launches -------------------------------------------------------------
+
+
+class _Recorder:
+    """Stands in for a kernel and keeps the arguments of its launch."""
+
+    def __init__(self):
+        self.launch: dict = {}
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.launch.update(arguments)
+
+
+@contextmanager
+def _recorded(names: list[str]):
+    kernels = {name: getattr(triton_kernels, name) for name in names}
+    recorders = {name: _Recorder() for name in names}
+    vars(triton_kernels).update(recorders)
+    try:
+        yield kernels, recorders
+    finally:
+        vars(triton_kernels).update(kernels)
+
+
+def launches(dtype: torch.dtype, vocab_size: int) -> list[tuple]:
+    """(kernel, arguments) of every launch that one row of this length can cause."""
+    names = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
+    logits = torch.empty(3, vocab_size, dtype=dtype)[:1]
+    labels = torch.zeros(1, dtype=torch.int64)
+    with _recorded(names) as (kernels, recorders):
+        statistics = triton_kernels.launch_loss(logits, labels, labels, 0, 0.5, 0.5)
+        triton_kernels.launch_loss_and_gradient(logits, labels, labels, 0, 0.5, 0.5, upstream=1.0, divisor=8.0)
+        gradient = triton_kernels.launch_gradient(logits, labels, statistics, torch.ones(()), divisor=8.0)
+        triton_kernels.launch_rescale(gradient, torch.ones(()), stated=2.0)
+        triton_kernels.launch_case_sums(statistics)
+    return [(kernels[name], recorder.launch) for name, recorder in recorders.items() if recorder.launch]
+
+
+def compile_launch(kernel, arguments: dict, target: GPUTarget):
+    """Compile a recorded launch with the specialisation that Triton's launcher would choose."""
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    fixed = {p.name for p in kernel.params if p.do_not_specialize}
+    signature, constexprs, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if name in constants or (isinstance(value, int) and value == 1 and name not in fixed):
+            signature[name] = "constexpr"
+            constexprs[(index,)] = value
+            continue
+        is_tensor = isinstance(value, torch.Tensor)
+        signature[name] = TYPES[value.dtype] if is_tensor else "fp32" if isinstance(value, float) else "i32"
+        number = value.data_ptr() if is_tensor else value
+        if name not in fixed and isinstance(number, int) and number % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    warps = arguments["num_warps"]
+    if target.backend == "hip":
+        warps = max(1, warps // 2)
+    options = {"num_warps": warps, "enable_fp_fusion": arguments["enable_fp_fusion"]}
+    if target.backend == "cuda" and "maxnreg" in arguments:
+        options["maxnreg"] = arguments["maxnreg"]
+    return triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
+
+
+# Reading machine code -----------------------------------------------------------------------------
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def read_sass(cubin: bytes) -> tuple[list[tuple[int, str]], str]:
+    """(address, instruction) in order, predicates kept, and the resource line."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = _tool("cuobjdump", "-sass", file.name)
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text)
+    return [(int(address, 16), instruction) for address, instruction in lines], usage
+
+
+def innermost_loops(code: list[tuple[int, str]]) -> list[list[str]]:
+    """Bodies between a backward branch and its target that hold no other such body."""
+    spans = []
+    for address, instruction in code:
+        match = re.search(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\d+,\s*)?(?:`?\(?)(0x[0-9a-f]+)", instruction)
+        if match and int(match[1], 16) < address:
+            spans.append((int(match[1], 16), address))
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    return [[i for a, i in code if begin <= a <= end] for begin, end in inner]
+
+
+def _opcode(instruction: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
+
+
+def _access_bits(opcode: str) -> int:
+    """Width of a global load or store; 0 for anything else."""
+    if not re.match(r"(LDG|STG)\b", opcode):
+        return 0
+    width = re.search(r"\.(256|128|64|[US]?16|[US]?8)\b", opcode.replace(".L2::128B", "").replace("LTC128B", ""))
+    return int(re.sub(r"\D", "", width[1])) if width else 32
+
+
+def read_nvidia(cubin: bytes, element_bits: int, is_streamed: bool) -> dict:
+    """The figures of one cubin; only streamed rows have loops over logits."""
+    code, usage = read_sass(cubin)
+    opcodes = [_opcode(instruction) for _, instruction in code]
+    slots, narrow = {"slots_scan": None, "slots_grad": None}, 0
+    for body in innermost_loops(code) if is_streamed else []:
+        operations = [_opcode(i) for i in body]
+        if not any(o.startswith("MUFU.EX2") for o in operations):
+            continue
+        loaded = sum(_access_bits(o) for o in operations if o.startswith("LDG")) / element_bits
+        narrow += sum(0 < _access_bits(o) < 128 for o in operations)
+        is_gradient = any(o.startswith("STG") for o in operations)
+        key = "slots_grad" if is_gradient else "slots_scan"
+        count = sum(o != "NOP" for o in operations) / loaded
+        slots[key] = round(max(count, slots[key] or 0.0), 2)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spill_instructions": sum(o.startswith(("LDL", "STL")) for o in opcodes),
+        "wide_accesses": sum(_access_bits(o) >= 128 for o in opcodes),
+        "narrow_accesses_in_loops": narrow,
+        "fp64_instructions": sum(bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|F2F\.F64|MUFU\.\w*64", o)) for o in opcodes),
+        **slots,
+    }  # fmt: skip
+
+
+def read_amd(assembly: str) -> dict:
+    """The figures of one gfx binary, as far as its text gives them."""
+    count = {k: int(re.search(rf"\.{k}:\s+(\d+)", assembly)[1]) for k in ("vgpr_count", "vgpr_spill_count")}
+    return {
+        "registers": count["vgpr_count"],
+        "spill_instructions": count["vgpr_spill_count"],
+        "wide_accesses": len(re.findall(r"^\s+(?:global|buffer)_(?:load|store)_dwordx4", assembly, re.M)),
+        "narrow_accesses_in_loops": None,
+        "fp64_instructions": len(re.findall(r"^\s+v_\w+_f64", assembly, re.M)),
+        "slots_scan": None,
+        "slots_grad": None,
+    }
+
+
+def int32_address_products(ttir: str) -> int:
+    """Products of two run-time int32 that an address depends on: they overflow for big tensors."""
+    users: dict[str, list[str]] = {}
+    results: dict[str, str] = {}
+    for line in ttir.splitlines():
+        match = re.match(r"\s*(%[\w#:]+) = ([\w.]+)(.*)", line)
+        if not match:
+            continue
+        results[match[1]] = line
+        for operand in re.findall(r"%\w+", match[3].split(" loc(")[0]):
+            users.setdefault(operand, []).append(match[1])
+    constants = {name for name, line in results.items() if "arith.constant" in line}
+
+    def reaches_address(name: str, seen: set) -> bool:
+        if name in seen:
+            return False
+        seen.add(name)
+        following = users.get(name, [])
+        return any("tt.addptr" in results[u] or reaches_address(u, seen) for u in following)
+
+    found = 0
+    for name, line in results.items():
+        match = re.match(r"\s*%\w+ = arith\.muli (%\w+), (%\w+)(?: overflow<\w+>)? : (?:tensor<\S+x)?i32", line)
+        if match and not {match[1], match[2]} & constants and reaches_address(name, set()):
+            found += 1
+    return found
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def measure(targets: list[str], dtypes: list[str], vocab_sizes: list[int]) -> list[dict]:
+    """One entry per kernel, target, dtype and vocabulary."""
+    rows = []
+    for dtype_name in dtypes:
+        dtype = DTYPES[dtype_name]
+        for vocab_size in vocab_sizes:
+            for kernel, arguments in launches(dtype, vocab_size):
+                for target in targets:
+                    compiled = compile_launch(kernel, arguments, TARGETS[target])
+                    if "cubin" in compiled.asm:
+                        figures = read_nvidia(compiled.asm["cubin"], BITS[dtype], "REPEAT" in arguments)
+                    else:
+                        figures = read_amd(compiled.asm["amdgcn"])
+                    rows.append(
+                        {
+                            "kernel": kernel.__name__.strip("_").removesuffix("_kernel"),
+                            "target": target,
+                            "dtype": dtype_name,
+                            "vocab_size": vocab_size,
+                            "aligned": vocab_size * dtype.itemsize % 16 == 0,
+                            **figures,
+                            "int32_address_products": int32_address_products(compiled.asm["ttir"]),
+                            "warps": arguments["num_warps"],
+                        }
+                    )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the table as a list of objects")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--vocab-size", nargs="+", type=int, default=list(VOCAB_SIZES))
+    options = parser.parse_args()
+    rows = measure(options.target, options.dtype, options.vocab_size)
+    print(f"torch {torch.__version__}, triton {triton.__version__}")
+    keys = list(rows[0])
+    widths = [max(len(k), *(len(str(r[k])) for r in rows)) for k in keys]
+    for cells in [keys, *([str(r[k]) for k in keys] for r in rows)]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
