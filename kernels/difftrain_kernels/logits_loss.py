@@ -1,14 +1,38 @@
-"""fused_diffusion_loss: the masked-diffusion loss from logits."""
+"""fused_diffusion_loss: the masked-diffusion loss from logits.
+
+What the Triton implementation moves, for N rows of V logits (NV = their bytes):
+
+| call | forward | backward | together |
+|---|---|---|---|
+| no gradient wanted | 2 | - | 2 bytes per bf16 logit |
+| the default | 2 | 4 | 6, whatever the upstream gradient |
+| ``upstream_scale`` stated, and met | 4 | a check on the device | 4 |
+| ``upstream_scale`` stated, not met | 4 | 4 | 8, still exact |
+| stated and ``overwrite_logits``, not met | 4 | 4 | 8, rounded twice |
+
+The default makes the gradient in backward, since forward cannot know the upstream gradient:
+``(loss / k).backward()`` then costs what a forward and a separate backward kernel cost, never
+more. Whoever knows ``1 / k`` states it and saves a third. Nothing waits for the device.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .cases import CaseTable
 from .reference import diffusion_loss_reference
-from .validation import Penalty, check_choice, check_label_values, check_loss_arguments
+from .validation import (
+    Penalty,
+    check_choice,
+    check_label_values,
+    check_loss_arguments,
+    check_overwritable,
+    check_upstream_scale,
+)
 
-IMPLEMENTATIONS = ("auto", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
 def fused_diffusion_loss(
@@ -24,11 +48,13 @@ def fused_diffusion_loss(
     impl: str = "auto",
     return_cases: bool = False,
     check_labels: bool = False,
+    upstream_scale: float | None = None,
+    overwrite_logits: bool = False,
 ) -> Tensor | tuple[Tensor, CaseTable]:
     """Cross-entropy weighted by what the model predicts; a drop-in for the eager loss.
 
     The formula is that of :func:`difftrain_kernels.diffusion_loss_reference`. Nothing passed in
-    is modified.
+    is modified, unless ``overwrite_logits`` asks for it.
 
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64, any device; V >= 1.
@@ -41,10 +67,20 @@ def fused_diffusion_loss(
         ignore_index: the target that marks a position as not counted. Such positions have loss 0
             and gradient exactly 0, but stay in the mean's divisor.
         reduction: "mean" over all positions, "sum", or "none" (one loss per position).
-        impl: "auto" takes the fastest implementation for the device; "reference" plain PyTorch.
+        impl: "auto" takes "triton" for CUDA logits up to fp32, else the reference; "triton" the
+            fused kernel (on CPU tensors too where TRITON_INTERPRET=1); "reference" plain PyTorch.
         return_cases: also return the :class:`CaseTable` of this batch.
         check_labels: look for labels outside [0, V) and raise; waits for a GPU. Without it, such
             a label makes its own row's loss and gradient NaN.
+        upstream_scale: the gradient that will reach this loss, such as 1 / accumulation steps,
+            where it is known. The gradient is then made together with the loss, and backward only
+            checks the statement on the device. Any other upstream gradient gives the exact
+            gradient too, but costs a second pass.
+        overwrite_logits: the gradient may be written over the logits (no buffer of their size).
+            Where the reference runs, or no gradient is wanted, they stay as they are. Any other
+            use of their values in backward then raises, and so does a second backward unless
+            ``upstream_scale`` is stated. With it, an upstream gradient other than stated rounds
+            each element twice.
 
     Returns:
         The loss, fp32 (fp64 for fp64 logits): 0-d, or of y's shape for "none". An empty batch
@@ -54,14 +90,135 @@ def fused_diffusion_loss(
         TypeError: an argument of the wrong Python type.
         ValueError: a shape, dtype, device, id, penalty or choice that does not fit; the message
             says what was expected and what came.
+        RuntimeError: in backward, a second derivative, or logits that were modified since.
 
     Source: the specification's ``diffusion_loss_function``.
     """
     check_loss_arguments(logits, y, x, mask_id, pk, pm, ignore_index, reduction)
     check_choice("impl", impl, IMPLEMENTATIONS)
+    check_upstream_scale(upstream_scale)
+    if overwrite_logits:
+        check_overwritable(logits)
     if check_labels:
         check_label_values(y, logits.shape[-1], ignore_index)
-    return diffusion_loss_reference(
-        logits, y, x, mask_id, pk, pm,
-        ignore_index=ignore_index, reduction=reduction, return_cases=return_cases,
-    )  # fmt: skip
+    if not _uses_triton(impl, logits):
+        return diffusion_loss_reference(
+            logits, y, x, mask_id, pk, pm,
+            ignore_index=ignore_index, reduction=reduction, return_cases=return_cases,
+        )  # fmt: skip
+
+    from . import triton_kernels
+
+    pk, pm = (p.detach() if isinstance(p, Tensor) else p for p in (pk, pm))
+    arguments = (y.reshape(-1), x.reshape(-1), int(mask_id), pk, pm, int(ignore_index))
+    if torch.is_grad_enabled() and logits.requires_grad:
+        loss, case, columns = _TritonLoss.apply(logits, arguments, reduction, upstream_scale, overwrite_logits)
+        statistics = triton_kernels.RowStatistics(case, columns)
+    else:
+        statistics = triton_kernels.launch_loss(_as_rows(logits), *arguments)
+        loss = _reduce(statistics.row_loss, reduction)
+    if reduction == "none":
+        loss = loss.view(y.shape)
+    if not return_cases:
+        return loss
+    counts, nll, gap = triton_kernels.launch_case_sums(statistics)
+    return loss, CaseTable(counts, nll, gap, y.numel())
+
+
+def _uses_triton(impl: str, logits: Tensor) -> bool:
+    """Whether the Triton kernel runs; raises ValueError where it was asked for and cannot."""
+    if impl == "reference" or (impl == "auto" and logits.device.type != "cuda"):
+        return False
+    obstacle = _obstacle_to_triton(logits)
+    if obstacle and impl == "triton":
+        raise ValueError(f'impl="triton" needs {obstacle}')
+    return not obstacle
+
+
+def _obstacle_to_triton(logits: Tensor) -> str:
+    """What the Triton kernel would need and does not have; empty where it can run."""
+    if logits.dtype == torch.float64:
+        return "logits in fp32, bf16 or fp16, got torch.float64"
+    try:
+        from . import triton_kernels
+    except ImportError:
+        return "the package triton, which is not installed"
+    if triton_kernels.is_interpreted():
+        return "" if logits.device.type in ("cpu", "cuda") else f"a CPU or CUDA device, got {logits.device}"
+    if logits.device.type != "cuda":
+        return f"a CUDA device (or TRITON_INTERPRET=1 on the CPU), got {logits.device}"
+    if not torch.version.hip and torch.cuda.get_device_capability(logits.device) < (8, 0):
+        return f"compute capability 8.0, got {torch.cuda.get_device_capability(logits.device)}"
+    return ""
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    """(N, V) with last stride 1; a view wherever the rows are evenly spaced, else a copy."""
+    rows = logits.detach().reshape(-1, logits.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _reduce(row_loss: Tensor, reduction: str) -> Tensor:
+    return row_loss.clone() if reduction == "none" else row_loss.sum() if reduction == "sum" else row_loss.mean()
+
+
+class _TritonLoss(torch.autograd.Function):
+    """(logits, ...) -> (loss, case, columns); the last two are the row statistics, no gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, arguments, reduction, upstream_scale, overwrite):
+        from . import triton_kernels
+
+        rows = _as_rows(logits)
+        ctx.divisor = max(1, len(rows)) if reduction == "mean" else 1
+        ctx.stated, ctx.overwrite, ctx.gradient, ctx.made_for = upstream_scale, overwrite, None, None
+        if upstream_scale is None:
+            statistics = triton_kernels.launch_loss(rows, *arguments)
+        else:
+            statistics, ctx.gradient = triton_kernels.launch_loss_and_gradient(
+                rows, *arguments, upstream=upstream_scale, divisor=ctx.divisor,
+                gradient_out=rows if overwrite else None,
+            )  # fmt: skip
+            if overwrite:
+                ctx.gradient = None  # it is the logits, which are saved
+                torch.autograd.graph.increment_version(logits)
+        ctx.save_for_backward(logits, arguments[0], *statistics)
+        ctx.mark_non_differentiable(*statistics)
+        return _reduce(statistics.row_loss, reduction), *statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, *_):
+        from . import triton_kernels
+
+        logits, y, *statistics = ctx.saved_tensors
+        statistics = triton_kernels.RowStatistics(*statistics)
+        rows = _as_rows(logits)
+        upstream = upstream.reshape(-1) if upstream.dim() else upstream
+        if ctx.overwrite and ctx.stated is not None:
+            gradient = _scale_overwritten(ctx, rows, upstream)
+        elif ctx.overwrite:
+            gradient = triton_kernels.launch_gradient(
+                rows, y, statistics, upstream, divisor=ctx.divisor, gradient_out=rows
+            )
+            torch.autograd.graph.increment_version(logits)
+        else:
+            # The buffer from forward is given away once. A second backward makes its own.
+            made, ctx.gradient = ctx.gradient, None
+            gradient = triton_kernels.launch_gradient(
+                rows, y, statistics, upstream, divisor=ctx.divisor,
+                stated=torch.nan if made is None else ctx.stated, gradient_out=made,
+            )  # fmt: skip
+        return gradient.view(logits.shape), None, None, None, None
+
+
+def _scale_overwritten(ctx, gradient: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient that lies over the logits, for this upstream gradient."""
+    from . import triton_kernels
+
+    if ctx.made_for is None:
+        triton_kernels.launch_rescale(gradient, upstream, stated=ctx.stated)
+        ctx.made_for = upstream.clone()
+        return gradient
+    ratio = torch.where(upstream == ctx.made_for, 1.0, upstream / ctx.made_for)
+    return (gradient * (ratio[:, None] if ratio.dim() else ratio)).to(gradient.dtype)

@@ -58,6 +58,30 @@ def check_integer(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
+def check_upstream_scale(value: object) -> None:
+    """Raise unless ``value`` is None or a finite number other than 0."""
+    if value is None:
+        return
+    if not isinstance(value, Real):
+        raise TypeError(f"upstream_scale must be a number or None, got {type(value).__name__}")
+    if not math.isfinite(value) or value == 0:
+        raise ValueError(f"upstream_scale must be finite and not 0, got {value}")
+
+
+def check_overwritable(logits: Tensor) -> None:
+    """Raise ValueError unless the logits are separate rows that a gradient can be written over."""
+    strides = logits.stride()
+    is_rows = logits.shape[-1] == 1 or strides[-1] == 1
+    for i in range(logits.dim() - 2):  # each leading dimension must continue the next one
+        is_rows = is_rows and (logits.shape[i] == 1 or strides[i] == strides[i + 1] * logits.shape[i + 1])
+    apart = all(s >= logits.shape[-1] for s, n in zip(strides[:-1], logits.shape, strict=False) if n > 1)
+    if not (is_rows and apart):
+        raise ValueError(
+            f"logits must be evenly spaced rows to be overwritten, got shape {tuple(logits.shape)} "
+            f"with strides {strides}"
+        )
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
