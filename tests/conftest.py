@@ -1,7 +1,14 @@
 """Shared fixtures: the device the loss is tested on, and reproducible random numbers."""
 
+import importlib.util
+
 import pytest
 import torch
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    import interpreter  # before anything that imports triton
+
+    interpreter.make_faithful()
 
 
 @pytest.fixture(scope="session")
