@@ -286,7 +286,8 @@ def _score_row(
     predicted = -1
     if (mask_logit == top) | (target_logit == top):
         predicted = _first_index(row_ptr, head, first_block, top, vocab_size, REPEAT, LANES, VECTOR)
-    if not ((rest >= 0) & (top > FLOOR) & (top < float("inf"))):
+    # The target is not in rest, so a NaN there shows only in its own logit.
+    if not ((rest >= 0) & (target_logit == target_logit) & (top > FLOOR) & (top < float("inf"))):
         predicted, top = _first_maximum(row_ptr, vocab_size, REPEAT * LANES * VECTOR)
     says_mask = predicted == mask_id
     kind, weight = _kind_and_weight(x, y, says_mask, mask_id, pk, pm)

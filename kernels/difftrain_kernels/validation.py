@@ -70,6 +70,8 @@ def check_upstream_scale(value: object) -> None:
 
 def check_overwritable(logits: Tensor) -> None:
     """Raise ValueError unless the logits are separate rows that a gradient can be written over."""
+    if logits.numel() == 0:
+        return
     strides = logits.stride()
     is_rows = logits.shape[-1] == 1 or strides[-1] == 1
     for i in range(logits.dim() - 2):  # each leading dimension must continue the next one
