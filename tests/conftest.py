@@ -63,3 +63,12 @@ def tiny(tmp_path, corpus_folder):
         return Config(**(values | changes))
 
     return make
+
+
+@pytest.fixture(params=["small", "streamed"])
+def family(request):
+    """Both ways in which the kernels cut rows, on the same short rows."""
+    from loss_problems import rows_are
+
+    with rows_are(request.param):
+        yield request.param
