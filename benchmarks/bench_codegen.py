@@ -80,7 +80,9 @@ def launches(dtype: torch.dtype, vocab_size: int) -> list[tuple]:
     labels = torch.zeros(1, dtype=torch.int64)
     with _recorded(names) as (kernels, recorders):
         statistics = triton_kernels.launch_loss(logits, labels, labels, 0, 0.5, 0.5)
-        triton_kernels.launch_loss_and_gradient(logits, labels, labels, 0, 0.5, 0.5, upstream=1.0, divisor=8.0)
+        triton_kernels.launch_loss_and_gradient(
+            logits, labels, labels, 0, 0.5, 0.5, upstream=1.0, divisor=8.0
+        )
         gradient = triton_kernels.launch_gradient(logits, labels, statistics, torch.ones(()), divisor=8.0)
         triton_kernels.launch_rescale(gradient, torch.ones(()), stated=2.0)
         triton_kernels.launch_case_sums(statistics)
@@ -109,7 +111,9 @@ def compile_launch(kernel, arguments: dict, target: GPUTarget):
     options = {"num_warps": warps, "enable_fp_fusion": arguments["enable_fp_fusion"]}
     if target.backend == "cuda" and "maxnreg" in arguments:
         options["maxnreg"] = arguments["maxnreg"]
-    return triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes), target=target, options=options
+    )
 
 
 # Reading machine code -----------------------------------------------------------------------------
@@ -150,7 +154,9 @@ def _access_bits(opcode: str) -> int:
     """Width of a global load or store; 0 for anything else."""
     if not re.match(r"(LDG|STG)\b", opcode):
         return 0
-    width = re.search(r"\.(256|128|64|[US]?16|[US]?8)\b", opcode.replace(".L2::128B", "").replace("LTC128B", ""))
+    width = re.search(
+        r"\.(256|128|64|[US]?16|[US]?8)\b", opcode.replace(".L2::128B", "").replace("LTC128B", "")
+    )
     return int(re.sub(r"\D", "", width[1])) if width else 32
 
 
@@ -215,7 +221,9 @@ def int32_address_products(ttir: str) -> int:
 
     found = 0
     for name, line in results.items():
-        match = re.match(r"\s*%\w+ = arith\.muli (%\w+), (%\w+)(?: overflow<\w+>)? : (?:tensor<\S+x)?i32", line)
+        match = re.match(
+            r"\s*%\w+ = arith\.muli (%\w+), (%\w+)(?: overflow<\w+>)? : (?:tensor<\S+x)?i32", line
+        )
         if match and not {match[1], match[2]} & constants and reaches_address(name, set()):
             found += 1
     return found

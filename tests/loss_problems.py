@@ -65,7 +65,9 @@ def loss_and_gradient(logits, y, x, mask_id, pk=0.25, pm=0.5, *, upstream=None, 
     node = logits.detach().requires_grad_().view_as(logits)
     gradients = []
     node.register_hook(gradients.append)
-    loss, cases = fused_diffusion_loss(node, y, x, mask_id, pk, pm, return_cases=True, impl="triton", **options)
+    loss, cases = fused_diffusion_loss(
+        node, y, x, mask_id, pk, pm, return_cases=True, impl="triton", **options
+    )
     loss.backward(torch.ones_like(loss) if upstream is None else upstream)
     return loss.detach(), gradients[0], cases
 
@@ -83,7 +85,9 @@ def assert_near_oracle(loss, gradient, cases, expected, upstream, reduction, sta
         size = n if reduction == "mean" else 1
         sum_error = 3e-7 * expected.row_loss.sum()
         assert abs(loss.item() - expected.loss(reduction)) <= (nll_error.sum() + sum_error) / size
-    scale = np.broadcast_to(upstream.double().cpu().numpy(), (n,)) / (max(n, 1) if reduction == "mean" else 1)
+    scale = np.broadcast_to(upstream.double().cpu().numpy(), (n,)) / (
+        max(n, 1) if reduction == "mean" else 1
+    )
     exact = expected.gradient * scale[:, None]
     weight = np.abs(scale * expected.weight)[:, None]
     rounding, smallest = ROUNDING[gradient.dtype], SMALLEST[gradient.dtype]

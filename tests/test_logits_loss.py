@@ -6,11 +6,8 @@ import sys
 import pytest
 import torch
 
-from difftrain_kernels import fused_diffusion_loss
-
-triton_kernels = pytest.importorskip("difftrain_kernels.triton_kernels")
-
-from loss_problems import MODES, loss_and_gradient, random_problem
+from difftrain_kernels import fused_diffusion_loss, triton_kernels
+from loss_problems import MODES, loss_and_gradient, random_problem, rows_are
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -52,8 +49,6 @@ def test_a_stated_upstream_gives_the_bits_of_the_default(problem, reduction, sta
 
 @pytest.mark.parametrize("family_name", ["small", "streamed"])
 def test_a_row_whose_upstream_was_stated_is_not_touched_in_backward(problem, family_name, device):
-    from loss_problems import rows_are
-
     logits, y, x = problem
     upstream = torch.full((9,), 0.5, device=device)
     upstream[3], upstream[7] = 1.0, math.nan
@@ -108,7 +103,9 @@ def test_nothing_is_written_where_no_gradient_is_wanted(problem, mode):
     before = logits.clone()
     stated, overwrite = MODES[mode]
     with torch.no_grad():
-        quiet = kernel_loss(logits.requires_grad_(), y, x, upstream_scale=stated, overwrite_logits=overwrite)
+        quiet = kernel_loss(
+            logits.requires_grad_(), y, x, upstream_scale=stated, overwrite_logits=overwrite
+        )
     detached = kernel_loss(logits.detach(), y, x, upstream_scale=stated, overwrite_logits=overwrite)
     assert not quiet.requires_grad
     assert not detached.requires_grad
@@ -130,7 +127,8 @@ def test_a_second_backward_gives_its_own_gradient(problem, upstreams, mode, devi
     node = leaf * 1
     loss = kernel_loss(node, y, x, upstream_scale=stated, overwrite_logits=overwrite)
     found = [
-        torch.autograd.grad(loss, leaf, torch.tensor(u, device=device), retain_graph=True)[0] for u in upstreams
+        torch.autograd.grad(loss, leaf, torch.tensor(u, device=device), retain_graph=True)[0]
+        for u in upstreams
     ]
     for gradient, upstream in zip(found, upstreams, strict=True):
         expected = gradient_of(problem, torch.tensor(upstream, device=device))
@@ -154,14 +152,15 @@ def test_double_backward_raises(problem, mode):
     leaf = logits.clone().requires_grad_()
     loss = kernel_loss(leaf * 1, y, x, upstream_scale=stated, overwrite_logits=overwrite)
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         gradient.float().sum().backward()
 
 
 def test_a_hundred_repeats_give_equal_bits(problem, family):
-    logits, y, x = (part[:3] for part in problem)
+    logits, y, x = (part[:2] for part in problem)
     first = loss_and_gradient(logits.clone(), y, x, MASK_ID, upstream_scale=1.0)
-    for _ in range(99):
+    # Interpreted rows run one after the other anyway.
+    for _ in range(99 if logits.is_cuda or family == "small" else 9):
         again = loss_and_gradient(logits.clone(), y, x, MASK_ID, upstream_scale=1.0)
         assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True))
         assert torch.equal(first[2].nll, again[2].nll)
@@ -227,7 +226,9 @@ def test_auto_takes_the_kernel_on_cuda_and_the_reference_on_the_cpu(problem, mon
     logits, y, x = problem
     launched = []
     launch = triton_kernels.launch_loss
-    monkeypatch.setattr(triton_kernels, "launch_loss", lambda *a, **k: launched.append(1) or launch(*a, **k))
+    monkeypatch.setattr(
+        triton_kernels, "launch_loss", lambda *a, **k: launched.append(1) or launch(*a, **k)
+    )
     fused_diffusion_loss(logits, y, x, MASK_ID, 0.25, 0.5)
     assert bool(launched) == logits.is_cuda
     fused_diffusion_loss(logits.double(), y, x, MASK_ID, 0.25, 0.5)
@@ -236,9 +237,11 @@ def test_auto_takes_the_kernel_on_cuda_and_the_reference_on_the_cpu(problem, mon
 
 def test_the_kernel_asked_for_by_name_never_falls_back(problem, monkeypatch):
     logits, y, x = problem
-    with pytest.raises(ValueError, match='impl="triton" needs logits in fp32, .*, got torch.float64'):
+    with pytest.raises(ValueError, match=r'impl="triton" needs logits in fp32, .*, got torch.float64'):
         kernel_loss(logits.double(), y, x)
-    with pytest.raises(ValueError, match='impl="triton" needs a CPU or CUDA device, got meta|needs a CUDA'):
+    with pytest.raises(
+        ValueError, match=r'impl="triton" needs a CPU or CUDA device, got meta|needs a CUDA'
+    ):
         kernel_loss(logits.to("meta"), y.to("meta"), x.to("meta"))
     monkeypatch.setattr(triton_kernels, "is_interpreted", lambda: False)
     with pytest.raises(ValueError, match=r"needs a CUDA device \(or TRITON_INTERPRET=1 .*\), got cpu"):
@@ -266,7 +269,9 @@ def test_wrong_options_are_named(problem, options, error, message):
 
 def test_rows_that_share_memory_are_not_overwritten(problem):
     logits, y, x = problem
-    with pytest.raises(ValueError, match=r"evenly spaced rows to be overwritten, got shape \(9, 66\) with str"):
+    with pytest.raises(
+        ValueError, match=r"evenly spaced rows to be overwritten, got shape \(9, 66\) with str"
+    ):
         kernel_loss(logits[:1].expand(9, 66), y, x, overwrite_logits=True)
 
 

@@ -9,10 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import oracle
-from difftrain_kernels import fused_diffusion_loss
-
-triton_kernels = pytest.importorskip("difftrain_kernels.triton_kernels")
-
+from difftrain_kernels import fused_diffusion_loss, triton_kernels
 from loss_problems import (
     DTYPES,
     MODES,
@@ -29,7 +26,12 @@ from loss_problems import (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 INF, NAN = math.inf, math.nan
-PROPERTY = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+PROPERTY = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
 
 
 # Against the oracle -----------------------------------------------------------------------------
@@ -38,7 +40,9 @@ PROPERTY = {"derandomize": True, "deadline": None, "database": None, "suppress_h
 @st.composite
 def problems(draw, max_rows, vocab_sizes):
     vocab_size = draw(vocab_sizes)
-    mask_id = draw(st.sampled_from(sorted({0, vocab_size // 2, vocab_size - 1})) | st.integers(0, vocab_size - 1))
+    mask_id = draw(
+        st.sampled_from(sorted({0, vocab_size // 2, vocab_size - 1})) | st.integers(0, vocab_size - 1)
+    )
     dtype = draw(st.sampled_from(DTYPES))
     offset = draw(st.sampled_from([0.0, 0.0, -1e3, 3e4]))
     logits, y, x = random_problem(
@@ -57,11 +61,15 @@ def problems(draw, max_rows, vocab_sizes):
 
 
 def check(problem, device):
-    logits, buffer = strided_copy(problem["logits"].to(device), padding=problem["padding"], phase=problem["phase"])
+    logits, buffer = strided_copy(
+        problem["logits"].to(device), padding=problem["padding"], phase=problem["phase"]
+    )
     before = buffer.clone()
     y, x = problem["y"].to(device), problem["x"].to(device)
     mask_id, pk, pm, reduction = (problem[key] for key in ("mask_id", "pk", "pm", "reduction"))
-    expected = oracle.diffusion_loss(problem["logits"].double(), problem["y"], problem["x"], mask_id, pk, pm)
+    expected = oracle.diffusion_loss(
+        problem["logits"].double(), problem["y"], problem["x"], mask_id, pk, pm
+    )
     stated, overwrite = MODES[problem["mode"]]
     upstream = torch.full(y.shape if reduction == "none" else (), problem["upstream"], device=device)
     if reduction == "none":
@@ -82,15 +90,19 @@ def check(problem, device):
         assert torch.equal(buffer.nan_to_num(7), before.nan_to_num(7)), "the logits are not modified"
 
 
-@settings(max_examples=700, **PROPERTY)
+@settings(max_examples=720, **PROPERTY)
 @given(problem=problems(8, st.integers(1, 300) | st.sampled_from([1, 2, 63, 64, 65, 128, 129])))
 def test_small_rows_match_the_oracle(problem, device):
     with rows_are("small"):
         check(problem, device)
 
 
-@settings(max_examples=400, **PROPERTY)
-@given(problem=problems(3, st.integers(1, 1600) | st.sampled_from([255, 256, 257, 511, 512, 513, 1023, 1024, 1025])))
+@settings(max_examples=300, **PROPERTY)
+@given(
+    problem=problems(
+        3, st.integers(1, 1600) | st.sampled_from([255, 256, 257, 511, 512, 513, 1023, 1024, 1025])
+    )
+)
 def test_streamed_rows_match_the_oracle(problem, device):
     with rows_are("streamed"):
         check(problem, device)
@@ -113,8 +125,8 @@ def test_streamed_rows_match_the_oracle(problem, device):
         pytest.param(300001, id="300001"),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_tile_matches_the_oracle(vocab_size, dtype, device):
+def test_every_tile_matches_the_oracle(vocab_size, device):
+    dtype = torch.float32 if vocab_size in (1, 4096, 50257) else torch.bfloat16
     mask_id = vocab_size - 1
     logits, y, x = random_problem(2, vocab_size, mask_id, dtype, seed=vocab_size)
     y[:] = torch.tensor([vocab_size // 3, mask_id])
@@ -153,7 +165,9 @@ def test_offsets_cost_no_accuracy(dtype, offset, family, device):
     error = np.abs(rows.double().cpu().numpy() - expected.row_loss)
     assert (error <= 3e-6 * np.maximum(1, expected.nll)).all()
     np.testing.assert_allclose(cases.nll.cpu(), expected.nll_sums, rtol=1e-5, atol=1e-5)
-    allowed = np.maximum(1e-6 * np.abs(expected.gradient), 1e-9) + ROUNDING[dtype] * np.abs(expected.gradient)
+    allowed = np.maximum(1e-6 * np.abs(expected.gradient), 1e-9) + ROUNDING[dtype] * np.abs(
+        expected.gradient
+    )
     assert (np.abs(gradient.double().cpu().numpy() - expected.gradient) <= allowed + SMALLEST[dtype]).all()
 
 
@@ -185,7 +199,9 @@ def test_weights_are_those_of_argmax_on_tied_bf16_rows(mask_id, family, device):
     expected = oracle.diffusion_loss(logits.double(), y, x, mask_id, 0.25, 0.5)
     assert torch.equal(predicted, torch.from_numpy(expected.predicted))
     assert cases.counts.tolist() == expected.counts.tolist()
-    statistics = triton_kernels.launch_loss(logits.to(device), y.to(device), x.to(device), mask_id, 0.25, 0.5)
+    statistics = triton_kernels.launch_loss(
+        logits.to(device), y.to(device), x.to(device), mask_id, 0.25, 0.5
+    )
     weight = (statistics.columns[0] / statistics.columns[1]).cpu()
     counted = y >= 0
     np.testing.assert_allclose(weight[counted], expected.weight[counted.numpy()], rtol=1e-6)
@@ -218,7 +234,9 @@ def test_label_outside_the_vocabulary_poisons_only_its_own_row(label, stated, fa
     logits, buffer = strided_copy(logits.to(device), padding=3)
     before = buffer.clone()
     y = torch.tensor([0, label, 1, 599], device=device)
-    rows, gradient, _ = loss_and_gradient(logits, y, y.clamp(0, 599), 5, reduction="none", upstream_scale=stated)
+    rows, gradient, _ = loss_and_gradient(
+        logits, y, y.clamp(0, 599), 5, reduction="none", upstream_scale=stated
+    )
     assert rows.isnan().tolist() == [False, True, False, False]
     assert gradient.isnan().all(1).tolist() == [False, True, False, False]
     assert gradient[[0, 2, 3]].isfinite().all()
@@ -241,7 +259,13 @@ def test_ignored_rows_get_exact_zeros_whatever_they_hold(content, mode, family, 
     rows, _ = strided_copy(logits.to(device), padding=1, phase=1)
     stated, overwrite = MODES[mode]
     loss, gradient, cases = loss_and_gradient(
-        rows, y.to(device), x.to(device), 4, reduction="none", upstream_scale=stated, overwrite_logits=overwrite
+        rows,
+        y.to(device),
+        x.to(device),
+        4,
+        reduction="none",
+        upstream_scale=stated,
+        overwrite_logits=overwrite,
     )
     assert (loss.cpu()[y == -1] == 0).all()
     assert (gradient.cpu()[y == -1] == 0).all()
@@ -250,7 +274,9 @@ def test_ignored_rows_get_exact_zeros_whatever_they_hold(content, mode, family, 
     assert cases.counts.sum().item() == (y != -1).sum().item()
 
 
-@pytest.mark.parametrize("place", [0, 3, 300, 598], ids=["first", "near the start", "middle", "near the end"])
+@pytest.mark.parametrize(
+    "place", [0, 3, 300, 598], ids=["first", "near the start", "middle", "near the end"]
+)
 @pytest.mark.parametrize("content", [NAN, INF, -INF], ids=["nan", "+inf", "-inf"])
 @pytest.mark.parametrize("whole_row", [False, True], ids=["one logit", "whole row"])
 def test_infinities_and_nan_do_as_the_reference_does(content, place, whole_row, family, device):
@@ -265,7 +291,12 @@ def test_infinities_and_nan_do_as_the_reference_does(content, place, whole_row, 
         )
         reference[0].sum().backward()
         rows, gradient, cases = loss_and_gradient(
-            logits.clone().to(device), y.to(device), x.to(device), mask_id, reduction="none", upstream_scale=1.0
+            logits.clone().to(device),
+            y.to(device),
+            x.to(device),
+            mask_id,
+            reduction="none",
+            upstream_scale=1.0,
         )
         np.testing.assert_allclose(rows.cpu(), reference[0].detach(), rtol=3e-6)
         assert cases.counts.tolist() == reference[1].counts.tolist()
@@ -280,7 +311,9 @@ def test_rows_of_numbers_at_the_range_s_end_are_exact_or_nan(family, device):
     logits = torch.zeros(3, 300)
     logits[0, 5:], logits[1], logits[2, ::2] = -3.4028e38, -3.4028e38, -1e30
     y = torch.tensor([0, 1, 1])
-    rows, gradient, _ = loss_and_gradient(logits.to(device), y.to(device), y.to(device), 9, reduction="none")
+    rows, gradient, _ = loss_and_gradient(
+        logits.to(device), y.to(device), y.to(device), 9, reduction="none"
+    )
     assert rows[0].item() == pytest.approx(math.log(5), rel=1e-6)
     assert rows[1].isnan()
     assert rows[2].item() == pytest.approx(math.log(150), rel=1e-6)
@@ -326,7 +359,9 @@ def test_rows_beyond_2_31_elements(overwrite, family, device):
     far = far.as_strided((3, vocab_size), (stride, 1))
     far.copy_(near)
     results = [
-        loss_and_gradient(rows, y.to(device), x.to(device), 7, upstream_scale=0.5, overwrite_logits=overwrite)
+        loss_and_gradient(
+            rows, y.to(device), x.to(device), 7, upstream_scale=0.5, overwrite_logits=overwrite
+        )
         for rows in (far, near.to(device))
     ]
     assert torch.equal(results[0][0], results[1][0])
@@ -373,15 +408,21 @@ def test_any_leading_shape_and_stride_gives_the_same_loss(family, device):
 
 def test_gradient_rows_start_at_the_phase_of_the_logits_rows(device):
     for padding, phase in [(0, 0), (1, 0), (0, 3), (5, 7), (8, 8)]:
-        logits, _ = strided_copy(torch.zeros(5, 603, dtype=torch.bfloat16, device=device), padding=padding, phase=phase)
+        logits, _ = strided_copy(
+            torch.zeros(5, 603, dtype=torch.bfloat16, device=device), padding=padding, phase=phase
+        )
         gradient = triton_kernels.empty_gradient_like(logits)
         for row in range(5):
             assert (gradient[row].data_ptr() - logits[row].data_ptr()) % 16 == 0
     assert triton_kernels.empty_gradient_like(torch.zeros(5, 603)).is_contiguous()
+    logits, labels = torch.zeros(2, 600, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    shifted = torch.zeros(1201, device=device)[1:].view(2, 600)
+    options = {"upstream": 1.0, "divisor": 1}
     with pytest.raises(ValueError, match="16-byte phase"):
-        logits = torch.zeros(2, 600, device=device)
-        shifted = torch.zeros(1201, device=device)[1:].view(2, 600)
         triton_kernels.launch_loss_and_gradient(
-            logits, *(torch.zeros(2, dtype=torch.int64, device=device),) * 2, 0, 1.0, 1.0,
-            upstream=1.0, divisor=1, gradient_out=shifted,
-        )  # fmt: skip
+            logits, labels, labels, 0, 1.0, 1.0, gradient_out=shifted, **options
+        )
+    with pytest.raises(ValueError, match=r"gradient_out must have shape \(2, 600\), .* got \(2, 300\)"):
+        triton_kernels.launch_loss_and_gradient(
+            logits, labels, labels, 0, 1.0, 1.0, gradient_out=logits[:, :300], **options
+        )

@@ -112,7 +112,9 @@ def fused_diffusion_loss(
     pk, pm = (p.detach() if isinstance(p, Tensor) else p for p in (pk, pm))
     arguments = (y.reshape(-1), x.reshape(-1), int(mask_id), pk, pm, int(ignore_index))
     if torch.is_grad_enabled() and logits.requires_grad:
-        loss, case, columns = _TritonLoss.apply(logits, arguments, reduction, upstream_scale, overwrite_logits)
+        loss, case, columns = _TritonLoss.apply(
+            logits, arguments, reduction, upstream_scale, overwrite_logits
+        )
         statistics = triton_kernels.RowStatistics(case, columns)
     else:
         statistics = triton_kernels.launch_loss(_as_rows(logits), *arguments)
@@ -159,7 +161,13 @@ def _as_rows(logits: Tensor) -> Tensor:
 
 
 def _reduce(row_loss: Tensor, reduction: str) -> Tensor:
-    return row_loss.clone() if reduction == "none" else row_loss.sum() if reduction == "sum" else row_loss.mean()
+    return (
+        row_loss.clone()
+        if reduction == "none"
+        else row_loss.sum()
+        if reduction == "sum"
+        else row_loss.mean()
+    )
 
 
 class _TritonLoss(torch.autograd.Function):

@@ -118,7 +118,9 @@ def _scan_blocks(
 ):  # fmt: skip
     """Blocks [first, last), all full: no mask, nothing crosses lanes."""
     for block in range(first, last):
-        values = _load_wide(_block_ptr(row_ptr, head, block, REPEAT * LANES * VECTOR), REPEAT, LANES, VECTOR)
+        values = _load_wide(
+            _block_ptr(row_ptr, head, block, REPEAT * LANES * VECTOR), REPEAT, LANES, VECTOR
+        )
         new_top, total, exps = _raise_maximum(values, top, total)
         total += tl.sum(tl.sum(exps, axis=2), axis=0)
         seen = tl.where(new_top > top, block, seen)
@@ -185,7 +187,9 @@ def _scan_row(
 
 
 @triton.jit
-def _first_index(row_ptr, head, block, value, vocab_size, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+def _first_index(
+    row_ptr, head, block, value, vocab_size, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
+):
     """The first column of a block (-1: the head) that holds ``value``; V if none does."""
     column = head + block * (REPEAT * LANES * VECTOR) + _offsets(REPEAT, LANES, VECTOR)
     inside = (column >= 0) & (column < vocab_size)
@@ -339,7 +343,9 @@ def _write_gradient_row(
     # Every thread must have read what another one is about to overwrite.
     tl.debug_barrier()
     if head + n_full * (REPEAT * LANES * VECTOR) < vocab_size:
-        _write_block(row_ptr, gradient_ptr, head, n_full, vocab_size, shift, factor, REPEAT, LANES, VECTOR, True)
+        _write_block(
+            row_ptr, gradient_ptr, head, n_full, vocab_size, shift, factor, REPEAT, LANES, VECTOR, True
+        )
     # Backwards: what the scan read last is the likeliest to be in the cache still.
     for block in range(n_full - 1, -1, -1):
         _write_block(
@@ -598,7 +604,14 @@ def _case_sums_kernel(case_ptr, statistics_ptr, counts_ptr, sums_ptr, n_rows, BL
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _rescale_kernel(
-    gradient_ptr, upstream_ptr, stated, n_rows, vocab_size, gradient_stride, upstream_stride, BLOCK: tl.constexpr
+    gradient_ptr,
+    upstream_ptr,
+    stated,
+    n_rows,
+    vocab_size,
+    gradient_stride,
+    upstream_stride,
+    BLOCK: tl.constexpr,
 ):
     offsets = tl.arange(0, BLOCK)
     for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
@@ -642,11 +655,15 @@ class Tile:
 
 
 SMALL_VOCAB = 4096
-SMALL_TILE = 2048  # logits per program of 4 warps: 16 to a thread; longer rows get more warps
+SMALL_TILE = 1024  # logits per program of 4 warps; longer rows get up to 16 logits to a thread
 # Rows longer than the bound on the left are streamed with this tile. Chosen from the instructions
 # and registers that bench_codegen reports for sm_90 (no GPU timing yet): at up to 64 registers,
 # 2 programs of 16 warps or 1 of 32 fill a multiprocessor, and rows in flight stay in the L2.
-STREAM_TILES = ((65536, Tile(warps=32, repeat=2)), (16384, Tile(warps=16, repeat=2)), (0, Tile(warps=8, repeat=2)))
+STREAM_TILES = (
+    (65536, Tile(warps=32, repeat=2)),
+    (16384, Tile(warps=16, repeat=2)),
+    (0, Tile(warps=8, repeat=2)),
+)
 MAX_REGISTERS = 64  # 32 warps to a multiprocessor
 MAX_PROGRAMS = 1024  # of the gradient kernels, whose programs take many rows
 
@@ -655,7 +672,7 @@ def choose_tile(vocab_size: int) -> Tile:
     """The tile for rows of this length."""
     if vocab_size <= SMALL_VOCAB:
         block_v = max(16, triton.next_power_of_2(vocab_size))
-        return Tile(warps=max(4, 4 * block_v // SMALL_TILE), rows=max(1, SMALL_TILE // block_v), block_v=block_v)
+        return Tile(warps=max(4, block_v // 512), rows=max(1, SMALL_TILE // block_v), block_v=block_v)
     return next(tile for above, tile in STREAM_TILES if vocab_size > above)
 
 
@@ -686,7 +703,12 @@ def _tile_arguments(logits: Tensor, tile: Tile) -> dict:
     else:
         options["maxnreg"] = MAX_REGISTERS
     aligned = _phase(logits) == (0, 0)
-    return {"REPEAT": tile.repeat, "LANES": lanes, "VECTOR": _vector(logits.dtype), "ALIGNED": aligned} | options
+    return {
+        "REPEAT": tile.repeat,
+        "LANES": lanes,
+        "VECTOR": _vector(logits.dtype),
+        "ALIGNED": aligned,
+    } | options
 
 
 def _on_device(tensor: Tensor):
@@ -824,7 +846,11 @@ def launch_gradient(
 def _gradient_buffer(logits: Tensor, gradient_out: Tensor | None) -> Tensor:
     if gradient_out is None:
         return empty_gradient_like(logits)
-    if gradient_out.shape != logits.shape or gradient_out.dtype != logits.dtype or gradient_out.stride(1) != 1:
+    if (
+        gradient_out.shape != logits.shape
+        or gradient_out.dtype != logits.dtype
+        or gradient_out.stride(1) != 1
+    ):
         raise ValueError(
             f"gradient_out must have shape {tuple(logits.shape)}, dtype {logits.dtype} and last stride 1, "
             f"got {tuple(gradient_out.shape)}, {gradient_out.dtype}, strides {gradient_out.stride()}"

@@ -1,0 +1,129 @@
+"""Seed small faults in the loss kernels, one at a time, and see that the tests notice each.
+
+    python tests/mutants.py [NUMBER ...]
+
+Not part of the default run (about ten minutes on one core). Every fault is a replacement of text
+in a copy of the repository; the run stops at the first test that fails. Exit code 1 if a fault
+survives, or if its text is no longer there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = "kernels/difftrain_kernels/triton_kernels.py"
+LOSS = "kernels/difftrain_kernels/logits_loss.py"
+# In this order; a fault is killed by the first stage that fails. Hypothesis is late: it shrinks.
+STAGES = {
+    KERNELS: (
+        ["tests/test_triton_kernels.py", "-k", "not rows_match_the_oracle"],
+        ["tests/test_logits_loss.py"],
+        ["tests/test_codegen.py"],
+        ["tests/test_triton_kernels.py", "-k", "rows_match_the_oracle"],
+    ),
+    LOSS: (["tests/test_logits_loss.py"], ["tests/test_triton_kernels.py"]),
+}
+# (file, what is wrong, text, replacement); all occurrences are replaced.
+MUTANTS = [
+    (KERNELS, "tail mask off by one", "mask=column < vocab_size, other", "mask=column <= vocab_size, other"),
+    (KERNELS, "tail sums one logit less", "mask=column < vocab_size, other", "mask=column < vocab_size - 1, other"),
+    (KERNELS, "gradient's tail is one short", "offsets < vocab_size\n        values", "offsets < vocab_size - 1\n        values"),
+    (KERNELS, "gradient's tail is one long", "offsets < vocab_size\n        values", "offsets <= vocab_size\n        values"),
+    (KERNELS, "small rows read a column too many", "& (column < vocab_size), column", "& (column <= vocab_size), column"),
+    (KERNELS, "row stride replaced by V", "row_ptr = ptr + row * stride", "row_ptr = ptr + row * 600"),
+    (KERNELS, "gradient uses the logits' stride", "_row(gradient_ptr, row, gradient_stride, ALIGNED)", "_row(gradient_ptr, row, logits_stride + 1, ALIGNED)"),
+    (KERNELS, "dropped rescale of the running sum", "return new_top, total * tl.exp2(top * LOG2E - shift), exps", "return new_top, total, exps"),
+    (KERNELS, "dropped rescale between lanes", "tl.sum(total * tl.exp2(top * LOG2E - shift), axis=0)", "tl.sum(total, axis=0)"),
+    (KERNELS, "missing int64 in the row offset", "row = tl.program_id(0).to(tl.int64)\n", "row = tl.program_id(0)\n"),
+    (KERNELS, "missing int64 in the gradient's row offset", "row = tl.full([], index, tl.int64)\n        upstream = tl.load(upstream_ptr + row * upstream_stride)\n        if upstream != stated:  # always", "row = tl.full([], index, tl.int32)\n        upstream = tl.load(upstream_ptr + row * upstream_stride)\n        if upstream != stated:  # always"),
+    (KERNELS, "label narrowed to int32", "target = tl.where(is_label, y, -1).to(tl.int32)", "target = y.to(tl.int32)"),
+    (KERNELS, "int32 labels when judged", "is_label = (y >= 0) & (y < vocab_size)", "is_label = (y.to(tl.int32) >= 0) & (y.to(tl.int32) < vocab_size)"),
+    (KERNELS, "label V passes", "is_label = (y >= 0) & (y < vocab_size)", "is_label = (y >= 0) & (y <= vocab_size)"),
+    (KERNELS, "tie goes to the later block", "tl.where(new_top > top, block, seen)", "tl.where(new_top >= top, block, seen)"),
+    (KERNELS, "tie goes to the last lane's block", "first_block = tl.min(tl.where(top == row_top, seen, n_full), axis=0)", "first_block = tl.max(tl.where(top == row_top, seen, -1), axis=0)"),
+    (KERNELS, "tie goes to the last index in a small row", "first_top = tl.min(tl.where(exists & (numbers == top[:, None]), column, BLOCK_V), axis=1)", "first_top = tl.max(tl.where(exists & (numbers == top[:, None]), column, -1), axis=1)"),
+    (KERNELS, "any maximum at [MASK] counts as predicted", "says_mask = predicted == mask_id\n    kind, weight = _kind_and_weight(x, y, says_mask, mask_id, pk, pm)\n    case = kind * 3 + tl.where(says_mask, 0, tl.where(predicted == y, 1, 2))\n    # The total", "says_mask = mask_logit == top\n    kind, weight = _kind_and_weight(x, y, says_mask, mask_id, pk, pm)\n    case = kind * 3 + tl.where(says_mask, 0, tl.where(predicted == y, 1, 2))\n    # The total"),
+    (KERNELS, "pk and pm swapped", "weight = tl.where(is_masked & says_mask, pk, 1.0)", "weight = tl.where(is_masked & says_mask, pm, 1.0)"),
+    (KERNELS, "pk for every answer", "tl.where(is_masked & says_mask, pk, 1.0)", "tl.where(is_masked, pk, 1.0)"),
+    (KERNELS, "pm for [MASK] wanted where [MASK] stands", "is_intact = (x == y) & (x != mask_id)", "is_intact = x == y"),
+    (KERNELS, "pk where [MASK] is the target", "is_masked = (x == mask_id) & (y != mask_id)", "is_masked = x == mask_id"),
+    (KERNELS, "nll from a rounded log-sum-exp", "LN2 * (tl.log2(total) - log2_p)", "(shift * LN2 + LN2 * tl.log2(total)) - target_logit"),
+    (KERNELS, "exponent rounded twice in the scan", "exps = tl.exp2(tl.fma(values, LOG2E, -shift[None, :, None]))", "exps = tl.exp2(values * LOG2E - shift[None, :, None])"),
+    (KERNELS, "exponent rounded twice in the gradient", "return tl.exp2(tl.fma(values, LOG2E, -shift)) * factor", "return tl.exp2(values * LOG2E - shift) * factor"),
+    (KERNELS, "gradient of the target as p - 1", "tl.store(gradient_ptr + target, (-rest * factor).to(dtype))", "tl.store(gradient_ptr + target, (tl.load(gradient_ptr + target).to(tl.float32) - upstream_like).to(dtype))".replace("upstream_like", "1.0")),
+    (KERNELS, "small gradient of the target without its own", "(-rest * factor)[:, None], gradient)", "(rest * factor)[:, None], gradient)"),
+    (KERNELS, "target summed with the rest", "exps = tl.where(column == target, 0.0, exps)", "exps = tl.where(column == -9, 0.0, exps)"),
+    (KERNELS, "first head element lost", "mask=lane < head, other=float(\"-inf\")", "mask=(lane < head) & (lane > 0), other=float(\"-inf\")"),
+    (KERNELS, "gradient's head not written", "tl.store(gradient_ptr + lane, _gradient_of(values, shift, factor).to(dtype), mask=lane < head)", "tl.store(gradient_ptr + lane, _gradient_of(values, shift, factor).to(dtype), mask=lane < head - 1)"),
+    (KERNELS, "unwritten ignored row", "_zero_row(gradient_row_ptr, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)\n    else", "pass\n    else"),
+    (KERNELS, "ignored row's head keeps its garbage", "tl.store(gradient_ptr + lane, 0.0, mask=lane < head)", "tl.store(gradient_ptr + lane, 0.0, mask=lane < head - 1)"),
+    (KERNELS, "unwritten first block", "for block in range(n_full - 1, -1, -1):", "for block in range(n_full - 1, 0, -1):"),
+    (KERNELS, "ignored small row keeps its gradient", "gradient = tl.where(is_counted[:, None], gradient, 0.0)", "gradient = gradient"),
+    (KERNELS, "NaN at the target goes unseen by the prediction", "(target_logit == target_logit) & ", ""),
+    (KERNELS, "NaN is no maximum", "if first_nan < vocab_size:", "if first_nan < 0:"),
+    (KERNELS, "maximum starts at -inf", "FLOOR = tl.constexpr(-2e38)", "FLOOR = tl.constexpr(float(\"-inf\"))"),
+    (KERNELS, "empty total passes for a number", "tl.where(total > 0, LN2", "tl.where(total >= 0, LN2"),
+    (KERNELS, "gap from [MASK] downwards", "top - mask_logit", "mask_logit - top"),
+    (KERNELS, "ignored rows in the case table's nll", "tl.store(base + NLL * n_rows, tl.where(is_counted, nll, 0.0), mask=inside)", "tl.store(base + NLL * n_rows, nll, mask=inside)"),
+    (KERNELS, "case table loses its last rows", "for start in range(0, n_rows, BLOCK):", "for start in range(0, n_rows - 1, BLOCK):"),
+    (KERNELS, "stated rows recomputed without need", "inside = (row < n_rows) & (upstream != stated)", "inside = row < n_rows"),
+    (KERNELS, "every row takes the first row's upstream", "upstream_stride=upstream.stride(0) if upstream.dim() else 0,\n            **_tile", "upstream_stride=0,\n            **_tile"),
+    (KERNELS, "gradient buffer ignores the logits' phase", "return buffer.as_strided((n, vocab_size), (stride, 1), phase)", "return buffer.as_strided((n, vocab_size), (vocab_size, 1), 0)"),
+    (KERNELS, "unaligned rows treated as aligned", "aligned = _phase(logits) == (0, 0)", "aligned = True"),
+    (KERNELS, "bulk accesses through 2-byte elements", "return tl.multiple_of(row_ptr + head + block * BLOCK, 16)", "return row_ptr + head + block * BLOCK"),
+    (LOSS, "mean over counted positions", "ctx.divisor = max(1, len(rows))", "ctx.divisor = max(1, int((arguments[0] != -1).sum()))"),
+    (LOSS, "sum's gradient divided by N", "if reduction == \"mean\" else 1\n", "if reduction != \"none\" else 1\n"),
+    (LOSS, "buffer given away twice", "made, ctx.gradient = ctx.gradient, None", "made = ctx.gradient"),
+    (LOSS, "statement trusted unseen", "stated=torch.nan if made is None else ctx.stated, gradient_out=made,", "stated=torch.nan if made is None else float(upstream.flatten()[0]), gradient_out=made,"),
+    (LOSS, "version counter not bumped in forward", "                torch.autograd.graph.increment_version(logits)\n        ctx", "        ctx"),
+    (LOSS, "version counter not bumped in backward", "            torch.autograd.graph.increment_version(logits)\n        else", "        else"),
+    (LOSS, "logits overwritten unasked", "gradient_out=rows if overwrite else None,", "gradient_out=rows,"),
+]  # fmt: skip
+
+
+def survives(file: str, text: str, replacement: str) -> str:
+    """The test that killed the fault, or an empty string."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("kernels", "difftrain", "tests", "benchmarks"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        source = copy / file
+        source.write_text(source.read_text().replace(text, replacement))
+        for stage in STAGES[file]:
+            run = subprocess.run(
+                [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *stage],
+                cwd=copy, capture_output=True, text=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+            )  # fmt: skip
+            if run.returncode:
+                failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+                return failed[0].split(" - ")[0].split("::")[-1] if failed else f"exit {run.returncode}"
+    return ""
+
+
+def main() -> int:
+    chosen = [int(argument) for argument in sys.argv[1:]] or range(1, len(MUTANTS) + 1)
+    alive = 0
+    for number in chosen:
+        file, fault, text, replacement = MUTANTS[number - 1]
+        begin = time.monotonic()
+        if text not in (ROOT / file).read_text():
+            verdict = "GONE"
+        else:
+            killer = survives(file, text, replacement)
+            verdict = f"killed by {killer}" if killer else "SURVIVED"
+        alive += not verdict.startswith("killed")
+        print(f"{number:3} {fault}: {verdict} ({time.monotonic() - begin:.0f} s)", flush=True)
+    print(f"{len(chosen) - alive} of {len(chosen)} killed")
+    return alive > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
