@@ -49,7 +49,7 @@ TYPES = {
 }  # fmt: skip
 
 
-# Compiling what the launcher launches -------------------------------------------------------------
+# Compiling what the launcher launches.
 
 
 class _Recorder:
@@ -116,7 +116,7 @@ def compile_launch(kernel, arguments: dict, target: GPUTarget):
     )
 
 
-# Reading machine code -----------------------------------------------------------------------------
+# Reading machine code.
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -229,7 +229,7 @@ def int32_address_products(ttir: str) -> int:
     return found
 
 
-# The table ----------------------------------------------------------------------------------------
+# The table.
 
 
 def measure(targets: list[str], dtypes: list[str], vocab_sizes: list[int]) -> list[dict]:

@@ -29,7 +29,7 @@ def gradient_of(problem, upstream, **options):
     return loss_and_gradient(logits.clone(), y, x, MASK_ID, upstream=upstream, **options)[1]
 
 
-# Modes of the gradient ----------------------------------------------------------------------------
+# Modes of the gradient.
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -114,7 +114,7 @@ def test_nothing_is_written_where_no_gradient_is_wanted(problem, mode):
     assert logits._version == 0
 
 
-# Autograd ----------------------------------------------------------------------------------------
+# Autograd.
 
 
 @pytest.mark.parametrize("upstreams", [(1.0, 1.0), (1.0, 3.0), (3.0, 1.0), (3.0, 3.0)])
@@ -219,7 +219,7 @@ def test_no_step_waits_for_the_device(problem, mode, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
 
-# Choice of implementation -------------------------------------------------------------------------
+# Choice of implementation.
 
 
 def test_auto_takes_the_kernel_on_cuda_and_the_reference_on_the_cpu(problem, monkeypatch):

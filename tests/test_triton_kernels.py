@@ -34,7 +34,7 @@ PROPERTY = {
 }
 
 
-# Against the oracle -----------------------------------------------------------------------------
+# Against the oracle.
 
 
 @st.composite
@@ -146,7 +146,7 @@ def oracle_of(logits, y, x, mask_id, pk=0.25, pm=0.5):
         oracle.first_maximum = loop
 
 
-# Numerics ---------------------------------------------------------------------------------------
+# Numerics.
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 6e4, 1e6])
@@ -224,7 +224,7 @@ def test_a_maximum_that_comes_first_in_each_block_is_found(family, device):
         assert (statistics.case.cpu() % 3).tolist() == answer.tolist()
 
 
-# Labels, ignored rows, infinities ---------------------------------------------------------------
+# Labels, ignored rows, infinities.
 
 
 @pytest.mark.parametrize("label", [600, -2, 2**32 + 3, -(2**40), 2**63 - 1])
@@ -241,6 +241,19 @@ def test_label_outside_the_vocabulary_poisons_only_its_own_row(label, stated, fa
     assert gradient.isnan().all(1).tolist() == [False, True, False, False]
     assert gradient[[0, 2, 3]].isfinite().all()
     assert torch.equal(buffer.nan_to_num(7), before.nan_to_num(7))
+
+
+@pytest.mark.parametrize("label", [-1, 600])
+def test_a_poisoned_row_is_tabulated_as_the_reference_does(label, family, device):
+    logits, _, _ = random_problem(3, 600, 5, torch.float32)
+    y = torch.tensor([0, label, 1])
+    options = {"ignore_index": -100, "return_cases": True}
+    arguments = logits.to(device), y.to(device), torch.full_like(y, 5).to(device), 5, 0.25, 0.5
+    found = fused_diffusion_loss(*arguments, impl="triton", **options)[1]
+    expected = fused_diffusion_loss(*arguments, impl="reference", **options)[1]
+    assert torch.equal(found.counts, expected.counts)
+    torch.testing.assert_close(found.nll, expected.nll, equal_nan=True)
+    torch.testing.assert_close(found.gap, expected.gap)
 
 
 def test_checked_labels_name_the_position_in_the_kernel_too(device):
@@ -320,7 +333,7 @@ def test_rows_of_numbers_at_the_range_s_end_are_exact_or_nan(family, device):
     assert gradient[[0, 2]].isfinite().all()
 
 
-# Memory -----------------------------------------------------------------------------------------
+# Memory.
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,4 +1,4 @@
-"""Triton kernels of the loss from logits, each followed by the function that launches it.
+"""Triton kernels of the loss from logits, and at the end the functions that launch them.
 
 A row is one position: V logits. Two families do the same work:
 
@@ -14,7 +14,7 @@ second read of a streamed row comes from the cache as long as all rows in flight
 Numbers are compiled with ``enable_fp_fusion=False``; what must be fused says ``tl.fma``. A shift
 that is rounded once and then used everywhere cancels exactly, at any logit offset; a product the
 compiler fuses into one use of it and not into another does not. Logits beyond 2e38 in size give
-NaN. The formula of the loss is in ``reference.py``.
+NaN. No atomics: two runs give the same bits. The formula of the loss is in ``reference.py``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ N_STATISTICS = 6
 IGNORED = tl.constexpr(9)  # case of an ignored position; the others are kind * 3 + answer
 
 
-# Parts that the kernels share -------------------------------------------------------------------
+# Parts that the kernels share.
 
 
 @triton.jit
@@ -269,7 +269,7 @@ def _gradient_of(values, shift, factor):
     return tl.exp2(tl.fma(values, LOG2E, -shift)) * factor
 
 
-# Streamed rows ----------------------------------------------------------------------------------
+# Streamed rows.
 
 
 @triton.jit
@@ -295,7 +295,8 @@ def _score_row(
         predicted, top = _first_maximum(row_ptr, vocab_size, REPEAT * LANES * VECTOR)
     says_mask = predicted == mask_id
     kind, weight = _kind_and_weight(x, y, says_mask, mask_id, pk, pm)
-    case = kind * 3 + tl.where(says_mask, 0, tl.where(predicted == y, 1, 2))
+    # A label -1 that is not ignored must not pass for the prediction that was not needed.
+    case = kind * 3 + tl.where(says_mask, 0, tl.where(is_label & (predicted == y), 1, 2))
     # The total counts the target only where there is one.
     target_logit = tl.where(is_label, target_logit, float("-inf"))
     per_total = _store_statistics(
@@ -451,7 +452,7 @@ def _gradient_kernel(
                 )  # fmt: skip
 
 
-# Small rows -------------------------------------------------------------------------------------
+# Small rows.
 
 
 @triton.jit
@@ -576,7 +577,7 @@ def _small_gradient_kernel(
             )  # fmt: skip
 
 
-# After the rows ---------------------------------------------------------------------------------
+# After the rows.
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -625,7 +626,7 @@ def _rescale_kernel(
                 tl.store(pointers, values.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
-# Launchers --------------------------------------------------------------------------------------
+# Launchers.
 
 
 class RowStatistics(NamedTuple):
