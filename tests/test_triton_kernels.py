@@ -227,7 +227,7 @@ def test_a_maximum_that_comes_first_in_each_block_is_found(family, device):
 # Labels, ignored rows, infinities.
 
 
-@pytest.mark.parametrize("label", [600, -2, 2**32 + 3, -(2**40), 2**63 - 1])
+@pytest.mark.parametrize("label", [600, -2, 2**31 - 1, 2**32 + 3, -(2**40), 2**63 - 1])
 @pytest.mark.parametrize("stated", [None, 1.0], ids=["in backward", "with the loss"])
 def test_label_outside_the_vocabulary_poisons_only_its_own_row(label, stated, family, device):
     logits, _, _ = random_problem(4, 600, 5, torch.bfloat16)
