@@ -193,6 +193,7 @@ def test_weights_are_those_of_argmax_on_tied_bf16_rows(mask_id, family, device):
     labelled = torch.arange(20)[y >= 0][::4]
     logits[labelled, y[labelled]] = logits[labelled].amax(1)  # so does the target
     logits[::5, mask_id] += 8  # and [MASK] alone is the maximum
+    y[5] = x[5] = mask_id  # wanted where it stands: weight 1
     predicted = logits.argmax(1)
     assert (predicted == mask_id).sum() >= 4
     _, _, cases = loss_and_gradient(logits.to(device), y.to(device), x.to(device), mask_id)
