@@ -280,6 +280,7 @@ def test_ignored_rows_get_exact_zeros_whatever_they_hold(content, mode, family, 
         reduction="none",
         upstream_scale=stated,
         overwrite_logits=overwrite,
+        upstream=torch.full((9,), stated or 1.0, device=device),
     )
     assert (loss.cpu()[y == -1] == 0).all()
     assert (gradient.cpu()[y == -1] == 0).all()
@@ -351,7 +352,15 @@ def test_every_output_element_is_written(mode, vocab_size, family, device, monke
 
     monkeypatch.setattr(torch, "empty", poisoned)
     loss, gradient, cases = loss_and_gradient(
-        logits.to(device), y.to(device), x.to(device), 4, upstream_scale=stated, overwrite_logits=overwrite
+        logits.to(device),
+        y.to(device),
+        x.to(device),
+        4,
+        upstream_scale=stated,
+        overwrite_logits=overwrite,
+        upstream=torch.tensor(
+            stated or 1.0, device=device
+        ),  # met: backward would write what forward did not
     )
     assert loss.isfinite()
     assert gradient.isfinite().all()
