@@ -358,9 +358,8 @@ def test_every_output_element_is_written(mode, vocab_size, family, device, monke
         4,
         upstream_scale=stated,
         overwrite_logits=overwrite,
-        upstream=torch.tensor(
-            stated or 1.0, device=device
-        ),  # met: backward would write what forward did not
+        # Met, or backward would write what forward did not.
+        upstream=torch.tensor(stated or 1.0, device=device),
     )
     assert loss.isfinite()
     assert gradient.isfinite().all()
