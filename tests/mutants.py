@@ -54,7 +54,7 @@ HINTS = {
     "empty total passes": "range",
     "gap from [MASK] downwards": "every_tile and 66",
     "ignored rows in the case table": "ignored_rows",
-    "case table loses its last rows": "every_tile and 66",
+    "case table loses its last rows": "partial_blocks",
     "stated rows recomputed": "not_touched",
     "every row takes the first": "any_stride or met",
     "gradient buffer ignores": "phase",

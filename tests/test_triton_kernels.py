@@ -137,6 +137,20 @@ def test_every_tile_matches_the_oracle(vocab_size, device):
     assert_near_oracle(loss, gradient, cases, expected, torch.ones(()), "sum")
 
 
+@pytest.mark.parametrize("n", [1, 512, 513])
+def test_case_table_over_whole_and_partial_blocks_of_rows(n, device):
+    logits, y, x = random_problem(n, 2, 1, torch.float32)
+    found, expected = (
+        fused_diffusion_loss(
+            logits.to(device), y.to(device), x.to(device), 1, 0.25, 0.5, impl=impl, return_cases=True
+        )[1]
+        for impl in ("triton", "reference")
+    )
+    assert torch.equal(found.counts, expected.counts)
+    torch.testing.assert_close(found.nll, expected.nll)
+    torch.testing.assert_close(found.gap, expected.gap)
+
+
 def oracle_of(logits, y, x, mask_id, pk=0.25, pm=0.5):
     """The oracle, its loop for the first maximum replaced by numpy's (which agrees; it is tested)."""
     loop, oracle.first_maximum = oracle.first_maximum, lambda row: int(np.argmax(row))
