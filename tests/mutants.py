@@ -58,7 +58,7 @@ HINTS = {
     "stated rows recomputed": "not_touched",
     "every row takes the first": "any_stride or met",
     "gradient buffer ignores": "phase",
-    "unaligned rows treated as aligned": "every_tile and 4097",
+    "unaligned rows treated as aligned": "count_as_aligned",
     "bulk accesses through": "budget",
     "mean over counted": "met",
     "sum's gradient divided": "met",

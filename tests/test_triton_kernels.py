@@ -442,6 +442,19 @@ def test_any_leading_shape_and_stride_gives_the_same_loss(family, device):
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [600, 601, 604])
+def test_rows_count_as_aligned_only_if_each_starts_on_16_bytes(vocab_size, dtype, device):
+    # The interpreter does not mind a wide access off its boundary; a GPU stops.
+    tile = triton_kernels.Tile(warps=1)
+    for padding, phase in [(0, 0), (1, 0), (0, 1), (0, 4), (4, 0), (8, 8), (7, 1)]:
+        logits, _ = strided_copy(
+            torch.zeros(4, vocab_size, dtype=dtype, device=device), padding=padding, phase=phase
+        )
+        aligned = all(row.data_ptr() % 16 == 0 for row in logits)
+        assert triton_kernels._tile_arguments(logits, tile)["ALIGNED"] == aligned
+
+
 def test_gradient_rows_start_at_the_phase_of_the_logits_rows(device):
     for padding, phase in [(0, 0), (1, 0), (0, 3), (5, 7), (8, 8)]:
         logits, _ = strided_copy(
