@@ -303,9 +303,7 @@ def test_ignored_rows_get_exact_zeros_whatever_they_hold(content, mode, family, 
     assert cases.counts.sum().item() == (y != -1).sum().item()
 
 
-@pytest.mark.parametrize(
-    "place", [0, 3, 300, 598], ids=["first", "near the start", "middle", "near the end"]
-)
+@pytest.mark.parametrize("place", [0, 300, 598], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("content", [NAN, INF, -INF], ids=["nan", "+inf", "-inf"])
 @pytest.mark.parametrize("whole_row", [False, True], ids=["one logit", "whole row"])
 def test_infinities_and_nan_do_as_the_reference_does(content, place, whole_row, family, device):
