@@ -104,15 +104,67 @@ def check_loss_arguments(
     check_tensor("logits", logits, LOGITS_DTYPES)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
-    check_labels_like("y", y, logits.shape[:-1], logits.device)
-    check_labels_like("x", x, logits.shape[:-1], logits.device)
+    check_targets(
+        logits.shape[:-1], logits.shape[-1], logits.device, y, x, mask_id, pk, pm, ignore_index, reduction
+    )
+
+
+def check_targets(
+    shape: torch.Size,
+    vocab_size: int,
+    device: torch.device,
+    y: Tensor,
+    x: Tensor,
+    mask_id: int,
+    pk: Penalty,
+    pm: Penalty,
+    ignore_index: int,
+    reduction: str,
+) -> None:
+    """Check what does not depend on how the logits are given."""
+    check_labels_like("y", y, shape, device)
+    check_labels_like("x", x, shape, device)
     check_integer("mask_id", mask_id)
-    if not 0 <= mask_id < logits.shape[-1]:
-        raise ValueError(f"mask_id must be in [0, {logits.shape[-1]}), got {mask_id}")
+    if not 0 <= mask_id < vocab_size:
+        raise ValueError(f"mask_id must be in [0, {vocab_size}), got {mask_id}")
     check_integer("ignore_index", ignore_index)
-    check_penalty("pk", pk, logits.device)
-    check_penalty("pm", pm, logits.device)
+    check_penalty("pk", pk, device)
+    check_penalty("pm", pm, device)
     check_choice("reduction", reduction, REDUCTIONS)
+
+
+def check_linear_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None, is_autocast: bool) -> None:
+    """Check hidden (..., D), weight (V, D) and bias (V,), which autocast alone lets differ in dtype."""
+    check_tensor("hidden", hidden, LOGITS_DTYPES)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must have shape (..., D) with D >= 1, got {tuple(hidden.shape)}")
+    check_tensor("weight", weight, LOGITS_DTYPES)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or len(weight) == 0:
+        raise ValueError(
+            f"weight must have shape (V, {hidden.shape[-1]}) with V >= 1, got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        check_tensor("bias", bias, LOGITS_DTYPES)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({len(weight)},), got {tuple(bias.shape)}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if value.device != hidden.device:
+            raise ValueError(f"{name} must be on device {hidden.device}, got {value.device}")
+        is_castable = is_autocast and torch.float64 not in (value.dtype, hidden.dtype)
+        if value.dtype != hidden.dtype and not is_castable:
+            raise ValueError(f"{name} must have hidden's dtype {hidden.dtype}, got {value.dtype}")
+
+
+def check_positive(name: str, value: object, *, integer: bool = False) -> None:
+    """Raise unless ``value`` is a finite number above 0, and an integer where that is asked for."""
+    if integer:
+        check_integer(name, value)
+    elif not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and > 0, got {value}")
 
 
 def check_label_values(y: Tensor, vocab_size: int, ignore_index: int) -> None:

@@ -1,0 +1,193 @@
+"""fused_linear_diffusion_loss: the masked-diffusion loss from hidden states; logits are never stored whole.
+
+Tokens are taken in chunks (``chunks.py``, which also says what becomes of positions that do not
+count). Matrix products of N*D*V multiplications each, and what is kept until backward:
+
+| call | forward | backward | kept |
+|---|---|---|---|
+| no gradient wanted | 1 | - | - |
+| "mean" or "sum" | 1, and 1 for each of hidden and weight that is trained | 0 | the gradients |
+| "mean" or "sum", backward again (``retain_graph``) | - | the same once more | - |
+| "none" | 1 | 1 for the logits again, and 1 for each that is trained | row statistics |
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .cases import CaseTable
+from .chunks import DEFAULT_WORKSPACE_MIB, ChunkedLoss, choose_chunk_tokens, row_bytes
+from .logits_loss import IMPLEMENTATIONS, _reduce, _uses_triton
+from .validation import (
+    Penalty,
+    check_choice,
+    check_label_values,
+    check_linear_arguments,
+    check_positive,
+    check_targets,
+    check_upstream_scale,
+)
+
+
+def fused_linear_diffusion_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    x: Tensor,
+    mask_id: int,
+    pk: Penalty,
+    pm: Penalty,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    impl: str = "auto",
+    return_cases: bool = False,
+    check_labels: bool = False,
+    chunk_tokens: int | None = None,
+    workspace_mib: float = DEFAULT_WORKSPACE_MIB,
+    upstream_scale: float | None = None,
+) -> Tensor | tuple[Tensor, CaseTable]:
+    """The loss of ``hidden @ weight.T + bias`` without an N x V tensor, in memory or in the graph.
+
+    The formula is that of :func:`difftrain_kernels.diffusion_loss_reference`, and so are the
+    weights and the table: those of the logits rounded to the dtype they are computed in. Nothing
+    passed in is modified. Under autocast everything but fp64 is computed in the autocast dtype, and
+    each gradient comes back in its tensor's own dtype. The weight's and the bias's gradients are
+    summed in fp32 over all chunks and rounded once.
+
+    Made in forward for "mean" and "sum", the gradients do not depend on what happens to the inputs
+    afterwards; wherever backward computes logits again (see ``reduction``), changed inputs raise.
+
+    Args:
+        hidden: (..., D) fp32, bf16, fp16 or fp64, any device; D >= 1.
+        weight: (V, D), the output layer's (tied or not), V >= 1; like ``hidden`` in dtype, except
+            under autocast.
+        y: (...) int64 or int32, the targets; ``ignore_index`` where a position does not count.
+        x: (...) int64 or int32, the ids the model saw.
+        mask_id: id of [MASK], in [0, V).
+        pk: penalty_keep_mask, a number >= 0 or a 0-d float tensor on the same device.
+        pm: penalty_mask_correct, like ``pk``.
+        bias: (V,) or None.
+        ignore_index: the target that marks a position as not counted: loss 0 and gradient exactly
+            0, whatever its hidden state holds; it stays in the mean's divisor.
+        reduction: "mean" over all positions, "sum", or "none" (one loss per position). For these
+            two the gradients are made in forward, and a second backward makes them again. With
+            "none", forward makes the losses only: backward, which alone knows each row's upstream
+            gradient, computes every chunk's logits again, one matrix product more.
+        impl: what computes the loss of a chunk: "auto" (the kernel on CUDA up to fp32, else the
+            reference), "triton" or "reference".
+        return_cases: also return the :class:`CaseTable` of this batch.
+        check_labels: look for labels outside [0, V) and raise; waits for a GPU. Without it, such
+            a label makes its own row's loss NaN, and with it the weight's gradient.
+        chunk_tokens: positions per chunk, instead of as many as ``workspace_mib`` holds.
+        workspace_mib: memory for the logits of one chunk and for what the loss makes of them, in
+            MiB; at most 4096 positions, at least 1, whatever it says. Beside it live the gradients,
+            the fp32 sum of the weight's where the weight is narrower, and under autocast the cast
+            weight.
+        upstream_scale: the gradient that will reach this loss, where it is known. Not needed for
+            speed: it spares the gradients of ``hidden`` a second rounding where the factor is not
+            a power of two. Changes nothing for "none".
+
+    Returns:
+        The loss, fp32 (fp64 for fp64): 0-d, or of y's shape for "none". An empty batch gives NaN
+        for "mean" and 0 for "sum". With ``return_cases``, the pair (loss, CaseTable).
+
+    Raises:
+        TypeError: an argument of the wrong Python type.
+        ValueError: a shape, dtype, device, id, penalty or choice that does not fit; the message
+            says what was expected and what came.
+        RuntimeError: in backward, a second derivative, or inputs that were changed where they are
+            needed again.
+
+    Source: the specification's ``diffusion_loss_function``; KERNELS section "Fused linear".
+    """
+    device_type = getattr(getattr(hidden, "device", None), "type", "cpu")
+    is_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    check_linear_arguments(hidden, weight, bias, is_autocast)
+    vocab_size, device = len(weight), hidden.device
+    check_targets(hidden.shape[:-1], vocab_size, device, y, x, mask_id, pk, pm, ignore_index, reduction)
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    check_upstream_scale(upstream_scale)
+    check_positive("workspace_mib", workspace_mib)
+    if chunk_tokens is not None:
+        check_positive("chunk_tokens", chunk_tokens, integer=True)
+    if check_labels:
+        check_label_values(y, vocab_size, ignore_index)
+
+    dtype = hidden.dtype
+    if is_autocast and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    uses_triton = _uses_triton(impl, torch.empty(0, dtype=dtype, device=device))
+    if chunk_tokens is None:
+        chunk_tokens = choose_chunk_tokens(
+            y.numel(), row_bytes(vocab_size, dtype, uses_triton), workspace_mib
+        )
+    divisor = max(1, y.numel()) if reduction == "mean" else 1
+    # In fp16 a gradient divided by N vanishes before the upstream gradient, a loss scale, lifts it.
+    made_for = upstream_scale or (float(divisor) if dtype == torch.float16 else 1.0)
+    pk, pm = (p.detach().clone() if isinstance(p, Tensor) else float(p) for p in (pk, pm))
+    chunked = ChunkedLoss(
+        y.reshape(-1), x.reshape(-1), int(mask_id), pk, pm, int(ignore_index),
+        reduction, made_for if reduction != "none" else 1.0, divisor, chunk_tokens, dtype, uses_triton,
+    )  # fmt: skip
+    head = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
+        loss, *statistics = _LinearLoss.apply(*head, chunked)
+    else:
+        statistics, _ = chunked.run(*head)
+        loss = _reduce(chunked.row_loss(statistics), reduction)
+    loss = loss.view(y.shape) if reduction == "none" else loss
+    return (loss, chunked.table(statistics)) if return_cases else loss
+
+
+class _LinearLoss(torch.autograd.Function):
+    """(hidden (N, D), weight, bias, chunked) -> (loss, *statistics); the statistics have no gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, chunked):
+        is_made_now = chunked.reduction != "none"
+        needs = tuple(ctx.needs_input_grad[:3]) if is_made_now else (False,) * 3
+        statistics, gradients = chunked.run(hidden, weight, bias, needs)
+        ctx.chunked, ctx.made = chunked, gradients if is_made_now else None
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.save_for_backward(hidden, weight, bias, chunked.y, chunked.x, *statistics)
+        ctx.mark_non_differentiable(*statistics)
+        return _reduce(chunked.row_loss(statistics), chunked.reduction), *statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, *_):
+        chunked, needs = ctx.chunked, tuple(ctx.needs_input_grad[:3])
+        # What forward made is given away once. A second backward makes it again.
+        made, ctx.made = ctx.made, None
+        if made is None:
+            hidden, weight, bias, y, x, *saved = ctx.saved_tensors
+            rows = upstream.reshape(-1) if chunked.reduction == "none" else None
+            _, made = replace(chunked, y=y, x=x).run(hidden, weight, bias, needs, saved, rows)
+        if chunked.reduction == "none":
+            upstream = upstream.new_ones(())
+        return *(
+            _scaled(g, upstream, chunked, dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)
+        ), None
+
+
+def _scaled(
+    made: Tensor | None, upstream: Tensor, chunked: ChunkedLoss, dtype: torch.dtype
+) -> Tensor | None:
+    """A gradient made for ``chunked.made_for``, for this upstream gradient and in the tensor's dtype."""
+    if made is None:
+        return None
+    if made.dtype != dtype:
+        return torch.mul(made, upstream / chunked.made_for, out=torch.empty_like(made, dtype=dtype))
+    if not chunked.uses_triton:
+        return made.mul_(upstream / chunked.made_for)
+    from . import triton_kernels
+
+    # Compared on the device: where the upstream gradient is the expected one, nothing is read or written.
+    triton_kernels.launch_rescale(made.view(-1, made.shape[-1]), upstream, stated=chunked.made_for)
+    return made
