@@ -17,7 +17,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .cases import CaseTable
 from .chunks import DEFAULT_WORKSPACE_MIB, ChunkedLoss, choose_chunk_tokens, row_bytes
@@ -160,8 +159,17 @@ class _LinearLoss(torch.autograd.Function):
         return _reduce(chunked.row_loss(statistics), chunked.reduction), *statistics
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, *_):
+        with torch.no_grad():
+            gradients = _LinearLoss._gradients(ctx, upstream)
+        if torch.is_grad_enabled():  # create_graph: once_differentiable would hand out constants in silence
+            made = [g for g in gradients if g is not None]
+            marked = iter(_NoSecondDerivative.apply(*(g.requires_grad_() for g in made)))
+            gradients = [None if g is None else next(marked) for g in gradients]
+        return *gradients, None
+
+    @staticmethod
+    def _gradients(ctx, upstream):
         chunked, needs = ctx.chunked, tuple(ctx.needs_input_grad[:3])
         # What forward made is given away once. A second backward makes it again.
         made, ctx.made = ctx.made, None
@@ -171,9 +179,19 @@ class _LinearLoss(torch.autograd.Function):
             _, made = replace(chunked, y=y, x=x).run(hidden, weight, bias, needs, saved, rows)
         if chunked.reduction == "none":
             upstream = upstream.new_ones(())
-        return *(
-            _scaled(g, upstream, chunked, dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)
-        ), None
+        return [_scaled(g, upstream, chunked, dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Hands gradients through; a derivative of them raises."""
+
+    @staticmethod
+    def forward(ctx, *gradients):
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("fused_linear_diffusion_loss has no second derivative; the eager reference has")
 
 
 def _scaled(
