@@ -290,11 +290,14 @@ def test_frozen_inputs_cost_no_gradient(impl, wanted, reduction, monkeypatch, de
     problem = head_problem(20, 18, torch.float32, device)
     expected = value_and_gradients(linear_loss, problem, impl=impl, reduction=reduction)[1:]
     inputs = [t.detach().requires_grad_(want) for t, want in zip(problem[:3], wanted, strict=True)]
-    made = []
+    made, parts = [], []
     add_product = chunks._add_product
+    parts_of = chunks._Gradients.parts
+    monkeypatch.setattr(chunks._Gradients, "parts", lambda g: parts.extend(parts_of(g)) or parts_of(g))
     monkeypatch.setattr(chunks, "_add_product", lambda *a: made.append(a[0].shape) or add_product(*a))
     linear_loss(*inputs, *problem[3:], impl=impl, reduction=reduction).sum().backward()
     assert len(made) == wanted[0] + wanted[1]
+    assert tuple(part is not None for part in parts) == wanted
     for tensor, want, gradient in zip(inputs, wanted, expected, strict=True):
         if want:
             torch.testing.assert_close(tensor.grad, gradient, rtol=1e-6, atol=1e-9)
@@ -411,12 +414,13 @@ def test_any_upstream_gradient_stated_or_not(impl, dtype, stated, reduction, dev
 def test_fp16_gradients_survive_division_before_the_loss_scale(impl, device):
     n = 1024
     problem = head_problem(n, 40, torch.float16, device)
-    problem[0].data.mul_(1 / 64)
-    upstream = torch.tensor(2.0**13, device=device)
+    problem[0].data.mul_(256)  # the logits stay, the gradient of hidden gets as small as in training
+    problem[1].data.mul_(1 / 256)
+    upstream = torch.tensor(2.0**9, device=device)
     found = value_and_gradients(linear_loss, problem, upstream, impl=impl)
     expected = oracle_values(problem, "mean", upstream)
     for a, b in zip(found[1:], expected[1:], strict=True):
-        assert error(a, b) <= 4e-3 * b.abs().max().item()
+        assert error(a, b) <= 1.2e-3 * b.abs().max().item()
 
 
 @BOTH
@@ -521,7 +525,7 @@ def test_autocast_computes_in_its_dtype_and_returns_the_parameters(
         torch.testing.assert_close(a.to(dtype), b, rtol=torch.finfo(dtype).eps, atol=1e-7)
     exact = oracle_values(narrow, reduction, torch.tensor(1.0))
     # The weight's gradient keeps fp32: only the gradient of the logits was rounded.
-    assert not torch.equal(found[2], found[2].to(dtype).float())
+    assert not any(torch.equal(g, g.to(dtype).float()) for g in found[2:])
     assert error(found[2], exact[2]) <= 4 * torch.finfo(dtype).eps * exact[2].abs().max().item()
 
 
@@ -569,7 +573,7 @@ def test_repeats_give_equal_bits(impl, device):
     [
         pytest.param(50304, torch.bfloat16, True, 2560, id="257 MB at the head of a small model"),
         pytest.param(128256, torch.bfloat16, True, 1024, id="the largest V with at least 1024"),
-        pytest.param(32000, torch.bfloat16, True, 4096, id="never more than 4096"),
+        pytest.param(16000, torch.bfloat16, True, 4096, id="never more than 4096"),
         pytest.param(50304, torch.float32, False, 256, id="eager makes three more rows"),
         pytest.param(2**31, torch.bfloat16, True, 1, id="at least one"),
     ],

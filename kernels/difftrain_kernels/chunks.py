@@ -15,7 +15,6 @@ by N.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +77,8 @@ class ChunkedLoss:
             upstream: (N,) or 0-d factor of each row's gradient; 1 by default.
         """
         n, vocab_size = len(hidden), len(weight)
-        parts, device_type = [], hidden.device.type
-        has_autocast = torch.amp.is_autocast_available(device_type)
-        with torch.no_grad(), torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
+        parts = []
+        with torch.no_grad():
             gradients = _Gradients(hidden, weight, needs, self) if any(needs) else None
             weight = weight.to(self.dtype)
             bias = None if bias is None else bias.to(self.dtype)
@@ -172,8 +170,8 @@ class _Gradients:
 
     def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple, chunked: ChunkedLoss):
         wide = torch.promote_types(chunked.dtype, torch.float32)
-        # CPUs multiply narrow floats slowly, where they can at all; there even rows are made wide.
-        narrow = chunked.dtype if hidden.is_cuda else wide
+        # CPUs multiply narrow floats slowly, where they can at all; there the rows are made wide too.
+        narrow = chunked.dtype if hidden.is_cuda or chunked.uses_triton else wide
         self.hidden = hidden.new_empty(hidden.shape, dtype=narrow) if needs[0] else None
         self.weight = weight.new_empty(weight.shape, dtype=wide) if needs[1] else None
         self.bias = weight.new_zeros(len(weight), dtype=wide) if needs[2] else None
