@@ -404,6 +404,9 @@ def test_any_upstream_gradient_stated_or_not(impl, dtype, stated, reduction, dev
         found = value_and_gradients(
             linear_loss, problem, upstream, impl=impl, reduction=reduction, upstream_scale=stated
         )[1:]
+        if reduction == "none":
+            unstated = value_and_gradients(linear_loss, problem, upstream, impl=impl, reduction=reduction)
+            assert all(torch.equal(a, b) for a, b in zip(found, unstated[1:], strict=True))
         tolerance = 4 * torch.finfo(dtype).eps
         for a, b in zip(found, ones, strict=True):
             atol = abs(value) * tolerance * b.abs().max().item()

@@ -4,13 +4,16 @@ One buffer of chunk x V holds the logits of a chunk and then, in place where the
 gradient, from which the chunk's share of every gradient is made before the next chunk comes.
 
 Positions without a gradient (ignored, or of weight 0). On the CPU their rows are left out of the
-backward products: half the rows ignored, half the chunked. On a GPU they are multiplied, as zeros. To
-leave them out, the host must know how many there are; reading that number stops it until the GPU
-has caught up, once per step for ignored rows and once per chunk for weights, which depend on the
-logits. A partition on the device gathers the zeros but does not help: the host sets the size of a
-matrix product. torch's grouped product reads sizes on the device, but cannot add to an fp32 sum.
-Who knows on the host which positions count can pass those alone, with reduction "sum", and divide
-by N.
+backward products. Measured on one core, 1024 positions, D = 2048, V = 8192, fp32: beyond the loss
+alone, the gradients take 1.00 s with all rows, 0.73 s with half of them ignored, 0.33 s with nine
+tenths; loss and gradients take 1.76 s, and 0.78 s where every weight is 0.
+
+On a GPU the rows are multiplied, as zeros. To leave them out, the host must know how many there
+are, and reading that number stops it until the GPU has caught up: once per step for ignored rows,
+once per chunk for weights, which depend on the logits. A partition on the device gathers the zeros
+but does not help, since the host sets the size of a matrix product; torch's grouped product reads
+sizes on the device, but cannot add to an fp32 sum. (Not measured on a GPU.) Who knows on the host
+which positions count can pass those alone, with reduction "sum", and divide by N.
 """
 
 from __future__ import annotations
