@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .cases import CaseTable
 from .chunks import DEFAULT_WORKSPACE_MIB, ChunkedLoss, choose_chunk_tokens, row_bytes
-from .logits_loss import IMPLEMENTATIONS, _reduce, _uses_triton
+from .implementation import IMPLEMENTATIONS, forbid_second_derivative, reduce_rows, uses_triton
 from .validation import (
     Penalty,
     check_choice,
@@ -121,25 +121,23 @@ def fused_linear_diffusion_loss(
     dtype = hidden.dtype
     if is_autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-    uses_triton = _uses_triton(impl, torch.empty(0, dtype=dtype, device=device))
+    is_fused = uses_triton(impl, torch.empty(0, dtype=dtype, device=device))
     if chunk_tokens is None:
-        chunk_tokens = choose_chunk_tokens(
-            y.numel(), row_bytes(vocab_size, dtype, uses_triton), workspace_mib
-        )
+        chunk_tokens = choose_chunk_tokens(y.numel(), row_bytes(vocab_size, dtype, is_fused), workspace_mib)
     divisor = max(1, y.numel()) if reduction == "mean" else 1
     # In fp16 a gradient divided by N vanishes before the upstream gradient, a loss scale, lifts it.
     made_for = upstream_scale or (float(divisor) if dtype == torch.float16 else 1.0)
     pk, pm = (p.detach().clone() if isinstance(p, Tensor) else float(p) for p in (pk, pm))
     chunked = ChunkedLoss(
         y.reshape(-1), x.reshape(-1), int(mask_id), pk, pm, int(ignore_index),
-        reduction, made_for if reduction != "none" else 1.0, divisor, chunk_tokens, dtype, uses_triton,
+        reduction, made_for if reduction != "none" else 1.0, divisor, chunk_tokens, dtype, is_fused,
     )  # fmt: skip
     head = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
         loss, *statistics = _LinearLoss.apply(*head, chunked)
     else:
         statistics, _ = chunked.run(*head)
-        loss = _reduce(chunked.row_loss(statistics), reduction)
+        loss = reduce_rows(chunked.row_loss(statistics), reduction)
     loss = loss.view(y.shape) if reduction == "none" else loss
     return (loss, chunked.table(statistics)) if return_cases else loss
 
@@ -156,16 +154,14 @@ class _LinearLoss(torch.autograd.Function):
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.save_for_backward(hidden, weight, bias, chunked.y, chunked.x, *statistics)
         ctx.mark_non_differentiable(*statistics)
-        return _reduce(chunked.row_loss(statistics), chunked.reduction), *statistics
+        return reduce_rows(chunked.row_loss(statistics), chunked.reduction), *statistics
 
     @staticmethod
     def backward(ctx, upstream, *_):
         with torch.no_grad():
             gradients = _LinearLoss._gradients(ctx, upstream)
-        if torch.is_grad_enabled():  # create_graph: once_differentiable would hand out constants in silence
-            made = [g for g in gradients if g is not None]
-            marked = iter(_NoSecondDerivative.apply(*(g.requires_grad_() for g in made)))
-            gradients = [None if g is None else next(marked) for g in gradients]
+        if torch.is_grad_enabled():
+            gradients = forbid_second_derivative(gradients)
         return *gradients, None
 
     @staticmethod
@@ -180,18 +176,6 @@ class _LinearLoss(torch.autograd.Function):
         if chunked.reduction == "none":
             upstream = upstream.new_ones(())
         return [_scaled(g, upstream, chunked, dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Hands gradients through; a derivative of them raises."""
-
-    @staticmethod
-    def forward(ctx, *gradients):
-        return tuple(g.view_as(g) for g in gradients)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("fused_linear_diffusion_loss has no second derivative; the eager reference has")
 
 
 def _scaled(

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .cases import CaseTable
+from .implementation import IMPLEMENTATIONS, forbid_second_derivative, reduce_rows, uses_triton
 from .reference import diffusion_loss_reference
 from .validation import (
     Penalty,
@@ -31,8 +31,6 @@ from .validation import (
     check_overwritable,
     check_upstream_scale,
 )
-
-IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
 def fused_diffusion_loss(
@@ -101,7 +99,7 @@ def fused_diffusion_loss(
         check_overwritable(logits)
     if check_labels:
         check_label_values(y, logits.shape[-1], ignore_index)
-    if not _uses_triton(impl, logits):
+    if not uses_triton(impl, logits):
         return diffusion_loss_reference(
             logits, y, x, mask_id, pk, pm,
             ignore_index=ignore_index, reduction=reduction, return_cases=return_cases,
@@ -118,7 +116,7 @@ def fused_diffusion_loss(
         statistics = triton_kernels.RowStatistics(case, columns)
     else:
         statistics = triton_kernels.launch_loss(_as_rows(logits), *arguments)
-        loss = _reduce(statistics.row_loss, reduction)
+        loss = reduce_rows(statistics.row_loss, reduction)
     if reduction == "none":
         loss = loss.view(y.shape)
     if not return_cases:
@@ -127,47 +125,10 @@ def fused_diffusion_loss(
     return loss, CaseTable(counts, nll, gap, y.numel())
 
 
-def _uses_triton(impl: str, logits: Tensor) -> bool:
-    """Whether the Triton kernel runs; raises ValueError where it was asked for and cannot."""
-    if impl == "reference" or (impl == "auto" and logits.device.type != "cuda"):
-        return False
-    obstacle = _obstacle_to_triton(logits)
-    if obstacle and impl == "triton":
-        raise ValueError(f'impl="triton" needs {obstacle}')
-    return not obstacle
-
-
-def _obstacle_to_triton(logits: Tensor) -> str:
-    """What the Triton kernel would need and does not have; empty where it can run."""
-    if logits.dtype == torch.float64:
-        return "logits in fp32, bf16 or fp16, got torch.float64"
-    try:
-        from . import triton_kernels
-    except ImportError:
-        return "the package triton, which is not installed"
-    if triton_kernels.is_interpreted():
-        return "" if logits.device.type in ("cpu", "cuda") else f"a CPU or CUDA device, got {logits.device}"
-    if logits.device.type != "cuda":
-        return f"a CUDA device (or TRITON_INTERPRET=1 on the CPU), got {logits.device}"
-    if not torch.version.hip and torch.cuda.get_device_capability(logits.device) < (8, 0):
-        return f"compute capability 8.0, got {torch.cuda.get_device_capability(logits.device)}"
-    return ""
-
-
 def _as_rows(logits: Tensor) -> Tensor:
     """(N, V) with last stride 1; a view wherever the rows are evenly spaced, else a copy."""
     rows = logits.detach().reshape(-1, logits.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _reduce(row_loss: Tensor, reduction: str) -> Tensor:
-    return (
-        row_loss.clone()
-        if reduction == "none"
-        else row_loss.sum()
-        if reduction == "sum"
-        else row_loss.mean()
-    )
 
 
 class _TritonLoss(torch.autograd.Function):
@@ -192,11 +153,18 @@ class _TritonLoss(torch.autograd.Function):
                 torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits, arguments[0], *statistics)
         ctx.mark_non_differentiable(*statistics)
-        return _reduce(statistics.row_loss, reduction), *statistics
+        return reduce_rows(statistics.row_loss, reduction), *statistics
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, *_):
+        with torch.no_grad():
+            gradient = _TritonLoss._gradient(ctx, upstream)
+        if torch.is_grad_enabled():
+            (gradient,) = forbid_second_derivative([gradient])
+        return gradient, None, None, None, None
+
+    @staticmethod
+    def _gradient(ctx, upstream):
         from . import triton_kernels
 
         logits, y, *statistics = ctx.saved_tensors
@@ -217,7 +185,7 @@ class _TritonLoss(torch.autograd.Function):
                 rows, y, statistics, upstream, divisor=ctx.divisor,
                 stated=torch.nan if made is None else ctx.stated, gradient_out=made,
             )  # fmt: skip
-        return gradient.view(logits.shape), None, None, None, None
+        return gradient.view(logits.shape)
 
 
 def _scale_overwritten(ctx, gradient: Tensor, upstream: Tensor) -> Tensor:
