@@ -4,7 +4,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_LOSSES = ("fused_diffusion_loss",)
+_LOSSES = ("fused_diffusion_loss", "fused_linear_diffusion_loss")
 __all__ = ["__version__", *_LOSSES]
 
 

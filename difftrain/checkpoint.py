@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from difftrain.config import Config, UserError
+from difftrain.config import Config, UserError, is_run_folder
 from difftrain.model import Transformer
 from difftrain.vocabulary import Vocabulary, from_meta
 
@@ -95,14 +96,17 @@ def save_checkpoint(
     }
     try:
         aside.mkdir()
-        save_model(model, str(aside / WEIGHTS))
-        torch.save(state, aside / STATE)
+        with _reason_from(aside / WEIGHTS):
+            save_model(model, str(aside / WEIGHTS))
+        with _reason_from(aside / STATE):
+            torch.save(state, aside / STATE)
         (aside / CONFIG).write_text(json.dumps(description), encoding="utf-8")
         digests = {name: _digest(aside / name) for name in CONTENT}
         (aside / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
         for name in (*CONTENT, DIGESTS):
             _flush(aside / name)
         _flush(aside)
+        open_checkpoint(aside)
         if folder.exists():  # a fallback run comes by this step again
             folder.rename(home / f".old-{folder.name}")
         aside.rename(folder)
@@ -110,7 +114,6 @@ def save_checkpoint(
         _point(home, "latest", folder.name)
         if is_best:
             _point(home, "best", folder.name)
-        open_checkpoint(folder)
     finally:
         _remove_leftovers(home)
     kept = {read_pointer(home, "best"), read_pointer(home, "latest")}
@@ -153,9 +156,10 @@ def find_checkpoint(run_dir: Path, which: str) -> Checkpoint:
         UserError: not a run folder, no such checkpoint, or a damaged one.
     """
     home = run_dir / "checkpoints"
-    if not (run_dir / "config.toml").is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no config.toml")
-    name = f"step-{int(which):08d}" if which.isdigit() else read_pointer(home, which)
+    if not is_run_folder(run_dir):
+        raise UserError(f"{run_dir} is not a run folder")
+    is_step = which.isascii() and which.isdecimal()
+    name = f"step-{int(which):08d}" if is_step else read_pointer(home, which)
     if name is None or not (home / name).is_dir():
         known = ", ".join(str(int(p.name[5:])) for p in _step_folders(home)) or "none"
         raise UserError(f"{run_dir} has no checkpoint {which!r}; steps there: {known}")
@@ -165,6 +169,7 @@ def find_checkpoint(run_dir: Path, which: str) -> Checkpoint:
 def find_newest_good(run_dir: Path) -> tuple[Checkpoint, list[str]]:
     """The newest unharmed checkpoint of a run, and why each newer one was passed over."""
     problems: list[str] = []
+    _put_back_replaced(run_dir / "checkpoints")
     for folder in reversed(_step_folders(run_dir / "checkpoints")):
         try:
             return open_checkpoint(folder), problems
@@ -196,15 +201,35 @@ def _point(home: Path, name: str, target: str) -> None:
 
 
 def _remove_leftovers(home: Path) -> None:
-    """Remove what a killed or failed save left; put back a checkpoint whose replacement never came."""
+    """Remove what a killed or failed save left."""
+    _put_back_replaced(home)
     for leftover in [*home.glob(".writing-*"), *home.glob(".old-*")]:
-        original = home / leftover.name.removeprefix(".old-")
-        if leftover.name.startswith(".old-") and not original.exists():
-            leftover.rename(original)
-        elif leftover.is_dir():
+        if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
+
+
+def _put_back_replaced(home: Path) -> None:
+    """Put back a checkpoint that was moved away and whose replacement never came."""
+    for old in home.glob(".old-*"):
+        original = home / old.name.removeprefix(".old-")
+        if not original.exists():
+            with contextlib.suppress(FileNotFoundError):  # another process has done it
+                old.rename(original)
+
+
+@contextlib.contextmanager
+def _reason_from(path: Path) -> Iterator[None]:
+    """Let a writer whose own error hides the reason fail with the file system's OSError."""
+    try:
+        yield
+    except (safetensors.SafetensorError, RuntimeError):
+        with path.open("ab") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+        raise
 
 
 def _digest(path: Path) -> str:

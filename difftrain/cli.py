@@ -24,6 +24,9 @@ from difftrain.config import (
     resolve_config,
 )
 
+METAVARS = {str: "TEXT", int: "N", float: "NUMBER", bool: "true|false"}
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose mistakes become one line."""
@@ -34,14 +37,18 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 the user's mistake."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model may write what the terminal cannot show
     try:
         args = _parse(sys.argv[1:] if argv is None else list(argv))
         args.command(args)
     except UserError as error:
         return _complain(str(error), 2)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return _complain(f"the disk is full: {error}; what was saved before is unharmed", 1)
+        if error.errno in DISK_FULL:
+            return _complain(
+                f"the disk is full or a quota is reached: {error}; what was saved before is unharmed", 1
+            )
         return _complain(str(error), 2)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
@@ -101,13 +108,12 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         if field.name in GROUPS:
             group = parser.add_argument_group(GROUPS[field.name])
         choices = getattr(TYPES[field.name], "__args__", None)
-        kind = "|".join(choices) if choices else TYPES[field.name].__name__
+        kind = "|".join(choices) if choices else METAVARS[TYPES[field.name]]
         group.add_argument(
             f"--{field.name}",
             metavar=kind,
             default=argparse.SUPPRESS,
             help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"),
-            **({"nargs": "?", "const": "true"} if kind == "bool" else {}),
         )
     parser.set_defaults(command=_train, parser=parser)
 

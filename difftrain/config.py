@@ -16,6 +16,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+TOML_HEADER = "# difftrain: the configuration of a run"  # by which a run's folder is known
+CONFIG_FILE = "config.toml"
 LARGEST_TOML = 1 << 20  # bytes; a configuration is a page, anything larger is a mistake
 
 
@@ -44,7 +46,9 @@ class Config:
     """Everything that determines a run. Names are nanoGPT's and the specification's."""
 
     out_dir: str = option("runs/default", "folder of the run: configuration, metrics, checkpoints, plots")
-    seed: int = option(1337, "seed of initialisation, data order, corruption and dropout", low=0)
+    seed: int = option(
+        1337, "seed of initialisation, data order, corruption and dropout", low=0, high=2**63 - 1
+    )
     mode: Literal["diffusion", "gpt2"] = option(
         "diffusion", "diffusion: no causal mask, repairs corrupted text; gpt2: causal, next token"
     )
@@ -78,9 +82,16 @@ class Config:
         1000, "steps over which the penalties move from (1, 0) to their final values", low=0
     )
     guaranteed_correct_factor: float = option(
-        0.01, "share of each sequence that corruption leaves alone at least", low=0.0, high=1.0
+        0.01, "share of each sequence that corruption leaves alone at least", low=0.0, high=0.999
     )
 
+    # auto: linear where the logits of a micro-batch would take more than the linear loss's whole
+    # workspace (256 MiB) on CUDA: batch_size * block_size * vocab_size * bytes; else logits.
+    loss_impl: Literal["auto", "linear", "logits", "reference"] = option(
+        "auto",
+        "linear: from hidden states, logits never whole; logits: fused where CUDA is; reference: eager; "
+        "auto: linear on CUDA where the logits pass 256 MiB, else logits",
+    )
     max_iters: int = option(5000, "optimiser steps, exactly", low=1)
     learning_rate: float = option(1e-3, "peak learning rate", low=0.0)
     min_lr: float = option(1e-4, "learning rate at and after lr_decay_iters", low=0.0)
@@ -96,7 +107,7 @@ class Config:
     )
 
     eval_interval: int = option(500, "steps between evaluations, each followed by a checkpoint", low=1)
-    eval_iters: int = option(40, "batches in the fixed validation set, least to most corrupted", low=1)
+    eval_iters: int = option(40, "batches in the fixed validation set, least to most corrupted", low=2)
     eval_batch_size: int = option(64, "sequences a validation batch", low=1)
     log_interval: int = option(10, "steps between log lines", low=1)
     always_save_checkpoint: bool = option(True, "save at every evaluation; false: on improvement only")
@@ -111,6 +122,9 @@ class Config:
             value = _checked_type(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
             _check_range(field, value)
+        for name in ("out_dir", "data"):
+            if not getattr(self, name):
+                raise UserError(f"{name} must not be empty")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd must be a multiple of n_head {self.n_head}, got {self.n_embd}")
         if self.position == "rotary" and (self.n_embd // self.n_head) % 2:
@@ -132,7 +146,7 @@ class Config:
 
     def to_toml(self) -> str:
         """The configuration as a TOML document, every key with its meaning."""
-        lines = []
+        lines = [TOML_HEADER]
         for field in dataclasses.fields(self):
             # JSON's strings, numbers and booleans are TOML's.
             value = json.dumps(getattr(self, field.name), ensure_ascii=False)
@@ -153,6 +167,8 @@ def _checked_type(name: str, value: Any) -> Any:
         return value
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, str) and not value.isprintable():
+        raise UserError(f"{name} must be printable text, got {value!r}")
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise UserError(f"{name} must be {expected.__name__}, got {type(value).__name__} {value!r}")
     return value
@@ -256,10 +272,19 @@ def resolve_config(
     config = Config(**(base | explicit))
     if not resume:
         return config
-    saved = Path(config.out_dir) / "config.toml"
-    if not saved.is_file():
-        raise UserError(f"cannot resume: {config.out_dir} is not a run folder (it has no config.toml)")
+    saved = Path(config.out_dir) / CONFIG_FILE
+    if not is_run_folder(saved.parent):
+        raise UserError(f"cannot resume: {config.out_dir} is not a run folder")
     return Config(**(read_toml(saved) | explicit | {"out_dir": config.out_dir}))
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run was saved in this folder: its configuration begins with our header."""
+    try:
+        with (folder / CONFIG_FILE).open(encoding="utf-8") as file:
+            return file.readline().rstrip() == TOML_HEADER
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def options_table() -> str:

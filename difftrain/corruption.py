@@ -53,10 +53,13 @@ def corrupt(
 def mask_share(
     tokens: Tensor, samples: Tensor, *, seed: int, split: str, vocab_size: int, share: float
 ) -> tuple[Tensor, Tensor]:
-    """Mask exactly int(share * T) tokens of each sequence and replace none; see :func:`corrupt`."""
+    """Mask exactly int(share * T) tokens of each sequence, but at least one, and replace none.
+
+    The other arguments and the result are those of :func:`corrupt`.
+    """
     length = tokens.shape[1]
     words = random_words(seed, STREAMS[split], samples, 2 + 2 * length)
-    n_mask = torch.full_like(samples, int(share * length))
+    n_mask = torch.full_like(samples, max(1, int(share * length)))
     return _apply(tokens, words[:, 2:], n_mask, torch.zeros_like(n_mask), vocab_size)
 
 

@@ -73,7 +73,7 @@ class Corpus:
             n = len(getattr(self, split))
             if n < length:
                 raise UserError(
-                    f"block_size {length} is longer than the {split} split of {self.folder}, which has {n} tokens"
+                    f"the {split} split of {self.folder} has {n} tokens, and block_size asks for {length} at a time"
                 )
 
 
@@ -174,7 +174,7 @@ def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     leave = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     files = (p for p in root.rglob("*.py") if not leave & set(p.relative_to(root).parts))
-    return sorted(p for p in files if p.read_bytes().isascii())
+    return sorted(p for p in files if p.is_file() and p.read_bytes().isascii())
 
 
 def _read_texts(paths: list[Path], skip_binary: bool = False) -> list[str]:

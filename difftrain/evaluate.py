@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from difftrain.config import Config
 from difftrain.corruption import corrupt, mask_share
 from difftrain.data import Corpus
+from difftrain.loss import model_loss
 from difftrain.runtime import Runtime
-from difftrain_kernels import CaseTable, fused_diffusion_loss
+from difftrain_kernels import CaseTable
+from difftrain_kernels.cases import VECTOR_SIZE
 
 FIXED = "fixed"  # the specified set: eval_iters batches, from least to most corrupted
 TRAINING = "training"  # corrupted as in training
@@ -70,7 +71,11 @@ def make_validation_set(corpus: Corpus, config: Config) -> ValidationSet:
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[[Tensor], Tensor], validation_set: ValidationSet, mask_id: int, runtime: Runtime
+    model: nn.Module,
+    validation_set: ValidationSet,
+    mask_id: int,
+    runtime: Runtime,
+    loss_impl: str = "logits",
 ) -> dict[str, CaseTable]:
     """One pass of the model over the validation set: the case table of each of its parts.
 
@@ -80,12 +85,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     parts = sorted({part for part, _, _ in validation_set.batches})
-    sums = {part: torch.zeros(22, dtype=torch.float64) for part in parts}
+    sums = {part: torch.zeros(VECTOR_SIZE, dtype=torch.float64) for part in parts}
     for part, x, y in validation_set.batches[runtime.rank :: runtime.world_size]:
         x, y = x.to(runtime.device), y.to(runtime.device)
-        with runtime.autocast():
-            logits = model(x)
-        _, table = fused_diffusion_loss(logits, y, x, mask_id, 1.0, 1.0, return_cases=True)
-        sums[part] += table.to_vector().cpu()
+        _, table = model_loss(
+            model, x, y, mask_id, 1.0, 1.0, runtime=runtime, impl=loss_impl, return_cases=True
+        )
+        sums[part] += table.to_vector()
     model.train(was_training)
     return {part: CaseTable.from_vector(runtime.sum_over_processes(sums[part])) for part in parts}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from difftrain.config import Config, UserError
+from difftrain.schedule import masking_penalties
 from difftrain_kernels import CaseTable
 from difftrain_kernels.cases import ANSWERS, KINDS
 
@@ -26,7 +27,7 @@ def loss_metrics(table: CaseTable, pk: float, pm: float, config: Config) -> dict
     """
     metrics: dict[str, Any] = {
         "loss": table.loss_at(pk, pm).item(),
-        "loss_final": table.loss_at(config.penalty_keep_mask, config.penalty_mask_correct).item(),
+        "loss_final": table.loss_at(*masking_penalties(config.masking_warmup_iters, config)).item(),
         "nll": table.loss_at(1.0, 1.0).item(),
     }
     if config.mode == "diffusion":
@@ -50,7 +51,9 @@ def console_line(record: dict[str, Any]) -> str:
     parts += [f"{names[key]} {record[key]:.4f}" for key in names]
     levels = record.get("masked_nll")
     if levels:
-        parts.append("masked nll " + " ".join(f"{k}:{v:.3f}" for k, v in levels.items()))
+        parts.append("masked nll " + " ".join(f"{k}:{_number(v)}" for k, v in levels.items()))
+    elif "cases" in record:
+        parts.append(f"masked nll {_number(record['cases']['masked']['nll'])}")
     parts += [f"pk {record['pk']:.3f} pm {record['pm']:.3f} lr {record['lr']:.2e}"]
     cases = record.get("cases")
     if cases:
@@ -68,8 +71,12 @@ def summary_line(record: dict[str, Any]) -> str:
     levels = record.get("masked_nll")
     if not levels:
         return text + f"{record['nll']:.3f} nats a token"
-    shares = ", ".join(f"{nll:.3f} at {level} %" for level, nll in levels.items() if level.isdigit())
-    return text + f"on masked positions {shares} masked, {levels['training']:.3f} as in training"
+    shares = ", ".join(f"{_number(nll)} at {level} %" for level, nll in levels.items() if level.isdigit())
+    return text + f"on masked positions {shares} masked, {_number(levels['training'])} as in training"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def health_warnings(record: dict[str, Any], config: Config) -> list[tuple[str, str]]:
@@ -94,6 +101,14 @@ def health_warnings(record: dict[str, Any], config: Config) -> list[tuple[str, s
             ("gap", f"[MASK]'s logit lies {masked['gap']:.0f} below the maximum on masked positions")
         )
     return warnings
+
+
+def check_trackers(config: Config) -> None:
+    """Raise UserError where a tracker is asked for and not installed."""
+    if config.wandb_log:
+        _import_extra("wandb", "wandb")
+    if config.tensorboard:
+        _import_extra("torch.utils.tensorboard", "tb")
 
 
 class MetricsLog:

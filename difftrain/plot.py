@@ -26,6 +26,8 @@ def plot_run(run_dir: Path, out: Path | None = None) -> Path:
         UserError: not a run folder, no records yet, or matplotlib is missing.
     """
     records = read_metrics(run_dir)
+    if out is not None and out.suffix != ".png":
+        raise UserError(f"out must be a .png file, got {out}")
     try:
         import matplotlib
     except ImportError:
@@ -55,7 +57,10 @@ def plot_run(run_dir: Path, out: Path | None = None) -> Path:
     both = sorted(train + evals, key=lambda r: r["step"])
     penalty.plot(*_curve(both, "pk"), color="#7b3294", label="pk: masked position answered [MASK]")
     penalty.plot(*_curve(both, "pm"), color="#008837", label="pm: correct word answered [MASK]")
-    penalty.set(title="Penalties (curriculum)", xlabel="step", ylabel="weight", ylim=(-0.05, 1.05))
+    highest = max([1.0, *_curve(both, "pk")[1], *_curve(both, "pm")[1]])
+    penalty.set(
+        title="Penalties (curriculum)", xlabel="step", ylabel="weight", ylim=(-0.05, 1.05 * highest)
+    )
     penalty.legend()
 
     cases = [

@@ -6,18 +6,17 @@ import shutil
 from pathlib import Path
 
 from difftrain.checkpoint import Checkpoint, find_newest_good
-from difftrain.config import Config, UserError
+from difftrain.config import CONFIG_FILE, Config, UserError, is_run_folder
 from difftrain.data import Corpus
 from difftrain.metrics import FILE
 
-CONFIG_FILE = "config.toml"
 RUN_ENTRIES = (FILE, "checkpoints", "samples", "plots", "tensorboard", CONFIG_FILE)
 MODEL_KEYS = ("mode", "block_size", "n_layer", "n_head", "n_embd", "bias", "position")
 
 
 def check_run_dir(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise UserError where a run must not be written: nothing is touched yet."""
-    is_run = (run_dir / CONFIG_FILE).is_file()
+    is_run = is_run_folder(run_dir)
     if is_run and not (resume or overwrite):
         raise UserError(
             f"out_dir {run_dir} already holds a run; give --resume, --overwrite or another out_dir"
@@ -33,10 +32,13 @@ def claim_run_dir(run_dir: Path, config: Config, *, resume: bool) -> None:
         if not resume:
             for entry in RUN_ENTRIES:
                 path = run_dir / entry
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
         (run_dir / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"out_dir {run_dir} is not writable: {error.strerror}") from None
+        raise UserError(f"out_dir {run_dir} is not writable: {error.strerror or error}") from None
 
 
 def find_resume_point(run_dir: Path, config: Config, corpus: Corpus) -> tuple[Checkpoint, list[str]]:

@@ -45,8 +45,8 @@ class SampleRequest:
     def __post_init__(self) -> None:
         lowest = {"length": 0, "num_samples": 1, "max_steps": 1, "temperature": 0, "top_k": 0, "seed": 0}
         for name, low in lowest.items():
-            if not getattr(self, name) >= low:
-                raise UserError(f"{name} must be at least {low}, got {getattr(self, name)}")
+            if not low <= getattr(self, name) < 2**63:
+                raise UserError(f"{name} must be at least {low} and below 2^63, got {getattr(self, name)}")
         if not 0 < self.share <= 1:
             raise UserError(f"share must be in (0, 1], got {self.share}")
 
@@ -78,7 +78,7 @@ def sample_run(run_dir: Path, request: SampleRequest) -> str:
         parts.append(f"--- {n_right} of {int(is_masked.sum())} masked tokens restored exactly")
         evaluations = [r for r in read_metrics(run_dir) if r["kind"] == "eval"]
         at_step = [r for r in evaluations if r["step"] == checkpoint.step] or evaluations
-        return _keep(run_dir, checkpoint, request, "\n".join([*parts, summary_line(at_step[-1])]))
+        return _keep(run_dir, checkpoint, "\n".join([*parts, summary_line(at_step[-1])]))
 
     ids = _start(checkpoint, request)
     x = torch.tensor(ids, device=device).expand(request.num_samples, -1)
@@ -91,7 +91,7 @@ def sample_run(run_dir: Path, request: SampleRequest) -> str:
     texts = [vocabulary.decode(row) for row in filled.tolist()]
     if len(texts) > 1:
         texts = [f"--- {i + 1}\n{text}" for i, text in enumerate(texts)]
-    return _keep(run_dir, checkpoint, request, "\n".join(texts))
+    return _keep(run_dir, checkpoint, "\n".join(texts))
 
 
 def _start(checkpoint: Checkpoint, request: SampleRequest) -> list[int]:
@@ -111,8 +111,11 @@ def _start(checkpoint: Checkpoint, request: SampleRequest) -> list[int]:
     if len(prompt) >= length:
         raise UserError(f"the prompt must have fewer tokens than the text's {length}, got {len(prompt)}")
     if checkpoint.config.mode == "gpt2":
-        # Left to right there must be something to start from; nanoGPT takes a newline too.
-        return prompt or vocabulary.encode("\n")
+        # Left to right there must be something to start from: a newline, as nanoGPT has it, or any word.
+        try:
+            return prompt or vocabulary.encode("\n")
+        except UserError:
+            return [0]
     return prompt + [vocabulary.mask_id] * (length - len(prompt))
 
 
@@ -146,12 +149,11 @@ def _mask_sign() -> str:
     return "\u2591"
 
 
-def _keep(run_dir: Path, checkpoint: Checkpoint, request: SampleRequest, text: str) -> str:
+def _keep(run_dir: Path, checkpoint: Checkpoint, text: str) -> str:
     """Write a text into the run's folder too; returns it."""
     folder = run_dir / "samples"
     folder.mkdir(exist_ok=True)
-    kind = "held_out" if request.held_out else "infill" if request.infill is not None else "text"
-    path = folder / f"step-{checkpoint.step:08d}-{kind}-seed-{request.seed}.txt"
+    path = folder / f"step-{checkpoint.step:08d}-{len(list(folder.iterdir())) + 1:03d}.txt"
     path.write_text(text + "\n", encoding="utf-8")
     return text
 
@@ -239,7 +241,8 @@ def _sample(
     if temperature == 0:
         confidence, token = logits.softmax(-1).max(-1)
         return token, confidence
-    logits = logits / temperature
+    # From the largest on, so that a temperature near 0 gives -inf and never inf.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)

@@ -19,19 +19,21 @@ from difftrain.config import Config
 from difftrain.corruption import corrupt
 from difftrain.data import Corpus, open_corpus, sample_indices
 from difftrain.evaluate import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
+from difftrain.loss import choose_loss, model_loss
 from difftrain.metrics import (
     MetricsLog,
+    check_trackers,
     console_line,
     drop_records_after,
     health_warnings,
     loss_metrics,
     summary_line,
 )
-from difftrain.model import Transformer, make_optimizer
+from difftrain.model import Transformer, make_optimizer, restore_optimizer
 from difftrain.run_folder import check_run_dir, claim_run_dir, find_resume_point
 from difftrain.runtime import Runtime, start_runtime, stop_requests, stop_runtime
 from difftrain.schedule import learning_rate, masking_penalties
-from difftrain_kernels import CaseTable, fused_diffusion_loss
+from difftrain_kernels import CaseTable
 from difftrain_kernels.cases import MASKED
 
 
@@ -72,6 +74,7 @@ def _train(
     say = _say if runtime.is_main else _say_nothing
     if not eval_only:
         check_run_dir(run_dir, resume=resume, overwrite=overwrite)
+        check_trackers(config)
     corpus = _open_data(config, runtime)
     vocabulary, mask_id = corpus.vocabulary, corpus.vocabulary.mask_id
     checkpoint, problems = find_resume_point(run_dir, config, corpus) if resume else (None, [])
@@ -85,19 +88,26 @@ def _train(
     model.to(runtime.device)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    validation_set = make_validation_set(corpus, config)
+    # What the best loss is measured by: a best of another measure says nothing.
+    measure = [validation_set.id, config.penalty_keep_mask, config.penalty_mask_correct]
     start, best_loss, is_evaluated = 0, float("inf"), False
     if checkpoint:
         state = checkpoint.load_state()
-        optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        start, best_loss, is_evaluated = checkpoint.step, state["best_loss"], state["is_evaluated"]
+        start = checkpoint.step
+        if state["measure"] == measure:
+            best_loss, is_evaluated = state["best_loss"], state["is_evaluated"]
     compiled = torch.compile(model) if config.compile else model
     network = DistributedDataParallel(compiled) if runtime.world_size > 1 else compiled
 
-    validation_set = make_validation_set(corpus, config)
     unigram_entropy = corpus.unigram_entropy()
+    loss_impl = choose_loss(config, vocabulary.vocab_size, runtime)
     micro_steps = config.gradient_accumulation_steps // runtime.world_size
     step_tokens = config.global_batch_size * config.block_size
+    # What backward will pass to each loss, told beforehand; fp16's scale is known on the device alone.
+    upstream_scale = None if scaler.is_enabled() else 1 / micro_steps
     say(
         f"{model.n_parameters():,} parameters on {runtime.device} in {runtime.dtype_name}, "
         f"{len(corpus.train):,} training tokens, vocabulary {vocabulary.vocab_size}, "
@@ -107,7 +117,7 @@ def _train(
     def evaluation(step: int) -> dict[str, Any]:
         """One pass over the validation set, as a metrics record."""
         pk, pm = masking_penalties(step, config)
-        tables = evaluate(compiled, validation_set, mask_id, runtime)
+        tables = evaluate(compiled, validation_set, mask_id, runtime, loss_impl)
         record = {"kind": "eval", "step": step, **loss_metrics(tables[FIXED], pk, pm, config)}
         record |= {"pk": pk, "pm": pm, "lr": learning_rate(step, config)}
         record |= {"validation_id": validation_set.id, "unigram_entropy": unigram_entropy}
@@ -129,6 +139,7 @@ def _train(
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "best_loss": best_loss,
+                "measure": measure,
                 "is_evaluated": is_evaluated,
             }
             save_checkpoint(run_dir, step, model, state, config, vocabulary, is_best=is_best)
@@ -142,7 +153,7 @@ def _train(
         total=config.max_iters, initial=start, disable=not runtime.shows_progress(), unit="step"
     )
     warned: set[str] = set()
-    bad_steps, seconds, timed_from = 0, 0.0, start
+    bad_steps, seconds, timed_from, saved_step = 0, 0.0, start, start if checkpoint else -1
     record: dict[str, Any] = {}
     with log, progress, stop_requests() as stop:
         for step in range(start, config.max_iters + 1):
@@ -158,11 +169,13 @@ def _train(
                 log.write(record)
                 if config.always_save_checkpoint or is_best or is_last:
                     save(step, is_best=is_best, is_evaluated=True)
+                    saved_step = step
                 is_evaluated = True
             if is_last:
                 break
             if runtime.any_process(stop.requested):
-                save(step, is_best=False, is_evaluated=is_evaluated)
+                if saved_step != step:
+                    save(step, is_best=False, is_evaluated=is_evaluated)
                 say(f"stopped after {step} steps; go on with: difftrain train --resume --out_dir {run_dir}")
                 return record
             is_evaluated = False
@@ -181,9 +194,10 @@ def _train(
                 x, y = _make_batch(corpus, samples, config, runtime)
                 is_synchronised = micro_step == micro_steps - 1 or runtime.world_size == 1
                 with nullcontext() if is_synchronised else network.no_sync():
-                    with runtime.autocast():
-                        logits = network(x)
-                    loss = fused_diffusion_loss(logits, y, x, mask_id, pk, pm, return_cases=is_logged)
+                    loss = model_loss(
+                        network, x, y, mask_id, pk, pm,
+                        runtime=runtime, impl=loss_impl, return_cases=is_logged, upstream_scale=upstream_scale,
+                    )  # fmt: skip
                     if is_logged:
                         loss, cases = loss
                         step_cases.append(cases)
@@ -219,9 +233,12 @@ def _train(
                 seconds, timed_from = 0.0, step + 1
                 say(console_line(train_record))
                 progress.set_postfix_str(
-                    f"loss {train_record['loss']:.3f} pk {pk:.2f} pm {pm:.2f} lr {lr:.1e}"
+                    f"loss {train_record['loss']:.3f} pk {pk:.2f} pm {pm:.2f} lr {lr:.1e} "
+                    f"{train_record['tokens_per_second']:,.0f} tok/s"
                 )
                 log.write(train_record)
+    if not record:  # a finished run, resumed
+        record = evaluation(start)
     say(summary_line(record))
     return record
 

@@ -177,3 +177,50 @@ def test_every_field_of_the_configuration_is_kept(run):
     save(1)
     kept = json.loads((run_dir / "checkpoints/step-00000001/config.json").read_text())["config"]
     assert kept == dataclasses.asdict(find_checkpoint(run_dir, "1").config)
+
+
+def test_everything_is_flushed_before_the_name_appears(run, monkeypatch):
+    run_dir, save = run
+    home = run_dir / "checkpoints"
+    flushed = []
+    monkeypatch.setattr(
+        checkpoint, "_flush", lambda path: flushed.append((path.name, (home / "step-00000001").exists()))
+    )
+    save(1)
+    before = [name for name, is_there in flushed if not is_there]
+    assert before == [*checkpoint.CONTENT, checkpoint.DIGESTS, ".writing-step-00000001"]
+    assert ("checkpoints", True) in flushed
+
+
+def test_a_checkpoint_that_does_not_read_back_never_appears(run, monkeypatch):
+    run_dir, save = run
+    save(1)
+    real = checkpoint._flush
+
+    def harms(path):
+        if path.name == checkpoint.STATE:
+            path.write_bytes(path.read_bytes()[:-1])
+        real(path)
+
+    monkeypatch.setattr(checkpoint, "_flush", harms)
+    with pytest.raises(UserError, match=r"state.pt is damaged"):
+        save(2)
+    assert names(run_dir) == ["latest", "step-00000001"]
+    assert find_checkpoint(run_dir, "latest").step == 1
+
+
+def test_the_latest_is_never_deleted_even_behind_later_steps(run):
+    run_dir, save = run
+    save(5)
+    save(6)
+    save(1)  # a run that fell back
+    assert find_checkpoint(run_dir, "latest").step == 1
+
+
+def test_a_run_killed_between_the_two_renames_can_be_resumed(run):
+    run_dir, save = run
+    save(4)
+    home = run_dir / "checkpoints"
+    (home / "step-00000004").rename(home / ".old-step-00000004")
+    found, problems = find_newest_good(run_dir)
+    assert (found.step, problems) == (4, [])

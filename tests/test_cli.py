@@ -74,6 +74,10 @@ def test_prepare_says_how_to_train_with_it(tmp_path, capsys):
         (["train", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["train", "--data", "nowhere"], "there is no nowhere"),
         (["train", "--device", "tpu"], "device must be auto, cpu, cuda, cuda:N or mps, got 'tpu'"),
+        (["train", "--seed", "99999999999999999999999"], "seed must be at most 9223372036854775807"),
+        (["train", "--out_dir", "a\x7fb"], "out_dir must be printable text"),
+        (["train", "--data", ""], "data must not be empty"),
+        (["train", "--eval_iters", "1"], "eval_iters must be at least 2, got 1"),
         (["trian"], "invalid choice: 'trian'"),
         ([], "required: COMMAND"),
         (["sample", "nowhere"], "nowhere is not a run folder"),
@@ -97,7 +101,7 @@ def test_a_mistake_gives_one_line_exit_code_2_and_writes_nothing(
     [
         (b"", "is empty"),
         (b"ab", "too short to train on"),
-        (b"abcdef" * 10, "block_size 16 is longer than the val split"),
+        (b"abcdef" * 10, "has 6 tokens, and block_size asks for 16 at a time"),
     ],
     ids=["empty", "too short", "shorter than block_size"],
 )
@@ -114,6 +118,10 @@ def test_an_existing_run_an_unwritable_place_and_a_strange_prompt(words, tmp_pat
     assert "already holds a run; give --resume, --overwrite" in fails(capsys, "train", *words(max_iters=1))
     (tmp_path / "file").write_text("")
     assert "is not writable" in fails(capsys, "train", *words(out_dir=str(tmp_path / "file" / "run")))
+    assert "has no checkpoint '\u00b2'" in fails(
+        capsys, "sample", tmp_path / "run", "--checkpoint", "\u00b2"
+    )
+    assert "out must be a .png file" in fails(capsys, "plot", tmp_path / "run", "--out", "x.foo")
     assert "outside the vocabulary: 'Q'" in fails(capsys, "sample", tmp_path / "run", "--prompt", "Q")
 
 

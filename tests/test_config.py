@@ -96,7 +96,7 @@ def test_missing_and_binary_files_are_refused(tmp_path):
         ({"penalty_keep_mask": -0.1}, "penalty_keep_mask must be at least 0.0, got -0.1"),
         ({"penalty_mask_correct": math.nan}, "penalty_mask_correct must be finite, got nan"),
         ({"penalty_mask_correct": math.inf}, "penalty_mask_correct must be finite, got inf"),
-        ({"guaranteed_correct_factor": 1.5}, "must be at most 1.0, got 1.5"),
+        ({"guaranteed_correct_factor": 1.5}, "must be at most 0.999, got 1.5"),
         ({"n_layer": 2.0}, "n_layer must be int, got float 2.0"),
         ({"n_layer": True}, "n_layer must be int, got bool True"),
         ({"bias": 1}, "bias must be bool, got int 1"),

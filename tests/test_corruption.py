@@ -120,7 +120,7 @@ def test_the_largest_corruption_may_differ_by_sample_and_zero_changes_nothing():
     assert n_changed[100:].sum() > n_changed[:100].sum()
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.15, 9), (0.5, 32), (0.85, 54), (1.0, 64), (0.0, 0)])
+@pytest.mark.parametrize(("share", "expected"), [(0.15, 9), (0.5, 32), (0.85, 54), (1.0, 64), (0.001, 1)])
 def test_mask_share_masks_exactly_that_many_and_replaces_none(share, expected):
     tokens = tokens_of(50)
     x, y = mask_share(tokens, torch.arange(50), share=share, **KEYS)

@@ -155,6 +155,7 @@ def test_a_pickle_that_names_code_is_refused_unexecuted(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"train": (0, 1, 3)}, "holds the id 3, but its vocabulary has 3 words"),
         ({"train": (0, 1, 7)}, "holds the id 7, but its vocabulary has 3 words"),
         ({"val": ()}, "val.bin is missing or empty"),
         ({"meta": {"vocab_size": 1}}, "at least 2 words, got 1"),
@@ -203,6 +204,22 @@ def test_windows_reach_the_first_and_the_last_token(tmp_path):
     assert whole.tolist() == [list(range(10))] * 3
 
 
+def test_starts_are_uniform_over_a_long_file(tmp_path):
+    folder = nanogpt_folder(tmp_path / "d", train=range(60000), meta={"vocab_size": 60000})
+    starts = read_folder(folder).windows("train", torch.arange(6000), seed=0, length=1)[:, 0]
+    share = torch.bincount(starts // 6000, minlength=10) / 6000
+    assert (share - 0.1).abs().max() < 0.02
+    assert len(starts.unique()) > 5500
+
+
+def test_ten_files_are_enough_to_hold_one_out(tmp_path):
+    (tmp_path / "t").mkdir()
+    for i in range(10):
+        (tmp_path / "t" / f"{i}.txt").write_text(str(i) * 30)
+    corpus = open_corpus(str(tmp_path / "t"))
+    assert corpus.vocabulary.decode(corpus.val.tolist()) == "9" * 30
+
+
 def test_a_step_takes_the_same_samples_for_any_number_of_processes_and_micro_batches():
     splits = [(12, 1, 1), (3, 4, 1), (3, 4, 2), (3, 4, 4), (1, 12, 3)]
     for batch_size, accumulation, world_size in splits:
@@ -217,7 +234,9 @@ def test_a_step_takes_the_same_samples_for_any_number_of_processes_and_micro_bat
 
 def test_too_long_windows_name_the_split(tmp_path):
     folder = nanogpt_folder(tmp_path / "d", meta={"vocab_size": 3})
-    with pytest.raises(UserError, match="block_size 4 is longer than the val split .* has 3 tokens"):
+    with pytest.raises(
+        UserError, match="the val split .* has 3 tokens, and block_size asks for 4 at a time"
+    ):
         read_folder(folder).check_length(4)
     read_folder(folder).check_length(3)
 

@@ -115,3 +115,25 @@ def test_gpt2_mode_predicts_the_next_token_of_clean_text(tiny):
     for _, x, y in batches:
         assert torch.equal(x[:, 1:], y[:, :-1])
         assert x.shape == y.shape == (config.eval_batch_size, config.block_size)
+
+
+def test_each_part_is_corrupted_as_it_says(setting, monkeypatch):
+    from difftrain import evaluate as module
+
+    config, corpus, _ = setting
+    calls = []
+    real = module.corrupt
+
+    def spy(tokens, samples, **options):
+        expected = corpus.windows("val", samples, seed=config.seed, length=config.block_size)
+        assert torch.equal(tokens, expected)
+        assert (options["split"], options["seed"]) == ("val", config.seed)
+        calls.append(options["max_corruption"])
+        return real(tokens, samples, **options)
+
+    monkeypatch.setattr(module, "corrupt", spy)
+    batches = make_validation_set(corpus, config).batches
+    growth = [0.01 + i / 8 * 0.98 for i in range(9)]
+    assert calls == pytest.approx([*growth[:1], 0.99, *growth[1:5], 0.99, *growth[5:9], 0.99])
+    per_part = {part: sum(p == part for p, _, _ in batches) for part in (*LEVELS, TRAINING)}
+    assert set(per_part.values()) == {3}

@@ -114,3 +114,27 @@ def test_a_missing_tracker_names_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'difftrain\[wandb\]'"):
         MetricsLog(tmp_path, Config(wandb_log=True), is_writing=True)
+
+
+def test_trackers_get_every_number_of_a_record(tmp_path, monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    logged = []
+    run = SimpleNamespace(
+        log=lambda scalars, step: logged.append((step, scalars)), finish=lambda: logged.append("end")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: run))
+    with MetricsLog(tmp_path, Config(wandb_log=True), is_writing=True) as log:
+        log.write(record(3))
+        assert read_metrics(tmp_path) == [record(3)]  # flushed at once
+    (step, scalars), end = logged
+    assert (step, end) == (3, "end")
+    assert scalars["eval/loss"] == 1.25
+    assert scalars["eval/cases/masked/mask"] == 0.1
+    assert scalars["eval/masked_nll/85"] == 2.8
+    assert not any(isinstance(value, str) for value in scalars.values())
+
+
+def test_a_train_line_shows_the_nll_of_its_masked_positions():
+    assert "masked nll 1.000" in console_line(record(7, kind="train", masked_nll=None))

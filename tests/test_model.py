@@ -85,7 +85,42 @@ def test_only_matrices_decay():
     model = make(bias=True)
     decayed, others = make_optimizer(model, SMALL).param_groups
     assert decayed["weight_decay"] == SMALL.weight_decay
+    assert decayed["betas"] == (SMALL.beta1, SMALL.beta2)
     assert others["weight_decay"] == 0
     assert all(p.dim() >= 2 for p in decayed["params"])
     assert all(p.dim() == 1 for p in others["params"])
     assert sum(p.numel() for g in (decayed, others) for p in g["params"]) == model.n_parameters()
+
+
+def test_residual_projections_start_smaller_as_in_gpt2():
+    model = make(n_layer=8, n_embd=64, block_size=4)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            expected = 0.02 / 4 if name.endswith("proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.15), name
+
+
+def test_attention_embeddings_and_residuals_each_drop(monkeypatch):
+    from torch.nn import functional
+
+    shares = {"attention": [], "plain": []}
+    attention, dropout = functional.scaled_dot_product_attention, functional.dropout
+
+    def attend(*args, dropout_p, **options):
+        shares["attention"].append(dropout_p)
+        return attention(*args, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(
+        functional, "dropout", lambda h, p, on: (shares["plain"].append((p, on)), dropout(h, p, on))[1]
+    )
+    make(dropout=0.3).train()(torch.zeros(1, 4, dtype=torch.int64))
+    assert shares == {"attention": [0.3, 0.3], "plain": [(0.3, True)] * 5}  # embedding, two in each block
+
+
+def test_the_mlp_is_two_matrices_with_gelu_between():
+    mlp = make(bias=True).blocks[0].mlp
+    h = torch.randn(3, 16)
+    up = h @ mlp.up.weight.T + mlp.up.bias
+    gelu = up * 0.5 * (1 + torch.erf(up / 2**0.5))
+    torch.testing.assert_close(mlp(h), gelu @ mlp.proj.weight.T + mlp.proj.bias)

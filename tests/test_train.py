@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from difftrain import loss as loss_module
 from difftrain import train as train_module
 from difftrain.checkpoint import find_checkpoint
 from difftrain.config import UserError
@@ -190,15 +191,15 @@ def test_a_bad_step_is_skipped_and_too_many_end_the_run_with_its_checkpoint_unha
     tiny, monkeypatch, capsys
 ):
     config = tiny(max_bad_steps=3, eval_interval=4)
-    real = train_module.fused_diffusion_loss
+    real = loss_module.fused_diffusion_loss
     calls = []
 
     def sometimes_nan(logits, *arguments, **options):
-        calls.append(1)
-        factor = torch.nan if len(calls) in bad else 1.0
+        calls.extend([1] * torch.is_grad_enabled())  # evaluations are none of the steps
+        factor = torch.nan if len(calls) in bad and torch.is_grad_enabled() else 1.0
         return real(logits * factor, *arguments, **options)
 
-    monkeypatch.setattr(train_module, "fused_diffusion_loss", sometimes_nan)
+    monkeypatch.setattr(loss_module, "fused_diffusion_loss", sometimes_nan)
     bad = {3, 4}
     train(config)
     assert capsys.readouterr().out.count("is not applied") == 2
@@ -265,7 +266,7 @@ def test_overwriting_leaves_what_is_not_the_runs(tiny, tmp_path):
         ({"n_layer": 2}, "n_layer must be 1 to resume .*, got 2"),
         ({"position": "learned"}, "position must be 'rotary' to resume"),
         ({"max_iters": 3}, "max_iters must be at least the 4 steps done, got 3"),
-        ({"block_size": 10**6}, "block_size 1000000 is longer than the train split"),
+        ({"block_size": 10**6}, "block_size asks for 1000000 at a time"),
     ],
 )
 def test_a_resume_that_does_not_fit_is_refused_and_nothing_changes(tiny, changes, message):
@@ -326,7 +327,7 @@ def test_two_processes_train_as_one(tiny, tmp_path):
 
 
 def test_metrics_are_valid_json_whatever_happens(tiny):
-    config = tiny(max_iters=2, block_size=16, eval_iters=1)
+    config = tiny(max_iters=2, block_size=16, eval_iters=2)
     train(config)
     for line in (Path(config.out_dir) / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
@@ -338,3 +339,259 @@ def test_the_saved_configuration_is_the_run(tiny):
     config = tiny(max_iters=1)
     train(config)
     assert Config(**read_toml(Path(config.out_dir) / "config.toml")) == config
+
+
+# What a step is made of -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """Records what reaches the loss and what the optimiser is called with, step by step."""
+    seen = {"penalties": [], "x": [], "y": [], "logits_dtype": [], "lr": [], "norm": []}
+    real_loss, real_step = loss_module.fused_diffusion_loss, torch.optim.AdamW.step
+
+    def loss(logits, y, x, mask_id, pk, pm, **options):
+        if not torch.is_grad_enabled():  # an evaluation
+            return real_loss(logits, y, x, mask_id, pk, pm, **options)
+        seen["penalties"].append((pk, pm))
+        seen["x"].append(x)
+        seen["y"].append(y)
+        seen["logits_dtype"].append(logits.dtype)
+        return real_loss(logits, y, x, mask_id, pk, pm, **options)
+
+    def step(self, *arguments):
+        seen["lr"].append(self.param_groups[0]["lr"])
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        seen["norm"].append(torch.nn.utils.get_total_norm(gradients).item())
+        return real_step(self, *arguments)
+
+    monkeypatch.setattr(loss_module, "fused_diffusion_loss", loss)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return seen
+
+
+def test_every_micro_batch_gets_its_steps_penalties_and_every_step_its_rate(tiny, spied):
+    config = tiny(max_iters=8, gradient_accumulation_steps=2)
+    train(config)
+    assert spied["penalties"] == [masking_penalties(s, config) for s in range(8) for _ in range(2)]
+    assert spied["lr"] == [learning_rate(s, config) for s in range(8)]
+
+
+def test_gradients_are_clipped_and_logged_before_clipping(tiny, spied):
+    config = tiny(max_iters=4, grad_clip=0.01)
+    train(config)
+    assert spied["norm"] == pytest.approx([0.01] * 4, rel=1e-3)
+    assert all(r["grad_norm"] > 0.02 for r in records_of(config) if r["kind"] == "train")
+    spied["norm"].clear()
+    loose = tiny(max_iters=1, grad_clip=0.0, out_dir=config.out_dir + "-2")
+    train(loose)
+    assert spied["norm"][0] == pytest.approx(records_of(loose)[1]["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_model_computes_in_the_configured_type_and_gradients_come_unscaled(tiny, spied, dtype):
+    config = tiny(max_iters=2, dtype=dtype)
+    train(config)
+    assert set(spied["logits_dtype"]) == {getattr(torch, dtype)}
+    wide = tiny(max_iters=1, out_dir=config.out_dir + "-wide")
+    train(wide)
+    narrow_norm, wide_norm = (records_of(c)[1]["grad_norm"] for c in (config, wide))
+    assert narrow_norm == pytest.approx(wide_norm, rel=0.05)
+
+
+def test_training_corrupts_as_much_as_configured(tiny, spied):
+    train(tiny(max_iters=12, guaranteed_correct_factor=0.75))
+    x, y = torch.cat(spied["x"]), torch.cat(spied["y"])
+    touched = ((x != y) | (x == y.max())).sum(1)
+    assert touched.max() <= 0.25 * 16
+    assert touched.max() >= 2
+
+
+def test_gpt2_mode_has_no_weights_even_where_mask_is_answered(tiny, spied):
+    train(tiny(mode="gpt2", max_iters=3))
+    assert set(spied["penalties"]) == {(1.0, 1.0)}
+
+
+def test_dropout_differs_by_step_and_rank_and_repeats(tiny):
+    draws = {}
+    for key in ((1, 0, 0), (1, 1, 0), (1, 0, 1), (2, 0, 0)):
+        train_module._seed_dropout(*key)
+        draws[key] = torch.rand(4).tolist()
+    assert len({tuple(d) for d in draws.values()}) == 4
+    train_module._seed_dropout(1, 0, 0)
+    assert torch.rand(4).tolist() == draws[1, 0, 0]
+
+
+def test_bad_steps_count_only_in_a_row(tiny, monkeypatch, capsys):
+    real, calls = loss_module.fused_diffusion_loss, []
+
+    def sometimes_nan(logits, *arguments, **options):
+        calls.extend([1] * torch.is_grad_enabled())
+        is_bad = torch.is_grad_enabled() and len(calls) in (2, 4, 6)
+        return real(logits * (torch.nan if is_bad else 1.0), *arguments, **options)
+
+    monkeypatch.setattr(loss_module, "fused_diffusion_loss", sometimes_nan)
+    train(tiny(max_bad_steps=2))
+    assert capsys.readouterr().out.count("is not applied") == 3
+
+
+# More of resuming -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_whole_state_of_a_resumed_run_equals_the_uninterrupted_one(tiny, dtype):
+    straight = tiny(dtype=dtype, max_iters=8, lr_decay_iters=8)
+    train(straight)
+    halves = dataclasses.replace(straight, out_dir=straight.out_dir + "-halves")
+    train(dataclasses.replace(halves, max_iters=4))
+    train(halves, resume=True)
+    a, b = (find_checkpoint(Path(c.out_dir), "latest").load_state() for c in (straight, halves))
+    assert a["scaler"] == b["scaler"]
+    assert (a["best_loss"], a["measure"]) == (b["best_loss"], b["measure"])
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    for index, moments in a["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, b["optimizer"]["state"][index][name])
+    assert records_of(straight) == records_of(halves)
+
+
+def test_resuming_a_finished_run_evaluates_it_and_changes_nothing(tiny, capsys):
+    config = tiny(max_iters=4)
+    done = train(config)
+    before = contents(config.out_dir)
+    again = train(config, resume=True)
+    assert again["loss_final"] == pytest.approx(done["loss_final"], rel=1e-6)
+    assert contents(config.out_dir) == before
+    assert capsys.readouterr().out.count("unigram entropy") == 2
+
+
+def test_decay_and_betas_of_the_command_line_hold_after_a_resume(tiny):
+    config = tiny(max_iters=2)
+    train(config)
+    changed = dataclasses.replace(config, max_iters=3, weight_decay=0.7, beta2=0.5)
+    train(changed, resume=True)
+    groups = find_checkpoint(Path(config.out_dir), "latest").load_state()["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.7, 0.0]
+    assert groups[0]["betas"] == (0.9, 0.5)
+
+
+def test_another_measure_starts_a_new_best(tiny):
+    config = tiny(max_iters=4)
+    train(config)
+    changed = dataclasses.replace(config, penalty_keep_mask=2.0, penalty_mask_correct=2.0, max_iters=8)
+    train(changed, resume=True)
+    new = [r for r in records_of(config) if r["kind"] == "eval" and r["step"] >= 4]
+    assert [r["step"] for r in new] == [4, 8]
+    best = min(new, key=lambda r: r["loss_final"])
+    assert find_checkpoint(Path(config.out_dir), "best").step == best["step"]
+
+
+def test_a_missing_tracker_is_found_before_anything_is_overwritten(tiny, monkeypatch):
+    config = tiny(max_iters=2)
+    train(config)
+    before = contents(config.out_dir)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for options in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(UserError, match="pip install"):
+            train(dataclasses.replace(config, wandb_log=True), **options)
+    assert contents(config.out_dir) == before
+
+
+def test_overwriting_removes_the_old_run_but_never_anothers_project(tiny, tmp_path):
+    config = tiny(max_iters=9)
+    train(config)
+    train(dataclasses.replace(config, max_iters=1), overwrite=True)
+    assert max(r["step"] for r in records_of(config)) == 1
+    steps = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert steps == ["step-00000000", "step-00000001"]
+
+    site = tmp_path / "site"
+    (site / "plots").mkdir(parents=True)
+    (site / "config.toml").write_text('title = "x"\n')
+    (site / "plots" / "precious.png").write_text("precious")
+    before = contents(site)
+    with pytest.raises(UserError, match="not empty and not a run folder"):
+        train(dataclasses.replace(config, out_dir=str(site)), overwrite=True)
+    assert contents(site) == before
+
+
+def test_overwriting_a_linked_folder_removes_the_link_alone(tiny, tmp_path):
+    train(tiny(max_iters=1))
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "run" / "checkpoints").rename(elsewhere)
+    (tmp_path / "run" / "checkpoints").symlink_to(elsewhere)
+    train(tiny(max_iters=1), overwrite=True)
+    assert not (tmp_path / "run" / "checkpoints").is_symlink()
+    assert (elsewhere / "latest").exists()
+
+
+def test_gpt2_mode_needs_one_token_more_than_block_size(tiny, tmp_path):
+    (tmp_path / "a.txt").write_text("ab" * 80)  # 16 characters held out
+    with pytest.raises(UserError, match="has 16 tokens, and block_size asks for 17"):
+        train(tiny(mode="gpt2", data=str(tmp_path / "a.txt")))
+    train(tiny(data=str(tmp_path / "a.txt"), max_iters=1))
+
+
+@pytest.mark.parametrize(("limit_kib", "saved"), [(24, []), (80, ["latest", "step-00000000"])])
+def test_a_full_disk_says_so_and_leaves_no_half_checkpoint(tiny, tmp_path, limit_kib, saved):
+    # Weights are 52 KiB and the moments of step 2 twice that, so the two limits stop one writer each.
+    config = tiny(n_embd=32, max_iters=2)
+    (tmp_path / "c.toml").write_text(config.to_toml())
+    code = (
+        "import resource, sys; from difftrain.cli import main; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_kib} << 10, {limit_kib} << 10)); "
+        "sys.exit(main(['train', '--config', sys.argv[1]]))"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "c.toml")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "the disk is full or a quota is reached" in done.stderr
+    left = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name != "best")
+    assert left == saved
+    if saved:
+        assert find_checkpoint(tmp_path / "run", "latest").step == 0
+
+
+# Which loss runs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["linear", "logits", "reference"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_implementation_of_the_loss_trains_the_same_model(tiny, impl, dtype, monkeypatch):
+    used = []
+    real = loss_module.fused_linear_diffusion_loss
+    monkeypatch.setattr(
+        loss_module, "fused_linear_diffusion_loss", lambda *a, **o: (used.append(1), real(*a, **o))[1]
+    )
+    usual = tiny(max_iters=6, gradient_accumulation_steps=2, dtype=dtype)
+    train(usual)
+    assert not used
+    other = dataclasses.replace(usual, loss_impl=impl, out_dir=usual.out_dir + "-other")
+    train(other)
+    assert bool(used) == (impl == "linear")
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    for a, b in zip(records_of(usual), records_of(other), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+        assert a["nll"] == pytest.approx(b["nll"], rel=tolerance)
+    for name, value in weights_of(usual).items():
+        torch.testing.assert_close(value, weights_of(other)[name], rtol=0.1, atol=tolerance)
+
+
+def test_auto_takes_the_linear_loss_where_logits_are_large_on_cuda(tiny):
+    from difftrain.loss import choose_loss
+    from difftrain.runtime import Runtime
+
+    def chosen(device, vocab_size, **changes):
+        config = tiny(batch_size=64, block_size=1024, **changes)
+        return choose_loss(config, vocab_size, Runtime(torch.device(device), torch.bfloat16, 0, 0, 1))
+
+    assert chosen("cuda", 50304) == "linear"  # 6.3 GiB of logits
+    assert chosen("cuda", 66) == "logits"
+    assert chosen("cpu", 50304) == "logits"
+    assert chosen("cuda", 50304, loss_impl="reference") == "reference"

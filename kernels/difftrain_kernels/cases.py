@@ -11,6 +11,7 @@ KINDS = ("masked", "intact", "corrupted")
 ANSWERS = ("mask", "target", "other")
 MASKED, INTACT, CORRUPTED = range(3)
 MASK, TARGET, OTHER = range(3)
+VECTOR_SIZE = 22  # entries of a table
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,8 @@ class CaseTable:
         return total / self.n_positions if self.n_positions else total * torch.nan
 
     def rates(self) -> Tensor:
-        """Share of each answer within its kind, (3, 3) fp64; NaN for a kind without positions."""
-        counts = self.counts.double()
-        return counts / counts.sum(1, keepdim=True)
+        """Share of each answer within its kind, (3, 3) fp32; NaN for a kind without positions."""
+        return self.counts / self.counts.sum(1, keepdim=True)
 
     def mean_nll(self) -> Tensor:
         """Mean cross-entropy of each kind of position in nats, (3,); NaN without positions."""
@@ -61,10 +61,10 @@ class CaseTable:
         return self.gap / self.counts.sum(1)
 
     def to_vector(self) -> Tensor:
-        """All entries as one (22,) fp64 vector: what processes add up by all-reduce."""
-        n = torch.full((1,), self.n_positions, dtype=torch.float64, device=self.nll.device)
-        parts = (self.counts.flatten().double(), self.nll.flatten().double(), self.gap.double(), n)
-        return torch.cat(parts)
+        """All entries as one (VECTOR_SIZE,) fp64 vector on the CPU: what processes add up."""
+        # mps has no fp64, so the tables move to the CPU first.
+        parts = [part.flatten().cpu().double() for part in (self.counts, self.nll, self.gap)]
+        return torch.cat([*parts, torch.tensor([self.n_positions], dtype=torch.float64)])
 
     @classmethod
     def from_vector(cls, vector: Tensor) -> CaseTable:

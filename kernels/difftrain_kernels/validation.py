@@ -48,7 +48,7 @@ def check_penalty(name: str, value: object, device: torch.device) -> None:
             raise ValueError(f"{name} must be on device {device}, got {value.device}")
     elif not isinstance(value, Real):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
-    elif not (math.isfinite(value) and value >= 0):
+    elif not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {value}")
 
 
