@@ -23,7 +23,7 @@ def loss_metrics(table: CaseTable, pk: float, pm: float, config: Config) -> dict
 
     Keys: ``loss`` at the penalties (pk, pm), ``loss_final`` at the configured final ones, ``nll``
     with no weights; and unless the mode is gpt2 ``cases``: for each kind of position the share of
-    each answer, the mean nll and the mean gap between the largest logit and [MASK]'s.
+    each answer, the mean nll, its sum in each cell, and the mean gap between the largest logit and [MASK]'s.
     """
     metrics: dict[str, Any] = {
         "loss": table.loss_at(pk, pm).item(),
@@ -37,6 +37,7 @@ def loss_metrics(table: CaseTable, pk: float, pm: float, config: Config) -> dict
                 "n": int(table.counts[k].sum()),
                 **{answer: rates[k, a].item() for a, answer in enumerate(ANSWERS)},
                 "nll": nll[k].item(),
+                "nll_sums": {answer: table.nll[k, a].item() for a, answer in enumerate(ANSWERS)},
                 "gap": gap[k].item(),
             }
             for k, kind in enumerate(KINDS)

@@ -77,6 +77,8 @@ def test_one_pass_gives_the_loss_at_any_penalties(setting):
         assert metrics[key] == pytest.approx(expected, rel=1e-5)
     assert len({metrics[key] for key in ("loss", "loss_final", "nll")}) == 3
     assert sum(metrics["cases"][kind]["n"] for kind in metrics["cases"]) == x.numel()
+    sums = [sum(row["nll_sums"].values()) for row in metrics["cases"].values()]
+    assert sum(sums) == pytest.approx(metrics["nll"] * x.numel(), rel=1e-5)
 
 
 def test_masked_nll_of_a_level_is_the_mean_over_its_masked_positions(setting):
