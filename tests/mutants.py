@@ -115,7 +115,7 @@ MUTANTS = [
     (KERNELS, "stated rows recomputed without need", "inside = (row < n_rows) & (upstream != stated)", "inside = row < n_rows"),
     (KERNELS, "every row takes the first row's upstream", "upstream_stride=upstream.stride(0) if upstream.dim() else 0,\n            **_tile", "upstream_stride=0,\n            **_tile"),
     (KERNELS, "gradient buffer ignores the logits' phase", "return buffer.as_strided((n, vocab_size), (stride, 1), phase)", "return buffer.as_strided((n, vocab_size), (vocab_size, 1), 0)"),
-    (KERNELS, "unaligned rows treated as aligned", "aligned = _phase(logits) == (0, 0)", "aligned = True"),
+    (KERNELS, "unaligned rows treated as aligned", "aligned = row_phase(logits) == (0, 0)", "aligned = True"),
     (KERNELS, "bulk accesses through 2-byte elements", "return tl.multiple_of(row_ptr + head + block * BLOCK, 16)", "return row_ptr + head + block * BLOCK"),
     (LOSS, "mean over counted positions", "ctx.divisor = max(1, len(rows))", "ctx.divisor = max(1, int((arguments[0] != -1).sum()))"),
     (LOSS, "sum's gradient divided by N", "if reduction == \"mean\" else 1\n", "if reduction != \"none\" else 1\n"),

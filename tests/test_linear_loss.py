@@ -620,7 +620,7 @@ def test_chunks_of_one_call_are_about_equal():
         ({"chunk_tokens": 2.0}, TypeError, "chunk_tokens must be an int, got float"),
         ({"workspace_mib": math.inf}, ValueError, "workspace_mib must be finite and > 0, got inf"),
         ({"workspace_mib": "1"}, TypeError, "workspace_mib must be a number, got str"),
-        ({"upstream_scale": 0}, ValueError, "upstream_scale must be finite and not 0, got 0"),
+        ({"upstream_scale": 0}, ValueError, "upstream_scale must be finite, not 0 and within fp32, got 0"),
     ],
 )  # fmt: skip
 def test_wrong_argument_is_named_with_expected_and_got(changes, error, message):

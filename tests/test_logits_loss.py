@@ -256,8 +256,8 @@ def test_the_kernel_asked_for_by_name_never_falls_back(problem, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"upstream_scale": 0.0}, ValueError, "upstream_scale must be finite and not 0, got 0.0"),
-        ({"upstream_scale": math.inf}, ValueError, "upstream_scale must be finite and not 0, got inf"),
+        ({"upstream_scale": 0.0}, ValueError, "upstream_scale must be finite, not 0 and within fp32, got 0.0"),
+        ({"upstream_scale": math.inf}, ValueError, "upstream_scale must be finite, not 0 and within fp32, got inf"),
         ({"upstream_scale": "1"}, TypeError, "upstream_scale must be a number or None, got str"),
     ],
 )
@@ -297,3 +297,47 @@ def test_new_penalties_neither_recompile_nor_leave_a_graph(problem):
         pk.fill_(value)
         graph.replay()
         assert torch.equal(loss, fused_diffusion_loss(logits, y, x, MASK_ID, value, 0.5))
+
+
+@pytest.mark.parametrize("vocab_size", [66, 4500])
+def test_a_row_too_large_for_an_exact_loss_gives_nan_and_no_wrong_number(vocab_size, device):
+    for size, is_finite in ((1e8, True), (1e9, False), (1e10, False), (1e20, False)):
+        logits = torch.full((2, vocab_size), -size, device=device)
+        logits[0, 3] += size * 1e-6
+        logits[1] = 0.0
+        logits.requires_grad_()
+        y = torch.tensor([3, 3], device=device)
+        rows = fused_diffusion_loss(logits, y, y, MASK_ID, 0.25, 0.5, reduction="none", impl="triton")
+        rows.sum().backward()
+        assert rows[0].isfinite() == is_finite, size
+        assert logits.grad[0].isfinite().all() == is_finite, size
+        assert rows[1].isfinite()
+
+
+def test_saved_logits_may_come_back_at_another_address(device):
+    big = torch.randn(4, 80, device=device)
+    y = torch.tensor([1, 2, 3, -1], device=device)
+
+    def gradient(**options):
+        leaf = big.clone().requires_grad_()
+        fused_diffusion_loss(
+            (leaf * 1)[:, 3:69], y, y, MASK_ID, 0.25, 0.5, impl="triton", **options
+        ).backward()
+        return leaf.grad
+
+    expected = gradient()
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t
+    )
+    with hooks:
+        assert torch.equal(gradient(upstream_scale=1.0), expected)
+
+
+def test_one_column_of_any_stride_may_be_overwritten(device):
+    logits = (torch.randn(1, 3, device=device, requires_grad=True) * 1).t()
+    y = torch.zeros(3, dtype=torch.int64, device=device)
+    loss = fused_diffusion_loss(
+        logits, y, y, 0, 0.25, 0.5, impl="triton", upstream_scale=1.0, overwrite_logits=True
+    )
+    loss.backward()
+    assert abs(loss.item()) < 1e-6

@@ -90,7 +90,7 @@ def fused_linear_diffusion_loss(
             weight.
         upstream_scale: the gradient that will reach this loss, where it is known. Not needed for
             speed: it spares the gradients of ``hidden`` a second rounding where the factor is not
-            a power of two. Changes nothing for "none".
+            a power of two. Changes nothing for "none" and in fp16.
 
     Returns:
         The loss, fp32 (fp64 for fp64): 0-d, or of y's shape for "none". An empty batch gives NaN
@@ -126,7 +126,7 @@ def fused_linear_diffusion_loss(
         chunk_tokens = choose_chunk_tokens(y.numel(), row_bytes(vocab_size, dtype, is_fused), workspace_mib)
     divisor = max(1, y.numel()) if reduction == "mean" else 1
     # In fp16 a gradient divided by N vanishes before the upstream gradient, a loss scale, lifts it.
-    made_for = upstream_scale or (float(divisor) if dtype == torch.float16 else 1.0)
+    made_for = float(divisor) if dtype == torch.float16 else upstream_scale or 1.0
     pk, pm = (p.detach().clone() if isinstance(p, Tensor) else float(p) for p in (pk, pm))
     chunked = ChunkedLoss(
         y.reshape(-1), x.reshape(-1), int(mask_id), pk, pm, int(ignore_index),

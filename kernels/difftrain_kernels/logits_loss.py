@@ -75,7 +75,8 @@ def fused_diffusion_loss(
             checks the statement on the device. Any other upstream gradient gives the exact
             gradient too, but costs a second pass.
         overwrite_logits: the gradient may be written over the logits (no buffer of their size).
-            Where the reference runs, or no gradient is wanted, they stay as they are. Any other
+            Where the reference runs, or no gradient is wanted, they stay as they are. A later
+            forward use sees the gradient. Any other
             use of their values in backward then raises, and so does a second backward unless
             ``upstream_scale`` is stated. With it, an upstream gradient other than stated rounds
             each element twice.
@@ -128,7 +129,9 @@ def fused_diffusion_loss(
 def _as_rows(logits: Tensor) -> Tensor:
     """(N, V) with last stride 1; a view wherever the rows are evenly spaced, else a copy."""
     rows = logits.detach().reshape(-1, logits.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    if rows.shape[1] == 1:
+        return rows.as_strided(rows.shape, (rows.stride(0), 1))  # any stride does for one column
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 class _TritonLoss(torch.autograd.Function):
@@ -181,6 +184,8 @@ class _TritonLoss(torch.autograd.Function):
         else:
             # The buffer from forward is given away once. A second backward makes its own.
             made, ctx.gradient = ctx.gradient, None
+            if made is not None and triton_kernels.row_phase(made) != triton_kernels.row_phase(rows):
+                made = None  # hooks on saved tensors gave the logits back at another address
             gradient = triton_kernels.launch_gradient(
                 rows, y, statistics, upstream, divisor=ctx.divisor,
                 stated=torch.nan if made is None else ctx.stated, gradient_out=made,

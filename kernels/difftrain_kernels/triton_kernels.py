@@ -13,8 +13,9 @@ second read of a streamed row comes from the cache as long as all rows in flight
 
 Numbers are compiled with ``enable_fp_fusion=False``; what must be fused says ``tl.fma``. A shift
 that is rounded once and then used everywhere cancels exactly, at any logit offset; a product the
-compiler fuses into one use of it and not into another does not. Logits beyond 2e38 in size give
-NaN. No atomics: two runs give the same bits. The formula of the loss is in ``reference.py``.
+compiler fuses into one use of it and not into another does not. A row whose largest logit is beyond
+1.8e8 in size gives NaN: there fp32 shifts are too coarse for an exact loss. No atomics: two runs
+give the same bits. The formula of the loss is in ``reference.py``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Start of a running maximum: finite, since -inf minus -inf is NaN; its product with LOG2E too.
 FLOOR = tl.constexpr(-2e38)
+# Beyond it the shift's own rounding, half a unit in its last place, would show in the loss.
+LARGEST_SHIFT = tl.constexpr(2.0**28)
 
 # Columns of the row statistics, (6, N) fp32.
 ROW_LOSS = tl.constexpr(0)  # weight * nll
@@ -247,7 +250,8 @@ def _store_statistics(
     """All that is kept of one row (or of a block of rows): the case and six numbers."""
     log2_p = tl.fma(target_logit, LOG2E, -shift)
     total = rest + tl.exp2(log2_p)
-    poison = tl.where(is_label, 1.0, float("nan"))
+    is_exact = tl.abs(shift) < LARGEST_SHIFT
+    poison = tl.where(is_label & is_exact, 1.0, float("nan"))
     # An empty total: NaN, or every logit below FLOOR. It must not pass for a number.
     nll = tl.where(total > 0, LN2 * (tl.log2(total) - log2_p), float("nan")) * poison
     is_counted = case != IGNORED
@@ -687,7 +691,7 @@ def _vector(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def _phase(rows: Tensor) -> tuple[int, int]:
+def row_phase(rows: Tensor) -> tuple[int, int]:
     """Where rows start relative to 16-byte boundaries: of the first, and by how much it moves per row."""
     vector = _vector(rows.dtype)
     return rows.data_ptr() // rows.dtype.itemsize % vector, rows.stride(0) % vector
@@ -703,7 +707,7 @@ def _tile_arguments(logits: Tensor, tile: Tile) -> dict:
         options["num_warps"] = max(1, tile.warps // 2)  # 64 lanes to a warp
     else:
         options["maxnreg"] = MAX_REGISTERS
-    aligned = _phase(logits) == (0, 0)
+    aligned = row_phase(logits) == (0, 0)
     return {
         "REPEAT": tile.repeat,
         "LANES": lanes,
@@ -745,7 +749,7 @@ def empty_gradient_like(logits: Tensor) -> Tensor:
     where the two start alike.
     """
     n, vocab_size = logits.shape
-    phase, _ = _phase(logits)
+    phase, _ = row_phase(logits)
     stride = vocab_size + (logits.stride(0) - vocab_size) % _vector(logits.dtype)
     buffer = torch.empty(phase + n * stride, dtype=logits.dtype, device=logits.device)
     return buffer.as_strided((n, vocab_size), (stride, 1), phase)
@@ -826,6 +830,7 @@ def launch_gradient(
 
     Otherwise reads the logits once and writes the gradient once.
     """
+    upstream = upstream.to(torch.float32)
     n, vocab_size = logits.shape
     tile = tile or choose_tile(vocab_size)
     gradient = _gradient_buffer(logits, gradient_out)
@@ -836,7 +841,7 @@ def launch_gradient(
         kernel[(min(triton.cdiv(n, tile.rows or 1), MAX_PROGRAMS),)](
             logits_ptr=logits, gradient_ptr=gradient, y_ptr=y.contiguous(),
             case_ptr=statistics.case, statistics_ptr=statistics.columns,
-            upstream_ptr=upstream.to(torch.float32), stated=float(stated), divisor=float(divisor),
+            upstream_ptr=upstream, stated=float(stated), divisor=float(divisor),
             n_rows=n, vocab_size=vocab_size, logits_stride=logits.stride(0),
             gradient_stride=gradient.stride(0), upstream_stride=upstream.stride(0) if upstream.dim() else 0,
             **_tile_arguments(logits, tile),
@@ -856,10 +861,10 @@ def _gradient_buffer(logits: Tensor, gradient_out: Tensor | None) -> Tensor:
             f"gradient_out must have shape {tuple(logits.shape)}, dtype {logits.dtype} and last stride 1, "
             f"got {tuple(gradient_out.shape)}, {gradient_out.dtype}, strides {gradient_out.stride()}"
         )
-    if _phase(gradient_out) != _phase(logits):
+    if row_phase(gradient_out) != row_phase(logits):
         raise ValueError(
-            f"gradient_out must start its rows at the 16-byte phase {_phase(logits)} of the logits, "
-            f"got {_phase(gradient_out)}"
+            f"gradient_out must start its rows at the 16-byte phase {row_phase(logits)} of the logits, "
+            f"got {row_phase(gradient_out)}"
         )
     return gradient_out
 
@@ -870,12 +875,13 @@ def launch_rescale(gradient: Tensor, upstream: Tensor, *, stated: float) -> None
     For a gradient that lies over its logits, where nothing is left to recompute it from: each
     element is rounded a second time. Rows whose upstream equals ``stated`` are not touched.
     """
+    upstream = upstream.to(torch.float32)
     n, vocab_size = gradient.shape
     if n == 0:
         return
     with _on_device(gradient):
         _rescale_kernel[(min(n, MAX_PROGRAMS),)](
-            gradient_ptr=gradient, upstream_ptr=upstream.to(torch.float32), stated=float(stated), n_rows=n,
+            gradient_ptr=gradient, upstream_ptr=upstream, stated=float(stated), n_rows=n,
             vocab_size=vocab_size, gradient_stride=gradient.stride(0),
             upstream_stride=upstream.stride(0) if upstream.dim() else 0,
             BLOCK=min(4096, triton.next_power_of_2(vocab_size)), num_warps=8, enable_fp_fusion=False,

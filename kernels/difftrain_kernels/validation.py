@@ -14,6 +14,7 @@ from torch import Tensor
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
+FP32 = torch.finfo(torch.float32)
 REDUCTIONS = ("mean", "sum", "none")
 Penalty = float | Tensor
 
@@ -48,7 +49,7 @@ def check_penalty(name: str, value: object, device: torch.device) -> None:
             raise ValueError(f"{name} must be on device {device}, got {value.device}")
     elif not isinstance(value, Real):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
-    elif not 0 <= value < math.inf:
+    elif not 0 <= value <= FP32.max:
         raise ValueError(f"{name} must be finite and >= 0, got {value}")
 
 
@@ -56,6 +57,8 @@ def check_integer(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is an integer (a bool is none)."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be a 64-bit integer, got {value}")
 
 
 def check_upstream_scale(value: object) -> None:
@@ -64,8 +67,8 @@ def check_upstream_scale(value: object) -> None:
         return
     if not isinstance(value, Real):
         raise TypeError(f"upstream_scale must be a number or None, got {type(value).__name__}")
-    if not math.isfinite(value) or value == 0:
-        raise ValueError(f"upstream_scale must be finite and not 0, got {value}")
+    if not FP32.tiny <= abs(value) <= FP32.max:
+        raise ValueError(f"upstream_scale must be finite, not 0 and within fp32, got {value}")
 
 
 def check_overwritable(logits: Tensor) -> None:
