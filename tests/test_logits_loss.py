@@ -256,8 +256,16 @@ def test_the_kernel_asked_for_by_name_never_falls_back(problem, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"upstream_scale": 0.0}, ValueError, "upstream_scale must be finite, not 0 and within fp32, got 0.0"),
-        ({"upstream_scale": math.inf}, ValueError, "upstream_scale must be finite, not 0 and within fp32, got inf"),
+        (
+            {"upstream_scale": 0.0},
+            ValueError,
+            "upstream_scale must be finite, not 0 and within fp32, got 0.0",
+        ),
+        (
+            {"upstream_scale": math.inf},
+            ValueError,
+            "upstream_scale must be finite, not 0 and within fp32, got inf",
+        ),
         ({"upstream_scale": "1"}, TypeError, "upstream_scale must be a number or None, got str"),
     ],
 )
