@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import os
 import sys
 import textwrap
@@ -14,6 +13,7 @@ from typing import NoReturn
 
 from difftrain import __version__
 from difftrain.config import (
+    DISK_FULL,
     GROUPS,
     TYPES,
     Config,
@@ -25,7 +25,6 @@ from difftrain.config import (
 )
 
 METAVARS = {str: "TEXT", int: "N", float: "NUMBER", bool: "true|false"}
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Parser(argparse.ArgumentParser):

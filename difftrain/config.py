@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import json
 import math
 import sys
@@ -18,6 +19,8 @@ else:
 
 TOML_HEADER = "# difftrain: the configuration of a run"  # by which a run's folder is known
 CONFIG_FILE = "config.toml"
+LARGEST_INT = 2**31 - 1
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LARGEST_TOML = 1 << 20  # bytes; a configuration is a page, anything larger is a mistake
 
 
@@ -180,6 +183,8 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{field.name} must be finite, got {value}")
     if low is not None and value < low:
         raise UserError(f"{field.name} must be at least {low}, got {value}")
+    if high is None and isinstance(value, int):
+        high = LARGEST_INT
     if high is not None and value > high:
         raise UserError(f"{field.name} must be at most {high}, got {value}")
 
@@ -269,13 +274,13 @@ def resolve_config(
     base = read_preset(preset) if preset else {}
     explicit = read_toml(file) if file else {}
     explicit |= {name: parse_word(name, word) for name, word in words.items()}
-    config = Config(**(base | explicit))
     if not resume:
-        return config
-    saved = Path(config.out_dir) / CONFIG_FILE
+        return Config(**(base | explicit))
+    out_dir = str((base | explicit).get("out_dir", Config.out_dir))
+    saved = Path(out_dir) / CONFIG_FILE
     if not is_run_folder(saved.parent):
-        raise UserError(f"cannot resume: {config.out_dir} is not a run folder")
-    return Config(**(read_toml(saved) | explicit | {"out_dir": config.out_dir}))
+        raise UserError(f"cannot resume: {out_dir} is not a run folder")
+    return Config(**(read_toml(saved) | explicit | {"out_dir": out_dir}))
 
 
 def is_run_folder(folder: Path) -> bool:

@@ -138,7 +138,7 @@ def prepare(name: str, *, tokenizer: str = "char", out: Path | None = None) -> P
         # The digest of a version string spares reading the whole library at every start.
         key = hashlib.sha256(f"{sys.version}{FORMAT}{tokenizer}".encode()).hexdigest()[:12]
         folder = out or cache_folder() / f"stdlib-{key}"
-        if not (folder / "meta.json").exists():
+        if out or not (folder / "meta.json").exists():
             _write_folder(folder, *_split(_read_texts(_stdlib_files())), tokenizer)
         return folder
     path = Path(name)

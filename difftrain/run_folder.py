@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from difftrain.checkpoint import Checkpoint, find_newest_good
-from difftrain.config import CONFIG_FILE, Config, UserError, is_run_folder
+from difftrain.config import CONFIG_FILE, DISK_FULL, Config, UserError, is_run_folder
 from difftrain.data import Corpus
 from difftrain.metrics import FILE
 
@@ -27,6 +27,7 @@ def check_run_dir(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
 
 def claim_run_dir(run_dir: Path, config: Config, *, resume: bool) -> None:
     """Make the folder and save the configuration; without ``resume``, remove what a run left there."""
+    aside = run_dir / f".{CONFIG_FILE}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -36,8 +37,12 @@ def claim_run_dir(run_dir: Path, config: Config, *, resume: bool) -> None:
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-        (run_dir / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
+        aside.write_text(config.to_toml(), encoding="utf-8")
+        aside.replace(run_dir / CONFIG_FILE)
     except OSError as error:
+        if error.errno in DISK_FULL:
+            aside.unlink(missing_ok=True)
+            raise
         raise UserError(f"out_dir {run_dir} is not writable: {error.strerror or error}") from None
 
 

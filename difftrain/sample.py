@@ -45,8 +45,8 @@ class SampleRequest:
     def __post_init__(self) -> None:
         lowest = {"length": 0, "num_samples": 1, "max_steps": 1, "temperature": 0, "top_k": 0, "seed": 0}
         for name, low in lowest.items():
-            if not low <= getattr(self, name) < 2**63:
-                raise UserError(f"{name} must be at least {low} and below 2^63, got {getattr(self, name)}")
+            if not low <= getattr(self, name) < 2**31:
+                raise UserError(f"{name} must be at least {low} and below 2^31, got {getattr(self, name)}")
         if not 0 < self.share <= 1:
             raise UserError(f"share must be in (0, 1], got {self.share}")
 

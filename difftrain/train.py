@@ -54,7 +54,7 @@ def train(
         eval_only: evaluate once (with ``resume``: the checkpoint) and write nothing.
 
     Returns:
-        The last evaluation's record, as in ``metrics.jsonl``.
+        The last evaluation's record, as in ``metrics.jsonl``; empty where none was made before a stop.
 
     Raises:
         UserError: the configuration, the data or ``out_dir`` does not fit.
@@ -95,7 +95,8 @@ def _train(
     if checkpoint:
         state = checkpoint.load_state()
         restore_optimizer(optimizer, state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in fp16
+            scaler.load_state_dict(state["scaler"])
         start = checkpoint.step
         if state["measure"] == measure:
             best_loss, is_evaluated = state["best_loss"], state["is_evaluated"]

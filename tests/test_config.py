@@ -47,6 +47,10 @@ def test_resume_starts_from_the_saved_configuration_not_the_preset(tmp_path):
     (tmp_path / "config.toml").write_text(saved.to_toml())
     words = {"out_dir": str(tmp_path), "max_iters": "90"}
     assert resolve_config("demo", None, words, resume=True) == dataclasses.replace(saved, max_iters=90)
+    slow = dataclasses.replace(saved, learning_rate=0.01, min_lr=1e-5)
+    (tmp_path / "config.toml").write_text(slow.to_toml())
+    words = {"out_dir": str(tmp_path), "min_lr": "0.005"}  # above the default learning rate
+    assert resolve_config(None, None, words, resume=True).min_lr == 0.005
     with pytest.raises(UserError, match="cannot resume: .* is not a run folder"):
         resolve_config(None, None, {"out_dir": str(tmp_path / "x")}, resume=True)
 
@@ -98,6 +102,7 @@ def test_missing_and_binary_files_are_refused(tmp_path):
         ({"penalty_mask_correct": math.inf}, "penalty_mask_correct must be finite, got inf"),
         ({"guaranteed_correct_factor": 1.5}, "must be at most 0.999, got 1.5"),
         ({"n_layer": 2.0}, "n_layer must be int, got float 2.0"),
+        ({"batch_size": 10**20}, "batch_size must be at most 2147483647, got 1000"),
         ({"n_layer": True}, "n_layer must be int, got bool True"),
         ({"bias": 1}, "bias must be bool, got int 1"),
         ({"learning_rate": "fast"}, "learning_rate must be float, got str 'fast'"),

@@ -595,3 +595,27 @@ def test_auto_takes_the_linear_loss_where_logits_are_large_on_cuda(tiny):
     assert chosen("cuda", 66) == "logits"
     assert chosen("cpu", 50304) == "logits"
     assert chosen("cuda", 50304, loss_impl="reference") == "reference"
+
+
+def test_a_disk_that_fills_while_resuming_leaves_the_old_configuration(tiny, tmp_path, monkeypatch):
+    import errno
+
+    config = tiny(max_iters=2)
+    train(config)
+    before = contents(config.out_dir)
+
+    def full(self, *arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(dataclasses.replace(config, max_iters=4), resume=True)
+    assert contents(config.out_dir) == before
+
+
+def test_an_fp32_run_can_go_on_in_fp16(tiny):
+    config = tiny(max_iters=2)
+    train(config)
+    train(dataclasses.replace(config, dtype="float16", max_iters=3), resume=True)
+    assert find_checkpoint(Path(config.out_dir), "latest").load_state()["scaler"]
