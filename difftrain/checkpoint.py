@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,32 +16,37 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_model, save_file
+from torch import Tensor, nn
 
 from difftrain.config import Config, UserError, is_run_folder
 from difftrain.model import Transformer
 from difftrain.vocabulary import Vocabulary, from_meta
 
-WEIGHTS, STATE, CONFIG, DIGESTS = "model.safetensors", "state.pt", "config.json", "digests.json"
+WEIGHTS, STATE, CONFIG, DIGESTS = "model.safetensors", "state.json", "config.json", "digests.json"
+OPTIMIZER = (
+    "optimizer"  # a folder of safetensors: one file, or one of each process where state is shared out
+)
 CONTENT = (WEIGHTS, STATE, CONFIG)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint folder.
+    """A verified checkpoint folder. Nothing in it can execute code: it holds safetensors and JSON.
 
     Attributes:
         folder: where it lies.
         step: optimiser steps taken.
         config: configuration of the run that wrote it.
         vocabulary: vocabulary of its data.
+        state: what else the run needs to go on as if never stopped.
     """
 
     folder: Path
     step: int
     config: Config
     vocabulary: Vocabulary
+    state: dict[str, Any]
 
     def load_weights(self, model: nn.Module) -> None:
         """Copy the weights into ``model``; raises UserError where names or shapes differ."""
@@ -50,9 +56,21 @@ class Checkpoint:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.folder} does not fit this model: {reason[:200]}") from None
 
-    def load_state(self) -> dict[str, Any]:
-        """Optimiser, scaler and bookkeeping, on the CPU; loading it executes no code."""
-        return torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+    def read_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        """Fill tensors with the optimiser's saved ones of the same names; each process its own part.
+
+        Raises UserError where they do not fit.
+        """
+        from torch.distributed import checkpoint, is_initialized
+
+        reader = checkpoint.HuggingFaceStorageReader(str(self.folder / OPTIMIZER))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            try:
+                checkpoint.load(tensors, storage_reader=reader, no_dist=not is_initialized())
+            except checkpoint.CheckpointException as error:
+                reason = " ".join(str(error).split())[-200:]
+                raise UserError(f"{self.folder / OPTIMIZER} does not fit this model: {reason}") from None
 
     def make_model(self, device: torch.device) -> Transformer:
         """The model with these weights, in evaluation mode."""
@@ -64,7 +82,8 @@ class Checkpoint:
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    model: nn.Module,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
     state: dict[str, Any],
     config: Config,
     vocabulary: Vocabulary,
@@ -80,46 +99,86 @@ def save_checkpoint(
     Args:
         run_dir: the run's folder.
         step: optimiser steps taken.
-        model: its weights are written, shared ones once.
-        state: what :meth:`Checkpoint.load_state` returns; tensors, containers and numbers.
+        weights: the model's parameters by name, shared ones once; on the CPU.
+        optimizer: its state, as :func:`difftrain.model.optimizer_tensors` gives it; on the CPU.
+        state: what :attr:`Checkpoint.state` returns; containers, numbers and text.
         is_best: whether the pointer ``best`` moves here too.
     """
+    with writing_aside(run_dir, step) as aside:
+        path = aside / OPTIMIZER / "optimizer.safetensors"
+        with _reason_from(path):
+            save_file(optimizer, path)
+        return complete_checkpoint(aside, weights, state, config, vocabulary, is_best=is_best)
+
+
+@contextlib.contextmanager
+def writing_aside(run_dir: Path, step: int) -> Iterator[Path]:
+    """A folder to write a checkpoint in; what is still in it afterwards is removed."""
     home = run_dir / "checkpoints"
     home.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(home)
-    folder = home / f"step-{step:08d}"
-    aside = home / f".writing-{folder.name}"
+    remove_leftovers(run_dir)
+    aside = folder_aside(run_dir, step)
+    try:
+        (aside / OPTIMIZER).mkdir(parents=True)
+        yield aside
+    finally:
+        remove_leftovers(run_dir)
+
+
+def folder_aside(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written."""
+    return run_dir / "checkpoints" / f".writing-step-{step:08d}"
+
+
+def write_shards(aside: Path, optimizer: dict[str, Tensor]) -> None:
+    """Every process writes its part of the optimiser's state, which may consist of DTensors, to its own file."""
+    from torch.distributed import checkpoint
+
+    writer = checkpoint.HuggingFaceStorageWriter(str(aside / OPTIMIZER), save_distributed=True)
+    try:
+        checkpoint.save(optimizer, storage_writer=writer)
+    except checkpoint.CheckpointException as error:
+        with _reason_from(aside / "probe"):
+            raise RuntimeError(f"the optimiser's state cannot be written: {error}") from None
+
+
+def complete_checkpoint(
+    aside: Path,
+    weights: dict[str, Tensor],
+    state: dict[str, Any],
+    config: Config,
+    vocabulary: Vocabulary,
+    *,
+    is_best: bool,
+) -> Path:
+    """Add to the optimiser's state in ``aside`` everything else, verify it all and put it in its place."""
+    home, name = aside.parent, aside.name.removeprefix(".writing-")
     description = {
-        "step": step,
+        "step": int(name.removeprefix("step-")),
         "config": dataclasses.asdict(config),
         "vocabulary": vocabulary.to_meta(),
     }
-    try:
-        aside.mkdir()
-        with _reason_from(aside / WEIGHTS):
-            save_model(model, str(aside / WEIGHTS))
-        with _reason_from(aside / STATE):
-            torch.save(state, aside / STATE)
-        (aside / CONFIG).write_text(json.dumps(description), encoding="utf-8")
-        digests = {name: _digest(aside / name) for name in CONTENT}
-        (aside / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
-        for name in (*CONTENT, DIGESTS):
-            _flush(aside / name)
-        _flush(aside)
-        open_checkpoint(aside)
-        if folder.exists():  # a fallback run comes by this step again
-            folder.rename(home / f".old-{folder.name}")
-        aside.rename(folder)
-        _flush(home)
-        _point(home, "latest", folder.name)
-        if is_best:
-            _point(home, "best", folder.name)
-    finally:
-        _remove_leftovers(home)
+    with _reason_from(aside / WEIGHTS):
+        save_file(weights, aside / WEIGHTS)
+    (aside / CONFIG).write_text(json.dumps(description), encoding="utf-8")
+    (aside / STATE).write_text(json.dumps(state), encoding="utf-8")
+    files = sorted(path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file())
+    (aside / DIGESTS).write_text(_digests(aside, files), encoding="utf-8")
+    for path in (*(aside / file for file in files), aside / DIGESTS, aside / OPTIMIZER, aside):
+        _flush(path)
+    open_checkpoint(aside)
+    folder = home / name
+    if folder.exists():  # a fallback run comes by this step again
+        folder.rename(home / f".old-{name}")
+    aside.rename(folder)
+    _flush(home)
+    _point(home, "latest", name)
+    if is_best:
+        _point(home, "best", name)
     kept = {read_pointer(home, "best"), read_pointer(home, "latest")}
     for old in _step_folders(home)[: -config.keep_checkpoints]:
-        if old.name not in kept:
-            shutil.rmtree(old)
+        if old.name not in kept:  # a kill while it goes must not leave half of it under its name
+            shutil.rmtree(old.rename(home / f".removed-{old.name}"))
     return folder
 
 
@@ -127,26 +186,50 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Verify a checkpoint folder and read its description.
 
     Raises:
-        UserError: a file is missing or does not match its digest; the message names it.
+        UserError: a file is missing or does not match its digest; the message names it, and what to do.
     """
+    remedy = "resume from the checkpoint before it, or name another with --checkpoint STEP"
     try:
-        digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
-        for name in CONTENT:
-            if _digest(folder / name) != digests[name]:
-                raise UserError(f"{folder / name} is damaged: its digest does not match")
+        _verify(folder)
         description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return Checkpoint(
             folder,
             description["step"],
             Config(**description["config"]),
             from_meta(description["vocabulary"], str(folder / CONFIG)),
+            json.loads((folder / STATE).read_text(encoding="utf-8")),
         )
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing, so {folder} is no whole checkpoint") from None
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{folder} is damaged: {error!r}") from None
+    except _Damage as damage:
+        raise UserError(f"{damage}; {remedy}") from None
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG} does not fit this version of difftrain: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / CONFIG} does not fit this version of difftrain: {error!r}") from None
+
+
+class _Damage(Exception):
+    """A file of a checkpoint is not as it was written."""
+
+
+def _verify(folder: Path) -> None:
+    """Raise _Damage unless every file is there and has its digest."""
+    try:
+        text = (folder / DIGESTS).read_text(encoding="utf-8")
+        stored = json.loads(text)
+        if not isinstance(stored, dict) or not stored.keys() >= set(CONTENT):
+            raise ValueError
+    except FileNotFoundError:
+        raise _Damage(f"{folder / DIGESTS} is missing, so {folder.name} is no whole checkpoint") from None
+    except (ValueError, RecursionError):
+        raise _Damage(f"{folder / DIGESTS} is damaged") from None
+    for file, digest in stored.items():
+        path = folder / file
+        if "\0" in file or not path.is_file():
+            raise _Damage(f"{path} is missing, so {folder.name} is no whole checkpoint")
+        if _digest(path) != digest:
+            raise _Damage(f"{path} is damaged: its digest does not match")
+    if text != json.dumps(stored):
+        raise _Damage(f"{folder / DIGESTS} is damaged")
 
 
 def find_checkpoint(run_dir: Path, which: str) -> Checkpoint:
@@ -180,12 +263,18 @@ def find_newest_good(run_dir: Path) -> tuple[Checkpoint, list[str]]:
 
 
 def read_pointer(home: Path, name: str) -> str | None:
-    """The folder name that ``latest`` or ``best`` points to; None without a valid one."""
+    """The folder name that ``latest`` or ``best`` points to; None without an undamaged one."""
     try:
-        target = (home / name).read_text(encoding="utf-8").strip()
-    except OSError:
+        text = (home / name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
         return None
-    return target if target.startswith("step-") and Path(target).name == target else None
+    target = text.split(" ")[0]
+    return target if text == _pointer_text(target) and Path(target).name == target else None
+
+
+def _pointer_text(target: str) -> str:
+    """A folder's name and a digest of it, so that a flipped bit does not lead to another step."""
+    return f"{target} {hashlib.sha256(target.encode()).hexdigest()[:16]}\n"
 
 
 def _step_folders(home: Path) -> list[Path]:
@@ -194,16 +283,17 @@ def _step_folders(home: Path) -> list[Path]:
 
 def _point(home: Path, name: str, target: str) -> None:
     aside = home / f".writing-{name}"
-    aside.write_text(target + "\n", encoding="utf-8")
+    aside.write_text(_pointer_text(target), encoding="utf-8")
     _flush(aside)
     aside.replace(home / name)
     _flush(home)
 
 
-def _remove_leftovers(home: Path) -> None:
+def remove_leftovers(run_dir: Path) -> None:
     """Remove what a killed or failed save left."""
+    home = run_dir / "checkpoints"
     _put_back_replaced(home)
-    for leftover in [*home.glob(".writing-*"), *home.glob(".old-*")]:
+    for leftover in [*home.glob(".writing-*"), *home.glob(".old-*"), *home.glob(".removed-*")]:
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
@@ -232,6 +322,10 @@ def _reason_from(path: Path) -> Iterator[None]:
         raise
 
 
+def _digests(folder: Path, files: list[str]) -> str:
+    return json.dumps({file: _digest(folder / file) for file in files})
+
+
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -244,7 +338,7 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         # Some file systems refuse to flush a folder; the rename is still atomic there.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -17,6 +17,7 @@ from difftrain.config import (
     GROUPS,
     TYPES,
     Config,
+    FailedElsewhere,
     UserError,
     near_matches,
     preset_names,
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(sys.argv[1:] if argv is None else list(argv))
         args.command(args)
+    except FailedElsewhere:
+        return 2
     except UserError as error:
         return _complain(str(error), 2)
     except OSError as error:

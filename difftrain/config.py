@@ -28,6 +28,10 @@ class UserError(ValueError):
     """A mistake of the user's: the command line shows its message alone, in one line."""
 
 
+class FailedElsewhere(UserError):
+    """Another process failed and says why; this one ends without a word."""
+
+
 def option(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
     """A field with its default, its meaning with the unit, and the range it must lie in."""
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
@@ -56,10 +60,18 @@ class Config:
         "diffusion", "diffusion: no causal mask, repairs corrupted text; gpt2: causal, next token"
     )
     device: str = option("auto", "auto | cpu | cuda | cuda:N | mps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "autocast type; auto: bfloat16 on CUDA that has it, else float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = option(
+        "auto",
+        "autocast type; auto: bfloat16 on CUDA that has it, else float32; float64: the weights too, to compare runs",
     )
     compile: bool = option(False, "torch.compile the model")
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp",
+        "with several processes, ddp: each holds the whole model; fsdp: weights and optimiser are shared out",
+    )
+    deterministic: bool = option(
+        False, "one CPU thread and deterministic algorithms: equal runs give equal bits; slower"
+    )
 
     data: str = option("stdlib", "stdlib (the running Python's own source), a text file, or a folder")
     block_size: int = option(256, "tokens a sequence", low=1)
@@ -106,7 +118,10 @@ class Config:
     beta2: float = option(0.95, "AdamW, second moment", low=0.0, high=0.999999)
     grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping", low=0.0)
     max_bad_steps: int = option(
-        10, "consecutive steps with a non-finite loss or gradient before the run ends", low=1
+        10, "consecutive steps not applied (non-finite loss or gradient, spike) before the run ends", low=1
+    )
+    spike_factor: float = option(
+        0.0, "leave out a step whose gradient norm is this many times the usual one; 0: never", low=0.0
     )
 
     eval_interval: int = option(500, "steps between evaluations, each followed by a checkpoint", low=1)
@@ -134,6 +149,8 @@ class Config:
             raise UserError(
                 f"n_embd / n_head must be even for rotary positions, got {self.n_embd // self.n_head}"
             )
+        if 0.0 < self.spike_factor <= 1.0:
+            raise UserError(f"spike_factor must be 0 or above 1, got {self.spike_factor}")
         if self.min_lr > self.learning_rate and self.decay_lr:
             raise UserError(f"min_lr must be at most learning_rate {self.learning_rate}, got {self.min_lr}")
 

@@ -86,11 +86,15 @@ def evaluate(
     model.eval()
     parts = sorted({part for part, _, _ in validation_set.batches})
     sums = {part: torch.zeros(VECTOR_SIZE, dtype=torch.float64) for part in parts}
-    for part, x, y in validation_set.batches[runtime.rank :: runtime.world_size]:
+    batches = validation_set.batches
+    for first in range(0, len(batches), runtime.world_size):
+        # Sharded weights are gathered in every pass, so the last one is made by all, counted or not.
+        part, x, y = batches[(first + runtime.rank) % len(batches)]
         x, y = x.to(runtime.device), y.to(runtime.device)
         _, table = model_loss(
             model, x, y, mask_id, 1.0, 1.0, runtime=runtime, impl=loss_impl, return_cases=True
         )
-        sums[part] += table.to_vector()
+        if first + runtime.rank < len(batches):
+            sums[part] += table.to_vector()
     model.train(was_training)
     return {part: CaseTable.from_vector(runtime.sum_over_processes(sums[part])) for part in parts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -122,9 +122,9 @@ def rotation_table(length: int, head_size: int) -> Tensor:
 
 
 def rotate(heads: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate (B, H, T, D) queries or keys by their positions' angles, in fp32."""
+    """Rotate (B, H, T, D) queries or keys by their positions' angles, in the table's dtype."""
     cos, sin = rotation
-    a, b = heads.float().chunk(2, dim=-1)
+    a, b = heads.to(rotation.dtype).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(heads.dtype)
 
 
@@ -146,11 +146,34 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimiser's moments; decay and betas stay as this run's configuration has them."""
-    configured = [
-        {key: group[key] for key in ("weight_decay", "betas")} for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, configured, strict=True):
-        group.update(values)
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """AdamW's state of every parameter as ``NAME.exp_avg``, ``NAME.exp_avg_sq`` and ``NAME.step``.
+
+    The tensors themselves; zeros, which are the state before the first update, where there is none yet.
+    """
+    return {
+        f"{name}.{key}": tensor
+        for name, p in model.named_parameters()
+        for key, tensor in (optimizer.state.get(p) or _fresh_state(p)).items()
+    }
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.AdamW, read: Callable[[dict[str, Tensor]], None]
+) -> None:
+    """Give AdamW the state that ``read`` writes into tensors of :func:`optimizer_tensors`' names.
+
+    Only what the steps have made is restored; rates, decay and betas are the configuration's.
+    """
+    states = {name: _fresh_state(p) for name, p in model.named_parameters()}
+    read({f"{name}.{key}": tensor for name, state in states.items() for key, tensor in state.items()})
+    for name, p in model.named_parameters():
+        optimizer.state[p] = states[name]
+
+
+def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:
+    return {
+        "step": torch.zeros((), device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from difftrain.checkpoint import Checkpoint, find_newest_good
+from difftrain.checkpoint import Checkpoint, find_newest_good, remove_leftovers
 from difftrain.config import CONFIG_FILE, DISK_FULL, Config, UserError, is_run_folder
 from difftrain.data import Corpus
 from difftrain.metrics import FILE
@@ -30,7 +30,9 @@ def claim_run_dir(run_dir: Path, config: Config, *, resume: bool) -> None:
     aside = run_dir / f".{CONFIG_FILE}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if not resume:
+        if resume:
+            remove_leftovers(run_dir)
+        else:
             for entry in RUN_ENTRIES:
                 path = run_dir / entry
                 if path.is_dir() and not path.is_symlink():

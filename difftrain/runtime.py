@@ -6,18 +6,27 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from difftrain.config import Config, UserError
+from difftrain.config import Config, FailedElsewhere, UserError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+ONE_KEYSTROKE = 1.0  # seconds; torchrun passes on the Ctrl-C that the terminal sent to its processes too
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,6 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     rank: int
-    local_rank: int
     world_size: int
 
     @property
@@ -41,7 +49,7 @@ class Runtime:
 
     def autocast(self) -> AbstractContextManager:
         """The context in which the model computes."""
-        if self.dtype == torch.float32:
+        if self.dtype in (torch.float32, torch.float64):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
@@ -53,11 +61,28 @@ class Runtime:
         dist.all_reduce(on_device)
         return on_device.to(values.device)
 
-    def any_process(self, flag: bool) -> bool:
-        """Whether the flag is set on any process; every process gets the same answer."""
+    def any_process(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set on any process; every process gets the same answer."""
         if self.world_size == 1:
-            return flag
-        return bool(self.sum_over_processes(torch.tensor(float(flag))) > 0)
+            return list(flags)
+        return (self.sum_over_processes(torch.tensor(flags, dtype=torch.float32)) > 0).tolist()
+
+    def main_first(self, action: Callable[[], Result]) -> Result:
+        """The action's result, computed on the main process and then, unless it failed there, on the others."""
+        if not self.is_main:
+            self._stop_if_any(False)
+            return action()
+        try:
+            result = action()
+        except BaseException:
+            self.any_process(True)
+            raise
+        self._stop_if_any(False)
+        return result
+
+    def _stop_if_any(self, failed: bool) -> None:
+        if self.any_process(failed)[0]:
+            raise FailedElsewhere("another process failed")
 
     def shows_progress(self) -> bool:
         """Whether a progress bar makes sense: the main process on a terminal."""
@@ -94,8 +119,9 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def start_runtime(config: Config) -> Runtime:
-    """Join the processes that torchrun started, if any, and choose device and number format."""
+@contextmanager
+def start_runtime(config: Config) -> Iterator[Runtime]:
+    """Within it, this process has its device, its number format and its place among torchrun's processes."""
     device = resolve_device(config.device)
     rank, local_rank, world_size = (
         int(os.environ.get(key, default))
@@ -106,41 +132,77 @@ def start_runtime(config: Config) -> Runtime:
             f"gradient_accumulation_steps must be a multiple of the {world_size} processes, "
             f"got {config.gradient_accumulation_steps}"
         )
-    if world_size > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", local_rank)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type == "cuda" and world_size > 1:
+        device = torch.device("cuda", local_rank)
     dtype = config.dtype
     if dtype == "auto":
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if has_bfloat16 else "float32"
-    return Runtime(device, DTYPES[dtype], rank, local_rank, world_size)
+    with _deterministic() if config.deterministic else nullcontext():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        runtime = Runtime(device, DTYPES[dtype], rank, world_size)
+        if world_size == 1:
+            yield runtime
+            return
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield runtime
+        except BaseException as error:
+            # What still holds the group, such as a replica in a dead frame, must go first: freed after
+            # the group it can wait for a thread of it for ever.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            dist.destroy_process_group()
 
 
-def stop_runtime(runtime: Runtime) -> None:
-    """Leave the process group."""
-    if runtime.world_size > 1:
-        dist.destroy_process_group()
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone; gloo says so in its text alone."""
+    lost = ("closed by peer", "reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in lost)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """One CPU thread (which thread adds what decides the last bit), and no algorithm that varies."""
+    threads, was_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    fills, benchmarks = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # everything we allocate is written
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(was_deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+        torch.backends.cudnn.benchmark = benchmarks
 
 
 @dataclass
 class StopRequest:
     """Set by the first Ctrl-C or SIGTERM."""
 
-    requested: bool = False
+    requested_at: float | None = None  # seconds of the monotonic clock
+
+    @property
+    def requested(self) -> bool:
+        return self.requested_at is not None
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Within it, Ctrl-C or SIGTERM only asks for a stop; a second one stops at once."""
+    """Within it, Ctrl-C or SIGTERM only asks for a stop; a second one, a second later, stops at once."""
     stop = StopRequest()
 
     def request(signum: int, frame: Any) -> None:
-        if stop.requested:
+        if stop.requested_at is None:
+            stop.requested_at = time.monotonic()
+        elif time.monotonic() - stop.requested_at > ONE_KEYSTROKE:
             raise KeyboardInterrupt
-        stop.requested = True
 
     previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

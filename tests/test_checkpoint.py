@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from difftrain import checkpoint
-from difftrain.checkpoint import find_checkpoint, find_newest_good, open_checkpoint, save_checkpoint
+from difftrain.checkpoint import (
+    CONTENT,
+    find_checkpoint,
+    find_newest_good,
+    open_checkpoint,
+    save_checkpoint,
+)
 from difftrain.config import UserError
 from difftrain.model import Transformer
 from difftrain.vocabulary import Characters
@@ -23,9 +29,11 @@ def run(tmp_path, tiny):
     def save(step, is_best=False, seed=None):
         torch.manual_seed(step if seed is None else seed)
         model = Transformer(config, WORDS.vocab_size)
-        state = {"moment": torch.randn(3), "best_loss": 0.5}
-        save_checkpoint(tmp_path, step, model, state, config, WORDS, is_best=is_best)
-        return model, state
+        state = {"best_loss": 0.5, "usual_norm": 0.1}
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        moments = {"a.exp_avg": torch.randn(3), "a.step": torch.tensor(float(step))}
+        save_checkpoint(tmp_path, step, weights, moments, state, config, WORDS, is_best=is_best)
+        return model, moments, state
 
     return tmp_path, save
 
@@ -36,7 +44,7 @@ def names(run_dir):
 
 def test_what_is_loaded_is_what_was_saved(run):
     run_dir, save = run
-    model, state = save(7, is_best=True)
+    model, moments, state = save(7, is_best=True)
     for which in ("latest", "best", "7"):
         found = find_checkpoint(run_dir, which)
         assert found.step == 7
@@ -45,7 +53,10 @@ def test_what_is_loaded_is_what_was_saved(run):
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
         assert loaded.head.weight is loaded.embedding.weight
         assert not loaded.training
-        assert torch.equal(found.load_state()["moment"], state["moment"])
+        assert found.state == state
+        read = {name: torch.full_like(tensor, torch.nan) for name, tensor in moments.items()}
+        found.read_optimizer(read)
+        assert all(torch.equal(read[name], moments[name]) for name in moments)
         assert found.config.out_dir == str(run_dir)
 
 
@@ -58,7 +69,7 @@ def test_the_newest_and_the_best_stay(run):
     assert find_checkpoint(run_dir, "latest").step == 6
 
 
-@pytest.mark.parametrize("name", checkpoint.CONTENT)
+@pytest.mark.parametrize("name", [*CONTENT, "optimizer/optimizer.safetensors"])
 @pytest.mark.parametrize("harm", ["flip a bit", "truncate", "delete"])
 def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_found(run, name, harm):
     run_dir, save = run
@@ -74,7 +85,7 @@ def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_found(run, na
     else:
         path.unlink()
     with pytest.raises(UserError, match=name):
-        open_checkpoint(path.parent)
+        open_checkpoint(run_dir / "checkpoints" / "step-00000002")
     found, problems = find_newest_good(run_dir)
     assert found.step == 1
     assert len(problems) == 1
@@ -98,7 +109,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_leftovers(run, monkeypatch
     def no_space(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.torch, "save", no_space)
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
     with pytest.raises(OSError, match="No space"):
         save(2)
     assert names(run_dir) == ["latest", "step-00000001"]
@@ -108,7 +119,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_leftovers(run, monkeypatch
 def test_saving_a_step_again_replaces_it(run):
     run_dir, save = run
     save(3, seed=1)
-    model, _ = save(3, seed=2)
+    model, *_ = save(3, seed=2)
     loaded = find_checkpoint(run_dir, "latest").make_model(torch.device("cpu"))
     assert torch.equal(loaded.embedding.weight, model.embedding.weight)
     assert names(run_dir) == ["latest", "step-00000003"]
@@ -141,15 +152,23 @@ class _Hostile:
         return (print, ("executed",))
 
 
-def test_state_that_names_code_is_not_executed(run, capsys):
+@pytest.mark.parametrize("name", [*CONTENT, "optimizer/optimizer.safetensors"])
+def test_a_hostile_pickle_in_any_file_is_refused_unexecuted(run, capsys, name):
     run_dir, save = run
-    save(1)
+    _, moments, _ = save(1)
     folder = run_dir / "checkpoints" / "step-00000001"
-    torch.save({"x": _Hostile()}, folder / checkpoint.STATE)
-    digests = {name: checkpoint._digest(folder / name) for name in checkpoint.CONTENT}
+    torch.save({"x": _Hostile()}, folder / name)
+    digests = json.loads((folder / checkpoint.DIGESTS).read_text())
+    digests[name] = checkpoint._digest(folder / name)
     (folder / checkpoint.DIGESTS).write_text(json.dumps(digests))
-    with pytest.raises(Exception, match=r"(?i)weights.only"):
-        open_checkpoint(folder).load_state()
+
+    def load_all():
+        opened = open_checkpoint(folder)
+        opened.make_model(torch.device("cpu"))
+        opened.read_optimizer({name: torch.zeros_like(tensor) for name, tensor in moments.items()})
+
+    with pytest.raises(UserError, match="does not fit"):
+        load_all()
     assert "executed" not in capsys.readouterr().out
 
 
@@ -188,7 +207,9 @@ def test_everything_is_flushed_before_the_name_appears(run, monkeypatch):
     )
     save(1)
     before = [name for name, is_there in flushed if not is_there]
-    assert before == [*checkpoint.CONTENT, checkpoint.DIGESTS, ".writing-step-00000001"]
+    files = [*CONTENT, "optimizer.safetensors"]
+    assert sorted(before[: len(files)]) == sorted(files)
+    assert before[len(files) :] == [checkpoint.DIGESTS, "optimizer", ".writing-step-00000001"]
     assert ("checkpoints", True) in flushed
 
 
@@ -203,7 +224,7 @@ def test_a_checkpoint_that_does_not_read_back_never_appears(run, monkeypatch):
         real(path)
 
     monkeypatch.setattr(checkpoint, "_flush", harms)
-    with pytest.raises(UserError, match=r"state.pt is damaged"):
+    with pytest.raises(UserError, match=r"state.json is damaged"):
         save(2)
     assert names(run_dir) == ["latest", "step-00000001"]
     assert find_checkpoint(run_dir, "latest").step == 1

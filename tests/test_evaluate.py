@@ -5,8 +5,10 @@ from difftrain.data import open_corpus
 from difftrain.evaluate import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
 from difftrain.metrics import loss_metrics
 from difftrain.model import Transformer
-from difftrain.runtime import start_runtime
+from difftrain.runtime import Runtime
 from difftrain_kernels import fused_diffusion_loss
+
+HERE = Runtime(torch.device("cpu"), torch.float32, rank=0, world_size=1)
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_one_pass_gives_the_loss_at_any_penalties(setting):
     validation_set = make_validation_set(corpus, config)
     calls = []
     model.register_forward_hook(lambda *args: calls.append(1))
-    table = evaluate(model, validation_set, mask_id, start_runtime(config))[FIXED]
+    table = evaluate(model, validation_set, mask_id, HERE)[FIXED]
     assert len(calls) == len(validation_set.batches)
 
     fixed = [(x, y) for part, x, y in validation_set.batches if part == FIXED]
@@ -85,7 +87,7 @@ def test_masked_nll_of_a_level_is_the_mean_over_its_masked_positions(setting):
     config, corpus, model = setting
     mask_id = corpus.vocabulary.mask_id
     validation_set = make_validation_set(corpus, config)
-    tables = evaluate(model, validation_set, mask_id, start_runtime(config))
+    tables = evaluate(model, validation_set, mask_id, HERE)
     for level in (*LEVELS, TRAINING):
         nll = []
         for part, x, y in validation_set.batches:
@@ -103,7 +105,7 @@ def test_the_model_is_evaluated_without_dropout_and_trained_with_it_again(settin
         model,
         make_validation_set(corpus, config),
         corpus.vocabulary.mask_id,
-        start_runtime(config),
+        HERE,
     )
     first, second = (evaluate(*arguments)[FIXED].nll for _ in range(2))
     assert torch.equal(first, second)

@@ -1,0 +1,209 @@
+"""A run between two steps: its model, optimiser and bookkeeping, and what one step does to them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difftrain.checkpoint import Checkpoint
+from difftrain.config import Config
+from difftrain.corruption import corrupt
+from difftrain.data import Corpus, sample_indices
+from difftrain.evaluate import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
+from difftrain.loss import choose_loss, model_loss
+from difftrain.metrics import console_line, loss_metrics
+from difftrain.model import Transformer, make_optimizer, restore_optimizer
+from difftrain.parallel import gradient_sync, replicate, reshard, shard, whole
+from difftrain.runtime import Runtime
+from difftrain.schedule import learning_rate, masking_penalties
+from difftrain_kernels import CaseTable
+from difftrain_kernels.cases import MASKED
+
+SPIKE_MEMORY = (
+    100  # steps over which the usual gradient norm is averaged, and before which no step is a spike
+)
+
+
+class TrainingFailed(RuntimeError):
+    """The run ended because its steps could not be applied, or another process was lost."""
+
+
+class Run:
+    """Everything that a step changes or needs; what must survive a stop is in :meth:`state`."""
+
+    def __init__(
+        self, config: Config, runtime: Runtime, corpus: Corpus, checkpoint: Checkpoint | None, say: Any
+    ):
+        self.config, self.runtime, self.corpus, self.say = config, runtime, corpus, say
+        self.folder = Path(config.out_dir)
+        self.mask_id = corpus.vocabulary.mask_id
+        torch.manual_seed(config.seed)
+        model = Transformer(config, corpus.vocabulary.vocab_size)
+        if checkpoint:
+            checkpoint.load_weights(model)
+        model.to(runtime.device, torch.float64 if runtime.dtype == torch.float64 else None)
+        shard(model, config, runtime)
+        self.model = model
+        self.optimizer = make_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+        self.compiled = torch.compile(model) if config.compile else model
+        self.network = replicate(self.compiled, runtime)
+        self.loss_impl = choose_loss(config, corpus.vocabulary.vocab_size, runtime)
+        self.micro_steps = config.gradient_accumulation_steps // runtime.world_size
+
+        self.validation_set = make_validation_set(corpus, config)
+        self.unigram_entropy = corpus.unigram_entropy()
+        # What the best loss is measured by: a best of another measure says nothing.
+        self.measure = [self.validation_set.id, config.penalty_keep_mask, config.penalty_mask_correct]
+        self.step = self.saved_step = 0
+        self.best_loss, self.is_evaluated = math.inf, False
+        self.bad_steps = 0  # in a row
+        self.usual_norm, self.norms = 0.0, 0  # running mean of the gradient's norm, and of how many steps
+        if checkpoint:
+            self._restore(checkpoint)
+        else:
+            self.saved_step = -1
+        say(
+            f"{model.n_parameters():,} parameters on {runtime.device} in {runtime.dtype_name}, "
+            f"{len(corpus.train):,} training tokens, vocabulary {corpus.vocabulary.vocab_size}, "
+            f"{runtime.world_size} process(es), steps {self.step} to {config.max_iters}"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What the steps have made beside weights and moments.
+
+        The rest is a function of the step: learning rate, penalties, data order, corruption, and the
+        random numbers of dropout, which are seeded anew in each step.
+        """
+        return {
+            "scaler": self.scaler.state_dict(),
+            "best_loss": self.best_loss,
+            "measure": self.measure,
+            "is_evaluated": self.is_evaluated,
+            "bad_steps": self.bad_steps,
+            "usual_norm": self.usual_norm,
+            "norms": self.norms,
+        }
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        restore_optimizer(self.model, self.optimizer, checkpoint.read_optimizer)
+        if state["scaler"]:  # empty where the run was not in fp16
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = self.saved_step = checkpoint.step
+        self.bad_steps, self.usual_norm, self.norms = (
+            state[key] for key in ("bad_steps", "usual_norm", "norms")
+        )
+        if state["measure"] == self.measure:
+            self.best_loss, self.is_evaluated = state["best_loss"], state["is_evaluated"]
+
+    def evaluate(self) -> dict[str, Any]:
+        """One pass over the validation set, as a metrics record."""
+        pk, pm = masking_penalties(self.step, self.config)
+        tables = evaluate(self.compiled, self.validation_set, self.mask_id, self.runtime, self.loss_impl)
+        reshard(self.model)
+        record = {"kind": "eval", "step": self.step, **loss_metrics(tables[FIXED], pk, pm, self.config)}
+        record |= {"pk": pk, "pm": pm, "lr": learning_rate(self.step, self.config)}
+        record |= {"validation_id": self.validation_set.id, "unigram_entropy": self.unigram_entropy}
+        if self.config.mode == "diffusion":
+            levels = [*LEVELS, TRAINING]
+            record["masked_nll"] = {level: tables[level].mean_nll()[MASKED].item() for level in levels}
+        self.say(console_line(record))
+        return record
+
+    def gradients(
+        self, lr: float, pk: float, pm: float, *, is_logged: bool
+    ) -> tuple[Tensor, list[CaseTable]]:
+        """Forward and backward over the step's micro-batches: the sum of their losses, and their tables if logged."""
+        config, runtime = self.config, self.runtime
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if config.dropout > 0:
+            _seed_dropout(config.seed, self.step, runtime.rank)
+        # What backward will pass to each loss, told beforehand; fp16's scale is known on the device alone.
+        upstream_scale = None if self.scaler.is_enabled() else 1 / self.micro_steps
+        loss_sum, tables = torch.zeros((), device=runtime.device), []
+        for micro_step in range(self.micro_steps):
+            samples = sample_indices(self.step, micro_step, runtime.rank, runtime.world_size, config)
+            x, y = _make_batch(self.corpus, samples, config, runtime)
+            with gradient_sync(self.network, micro_step == self.micro_steps - 1):
+                loss = model_loss(
+                    self.network, x, y, self.mask_id, pk, pm,
+                    runtime=runtime, impl=self.loss_impl, return_cases=is_logged, upstream_scale=upstream_scale,
+                )  # fmt: skip
+                if is_logged:
+                    loss, table = loss
+                    tables.append(table)
+                self.scaler.scale(loss / self.micro_steps).backward()
+            loss_sum += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        return loss_sum, tables
+
+    def update(self, loss_sum: Tensor, *flags: bool) -> tuple[float, list[bool]]:
+        """Apply the gradients unless they are no good: their norm, and which flags any process has set."""
+        config = self.config
+        parameters = self.model.parameters()
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
+        total = (norm + loss_sum).item()  # one number, so that the host waits for the device once
+        norm = norm.item()
+        is_spike = self._is_spike(norm)
+        is_bad, *flags = self.runtime.any_process(not math.isfinite(total), *flags)
+        if not (is_bad or is_spike):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        reason = (
+            "its loss or gradient is not finite" if is_bad else f"its gradient's norm {norm:.3g} is a spike"
+        )
+        if is_bad or is_spike:
+            self.bad_steps += 1
+            self.say(f"warning: step {self.step} is not applied: {reason}")
+        else:
+            self.bad_steps = 0
+        if self.bad_steps >= config.max_bad_steps:
+            raise TrainingFailed(
+                f"{self.bad_steps} steps in a row had a non-finite loss or gradient, or a spike, the last was "
+                f"{self.step}: {reason}; the checkpoints in {self.folder} are as they were"
+            )
+        return norm, flags
+
+    def _is_spike(self, norm: float) -> bool:
+        """Whether a gradient's norm is ``spike_factor`` times the usual one.
+
+        A spike moves the usual norm too, as far as no spike could, so that a lasting change is accepted.
+        """
+        if not math.isfinite(norm):
+            return False
+        most = self.config.spike_factor * self.usual_norm if self.config.spike_factor else math.inf
+        is_spike = self.norms == SPIKE_MEMORY and norm > most
+        self.norms = min(self.norms + 1, SPIKE_MEMORY)
+        self.usual_norm += ((most if is_spike else norm) - self.usual_norm) / self.norms
+        return is_spike
+
+
+def _make_batch(corpus: Corpus, samples: Tensor, config: Config, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """x and y of the given training samples, on the device."""
+    if config.mode == "gpt2":
+        tokens = corpus.windows("train", samples, seed=config.seed, length=config.block_size + 1)
+        tokens = tokens.to(runtime.device, non_blocking=True)
+        return tokens[:, :-1], tokens[:, 1:]
+    tokens = corpus.windows("train", samples, seed=config.seed, length=config.block_size)
+    return corrupt(
+        tokens.to(runtime.device, non_blocking=True),
+        samples.to(runtime.device),
+        seed=config.seed,
+        split="train",
+        vocab_size=corpus.vocabulary.vocab_size,
+        max_corruption=config.max_corruption,
+    )
+
+
+def _seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Make dropout a function of (seed, step, rank), so that a resumed run drops the same units."""
+    digest = hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
