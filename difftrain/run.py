@@ -44,9 +44,9 @@ class Run:
         self.mask_id = corpus.vocabulary.mask_id
         torch.manual_seed(config.seed)
         model = Transformer(config, corpus.vocabulary.vocab_size)
+        model.to(runtime.device, torch.float64 if runtime.dtype == torch.float64 else None)
         if checkpoint:
             checkpoint.load_weights(model)
-        model.to(runtime.device, torch.float64 if runtime.dtype == torch.float64 else None)
         shard(model, config, runtime)
         self.model = model
         self.optimizer = make_optimizer(model, config)

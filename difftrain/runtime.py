@@ -142,7 +142,7 @@ def start_runtime(config: Config) -> Iterator[Runtime]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         runtime = Runtime(device, DTYPES[dtype], rank, world_size)
-        if world_size == 1:
+        if world_size == 1 or dist.is_initialized():  # then the group is the caller's
             yield runtime
             return
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

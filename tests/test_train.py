@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -304,28 +305,6 @@ def test_an_unwritable_place_is_named(tiny, tmp_path):
         train(tiny(out_dir=str(tmp_path / "file" / "run")))
 
 
-# Several processes --------------------------------------------------------------------------------
-
-
-def test_two_processes_train_as_one(tiny, tmp_path):
-    one = tiny(max_iters=6, batch_size=4, gradient_accumulation_steps=2, out_dir=str(tmp_path / "one"))
-    train(one)
-    two = dataclasses.replace(one, out_dir=str(tmp_path / "two"))
-    (tmp_path / "two.toml").write_text(two.to_toml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += ["-m", "difftrain", "train", "--config", str(tmp_path / "two.toml")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    for a, b in zip(records_of(one), records_of(two), strict=True):
-        assert a["step"] == b["step"]
-        for key in ("loss", "loss_final", "nll"):
-            assert a[key] == pytest.approx(b[key], rel=1e-4)
-        assert [a["cases"][k]["n"] for k in a["cases"]] == [b["cases"][k]["n"] for k in b["cases"]]
-    for name, value in weights_of(one).items():
-        torch.testing.assert_close(value, weights_of(two)[name], rtol=1e-3, atol=1e-4)
-
-
 def test_metrics_are_valid_json_whatever_happens(tiny):
     config = tiny(max_iters=2, block_size=16, eval_iters=2)
     train(config)
@@ -433,6 +412,61 @@ def test_bad_steps_count_only_in_a_row(tiny, monkeypatch, capsys):
     monkeypatch.setattr(loss_module, "fused_diffusion_loss", sometimes_nan)
     train(tiny(max_bad_steps=2))
     assert capsys.readouterr().out.count("is not applied") == 3
+
+
+def test_a_spike_is_left_out_and_a_lasting_change_is_accepted(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "SPIKE_MEMORY", 4)
+    real, calls = loss_module.fused_diffusion_loss, []
+
+    def steep(logits, *arguments, **options):
+        calls.extend([1] * torch.is_grad_enabled())
+        factor = factors.get(len(calls), 1.0) if torch.is_grad_enabled() else 1.0
+        if len(calls) > 11 and torch.is_grad_enabled():
+            factor = lasting
+        loss = real(logits, *arguments, **options)
+        return (loss[0] * factor, *loss[1:]) if isinstance(loss, tuple) else loss * factor
+
+    monkeypatch.setattr(loss_module, "fused_diffusion_loss", steep)
+    factors, lasting = {2: 50.0, 8: 50.0}, 1.0  # the first one comes before anything is usual
+    train(tiny(spike_factor=3.0))
+    out = capsys.readouterr().out
+    assert out.count("is not applied") == 1
+    assert "step 7 is not applied: its gradient's norm" in out
+    assert "is a spike" in out
+
+    calls.clear()
+    train(tiny(out_dir=tiny().out_dir + "-off"))  # by default nothing is left out
+    assert "is not applied" not in capsys.readouterr().out
+
+    calls.clear()
+    factors, lasting = {}, 20.0
+    train(tiny(spike_factor=3.0, max_iters=24, max_bad_steps=9, out_dir=tiny().out_dir + "-lasting"))
+    left_out = [int(n) for n in re.findall(r"step (\d+) is not applied", capsys.readouterr().out)]
+    assert left_out
+    assert left_out[0] == 11
+    assert left_out[-1] < 20
+
+    calls.clear()
+    with pytest.raises(TrainingFailed, match="2 steps in a row .* is a spike"):
+        train(tiny(spike_factor=3.0, max_iters=24, max_bad_steps=2, out_dir=tiny().out_dir + "-ends"))
+
+
+def test_deterministic_runs_compute_with_one_thread_and_checked_algorithms(tiny, monkeypatch):
+    seen = []
+    real = loss_module.fused_diffusion_loss
+
+    def loss(*arguments, **options):
+        seen.append((torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(loss_module, "fused_diffusion_loss", loss)
+    torch.set_num_threads(2)
+    train(tiny(max_iters=1, deterministic=True))
+    assert set(seen) == {(1, True)}
+    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == (2, False)
+    seen.clear()
+    train(tiny(max_iters=1), overwrite=True)
+    assert set(seen) == {(2, False)}
 
 
 # More of resuming -----------------------------------------------------------------------------------

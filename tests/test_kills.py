@@ -1,0 +1,106 @@
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from difftrain.checkpoint import find_checkpoint, open_checkpoint, read_pointer, save_checkpoint
+from difftrain.config import UserError
+from difftrain.model import Transformer, make_optimizer, optimizer_tensors
+from difftrain.train import train
+from difftrain.vocabulary import Characters
+from launch import run
+from test_resume import digests_of
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_during_saves_cost_at_most_one_interval_and_leave_nothing_behind(tiny, tmp_path, kills):
+    endless = tiny(
+        max_iters=10**6, lr_decay_iters=10**6, eval_interval=1, eval_iters=2, batch_size=4, n_embd=64
+    )
+    (tmp_path / "c.toml").write_text(endless.to_toml())
+    script = Path(__file__).with_name("kill_runs.py")
+    code, out, err = run(script, tmp_path / "c.toml", kills, 1, timeout=20 * kills)
+    assert code == 0, out + err
+    counts = json.loads(out)
+    assert counts["kills"] == kills
+    assert counts["half_written"] >= kills / 20, "kills must have hit saves"
+    ended = dataclasses.replace(endless, max_iters=counts["step"] + 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(ended, resume=True)
+    straight = dataclasses.replace(ended, out_dir=str(tmp_path / "straight"))
+    train(straight)
+    torch.set_num_threads(threads)
+    assert digests_of(ended) == digests_of(straight)
+    home = Path(ended.out_dir) / "checkpoints"
+    assert [p.name for p in home.iterdir() if p.name.startswith(".")] == []
+
+
+# Harm ---------------------------------------------------------------------------------------------
+
+PAGE = 4096
+
+
+def harm(content: bytes, dice: random.Random) -> tuple[str, bytes]:
+    """What was done to a file's bytes, and the result, which differs."""
+    kind = dice.choice(("bit", "bit", "page", "cut"))
+    harmed = bytearray(content)
+    if kind == "bit":
+        place = dice.randrange(len(harmed))
+        harmed[place] ^= 1 << dice.randrange(8)
+    elif kind == "page":
+        start = dice.randrange(0, len(harmed), PAGE)
+        harmed[start : start + PAGE] = bytes(len(harmed[start : start + PAGE]))
+    else:
+        del harmed[dice.randrange(len(harmed)) :]
+    return kind, bytes(harmed)
+
+
+def test_a_thousand_harms_to_any_file_are_all_detected_and_name_the_file_and_the_remedy(tiny):
+    config = tiny(n_embd=32)
+    run_dir = Path(config.out_dir)
+    run_dir.mkdir()
+    (run_dir / "config.toml").write_text(config.to_toml())
+    words = Characters(tuple("abcdef"))
+    model = Transformer(config, words.vocab_size)
+    optimizer = make_optimizer(model, config)
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    folder = save_checkpoint(
+        run_dir, 4, weights, optimizer_tensors(model, optimizer), {"best": 0.5}, config, words, is_best=True
+    )
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    assert len(files) == 5
+    dice = random.Random(0)
+    for trial in range(1000):
+        path = dice.choice(files)
+        content = path.read_bytes()
+        kind, harmed = harm(content, dice)
+        if harmed == content:  # a page of zeros
+            continue
+        path.write_bytes(harmed)
+        with pytest.raises(UserError) as caught:
+            open_checkpoint(folder)
+        path.write_bytes(content)
+        message = str(caught.value)
+        # A harmed list of digests may accuse another file first: it is one of this folder's all the same.
+        assert str(path if path.name != "digests.json" else folder) in message, (trial, kind, message)
+        assert "resume from the checkpoint before it" in message
+    open_checkpoint(folder)
+
+
+def test_no_flipped_bit_leads_a_pointer_to_another_step(tiny):
+    config = tiny(max_iters=4)
+    train(config)
+    home = Path(config.out_dir) / "checkpoints"
+    content = (home / "latest").read_bytes()
+    assert find_checkpoint(Path(config.out_dir), "latest").step == 4
+    for place in range(8 * len(content)):
+        harmed = bytearray(content)
+        harmed[place // 8] ^= 1 << place % 8
+        (home / "latest").write_bytes(harmed)
+        assert read_pointer(home, "latest") is None

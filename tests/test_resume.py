@@ -1,0 +1,138 @@
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from difftrain.checkpoint import find_checkpoint
+from difftrain.data import open_corpus, sample_indices
+from difftrain.metrics import read_metrics
+from difftrain.run import _make_batch
+from difftrain.runtime import Runtime
+from difftrain.train import train
+from launch import run, train_all
+from resume_runs import train_with_stop
+
+TIMES = ("tokens_per_second", "peak_memory_mib")
+# Evaluations and saves at 0, 5, 10 and 13; the penalties' warmup ends at 6: stops lie before, at and after each.
+STOPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
+SCHEDULE = {"max_iters": 13, "eval_interval": 5, "masking_warmup_iters": 6, "dropout": 0.1, "batch_size": 2}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # Which thread adds up what decides the last bit.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def digests_of(config):
+    """SHA-256 of a finished run's weights, optimiser state, bookkeeping and metrics without times."""
+    folder = find_checkpoint(Path(config.out_dir), "latest").folder
+    assert folder.name == f"step-{config.max_iters:08d}"
+    files = ["model.safetensors", "state.json", "optimizer/optimizer.safetensors"]
+    digests = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in files}
+    records = [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(Path(config.out_dir))]
+    return digests | {"metrics": hashlib.sha256(json.dumps(records).encode()).hexdigest()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_stopped_after_any_step_and_resumed_ends_in_the_same_bits(tiny, dtype, accumulation):
+    straight = tiny(**SCHEDULE, dtype=dtype, gradient_accumulation_steps=accumulation)
+    train(straight)
+    expected = digests_of(straight)
+    for stop_at in STOPS:
+        stopped = dataclasses.replace(straight, out_dir=f"{straight.out_dir}-{stop_at}")
+        train_with_stop(stopped, stop_at)
+        assert digests_of(stopped) == expected, stop_at
+
+
+def test_so_does_one_of_two_processes(tiny, tmp_path):
+    runs = []
+    for dtype in ("float32", "bfloat16"):
+        for accumulation in (2, 4):
+            straight = tiny(
+                **SCHEDULE,
+                dtype=dtype,
+                gradient_accumulation_steps=accumulation,
+                out_dir=str(tmp_path / f"{dtype}-{accumulation}"),
+            )
+            runs.append([straight, None])
+            for stop_at in STOPS[::2] if accumulation == 2 else STOPS[1::2]:
+                out_dir = f"{straight.out_dir}-{stop_at}"
+                runs.append([dataclasses.replace(straight, out_dir=out_dir), stop_at])
+    train_all(runs, 2, tmp_path)
+    for config, stop_at in runs:
+        if stop_at is None:
+            expected = digests_of(config)
+        assert digests_of(config) == expected, config.out_dir
+
+
+# Another number of processes ------------------------------------------------------------------------
+
+
+def test_any_number_of_processes_sees_the_same_samples_corrupted_alike(tiny):
+    config = tiny(batch_size=2, gradient_accumulation_steps=4)
+    corpus = open_corpus(config.data)
+
+    def inputs(world_size, step):
+        batches = [
+            _make_batch(
+                corpus,
+                sample_indices(step, micro_step, rank, world_size, config),
+                config,
+                Runtime(torch.device("cpu"), torch.float32, rank, world_size),
+            )
+            for rank in range(world_size)
+            for micro_step in range(4 // world_size)
+        ]
+        return torch.stack([torch.cat(part) for part in zip(*batches, strict=True)])
+
+    for step in (0, 7):
+        alone = inputs(1, step)
+        assert alone.shape == (2, 8, config.block_size)
+        assert torch.equal(inputs(2, step), alone)
+        assert torch.equal(inputs(4, step), alone)
+    assert not torch.equal(inputs(1, 0), inputs(1, 7))
+
+
+def test_a_run_that_goes_on_with_two_and_then_four_processes_in_shards_ends_as_one_would(tiny, tmp_path):
+    straight = tiny(
+        max_iters=9,
+        lr_decay_iters=9,
+        dtype="float64",
+        batch_size=2,
+        gradient_accumulation_steps=4,
+        n_layer=2,
+    )
+    train(straight)
+    moved = dataclasses.replace(straight, out_dir=str(tmp_path / "moved"))
+    train(dataclasses.replace(moved, max_iters=3))
+    for processes, steps, parallel in ((2, 6, "ddp"), (4, 9, "fsdp")):
+        words = ["--max_iters", steps, "--parallel", parallel]
+        code, out, err = run(
+            "-m", "difftrain", "train", "--resume", "--out_dir", moved.out_dir, *words, processes=processes
+        )
+        assert code == 0, out + err
+    a, b = (find_checkpoint(Path(c.out_dir), "latest") for c in (straight, moved))
+    assert len(list((b.folder / "optimizer").iterdir())) == 4, "each process has written its share"
+    assert_close(a.folder / "model.safetensors", b.folder / "model.safetensors")
+    # Back to one process: the shares of four are read as one.
+    train(dataclasses.replace(moved, max_iters=11, parallel="ddp"), resume=True)
+    train(dataclasses.replace(straight, max_iters=11), resume=True)
+    a, b = (find_checkpoint(Path(c.out_dir), "latest") for c in (straight, moved))
+    for name in ("model.safetensors", "optimizer/optimizer.safetensors"):
+        assert_close(a.folder / name, b.folder / name)
+
+
+def assert_close(path, other):
+    a, b = load_file(path), load_file(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-12)

@@ -1,0 +1,131 @@
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from difftrain import saver as saver_module
+from difftrain.checkpoint import find_checkpoint
+from difftrain.model import Transformer, make_optimizer, optimizer_tensors
+from difftrain.runtime import Runtime
+from difftrain.saver import CheckpointSaver
+from difftrain.vocabulary import Characters
+
+WORDS = Characters(tuple("abcdef"))
+ALONE = Runtime(torch.device("cpu"), torch.float32, rank=0, world_size=1)
+
+
+@pytest.fixture
+def parts(tiny):
+    """Configuration, model and optimiser of a run after one step."""
+    config = tiny()
+    Path(config.out_dir).mkdir()
+    (Path(config.out_dir) / "config.toml").write_text(config.to_toml())
+    model = Transformer(config, WORDS.vocab_size)
+    optimizer = make_optimizer(model, config)
+    take_step(model, optimizer)
+    return config, model, optimizer
+
+
+def take_step(model, optimizer):
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.fixture
+def slow_writer(monkeypatch):
+    """Saves that begin to write only when told."""
+    may_write, real = threading.Event(), saver_module.save_checkpoint
+
+    def save(*arguments, **options):
+        assert may_write.wait(30)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(saver_module, "save_checkpoint", save)
+    yield may_write
+    may_write.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_what_is_written_is_the_moment_of_the_save(
+    parts, slow_writer
+):
+    config, model, optimizer = parts
+    run_dir = Path(config.out_dir)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = {name: t.clone() for name, t in optimizer_tensors(model, optimizer).items()}
+    with CheckpointSaver(run_dir, config, WORDS, ALONE) as saver:
+        saver.save(1, model, optimizer, {"a": 1}, is_best=True)
+        assert not (run_dir / "checkpoints" / "latest").exists()
+        take_step(model, optimizer)
+        slow_writer.set()
+    found = find_checkpoint(run_dir, "best")
+    for name, p in found.make_model(torch.device("cpu")).named_parameters():
+        assert torch.equal(p, weights[name]), name
+        assert not torch.equal(p, dict(model.named_parameters())[name]), name
+    read = {name: torch.zeros_like(t) for name, t in moments.items()}
+    found.read_optimizer(read)
+    assert all(torch.equal(read[name], moments[name]) for name in moments)
+
+
+def test_a_save_waits_for_the_one_before_it(parts, slow_writer):
+    config, model, optimizer = parts
+    with CheckpointSaver(Path(config.out_dir), config, WORDS, ALONE) as saver:
+        saver.save(1, model, optimizer, {}, is_best=False)
+        threading.Timer(0.2, slow_writer.set).start()
+        began = time.perf_counter()
+        saver.save(2, model, optimizer, {}, is_best=False)
+        assert time.perf_counter() - began > 0.15
+    assert find_checkpoint(Path(config.out_dir), "latest").step == 2
+
+
+def test_what_a_save_failed_with_reaches_the_loop_and_ends_the_run(parts, monkeypatch):
+    config, model, optimizer = parts
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saver_module, "save_checkpoint", full)
+    saver = CheckpointSaver(Path(config.out_dir), config, WORDS, ALONE)
+    saver.save(1, model, optimizer, {}, is_best=False)
+    for _ in range(1000):
+        if saver.has_failed:
+            break
+        time.sleep(0.01)
+    with pytest.raises(OSError, match="No space"):
+        saver.finish()
+
+
+def test_a_run_in_which_a_save_fails_ends_within_a_few_steps(tiny, monkeypatch):
+    from difftrain.run import Run
+    from difftrain.train import train
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saver_module, "save_checkpoint", full)
+    steps, real = [], Run.gradients
+    monkeypatch.setattr(Run, "gradients", lambda self, *a, **o: (steps.append(1), real(self, *a, **o))[1])
+    with pytest.raises(OSError, match="No space"):
+        train(tiny(max_iters=3000, eval_interval=3000))
+    assert 0 < len(steps) < 200
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_error_elsewhere_lets_the_save_finish_but_a_second_ctrl_c_does_not_wait(
+    parts, slow_writer, error
+):
+    config, model, optimizer = parts
+
+    def interrupted():
+        with CheckpointSaver(Path(config.out_dir), config, WORDS, ALONE) as saver:
+            saver.save(1, model, optimizer, {}, is_best=False)
+            if error is not KeyboardInterrupt:
+                slow_writer.set()
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    is_there = (Path(config.out_dir) / "checkpoints" / "latest").exists()
+    assert is_there == (error is not KeyboardInterrupt)
