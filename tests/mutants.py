@@ -1,8 +1,8 @@
-"""Seed small faults in the loss kernels, one at a time, and see that the tests notice each.
+"""Seed small faults in the loss kernels and the trainer, one at a time, and see that the tests notice each.
 
     python tests/mutants.py [NUMBER ...]
 
-Not part of the default run (about ten minutes on one core). Every fault is a replacement of text
+Not part of the default run (about twenty minutes on one core). Every fault is a replacement of text
 in a copy of the repository; the run stops at the first test that fails. Exit code 1 if a fault
 survives, or if its text is no longer there.
 """
@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import trainer_mutants
+
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = "kernels/difftrain_kernels/triton_kernels.py"
 LOSS = "kernels/difftrain_kernels/logits_loss.py"
@@ -30,6 +32,7 @@ STAGES = {
         ["tests/test_triton_kernels.py", "-k", "rows_match_the_oracle"],
     ),
     LOSS: (["tests/test_logits_loss.py"], ["tests/test_triton_kernels.py"]),
+    **trainer_mutants.STAGES,
 }
 # The test that should notice, where it is not among the first; all tests follow if it does not.
 HINTS = {
@@ -124,6 +127,7 @@ MUTANTS = [
     (LOSS, "version counter not bumped in forward", "                torch.autograd.graph.increment_version(logits)\n        ctx", "        ctx"),
     (LOSS, "version counter not bumped in backward", "            torch.autograd.graph.increment_version(logits)\n        else", "        else"),
     (LOSS, "logits overwritten unasked", "gradient_out=rows if overwrite else None,", "gradient_out=rows,"),
+    *trainer_mutants.MUTANTS,
 ]  # fmt: skip
 
 

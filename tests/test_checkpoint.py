@@ -125,6 +125,25 @@ def test_saving_a_step_again_replaces_it(run):
     assert names(run_dir) == ["latest", "step-00000003"]
 
 
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_of_it_under_its_name(run, monkeypatch):
+    run_dir, save = run
+    for step in (1, 2):
+        save(step)
+
+    def killed(folder):
+        (folder / checkpoint.WEIGHTS).unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(3)
+    for folder in (run_dir / "checkpoints").glob("step-*"):
+        open_checkpoint(folder)
+    checkpoint.remove_leftovers(run_dir)
+    assert names(run_dir) == ["latest", "step-00000002", "step-00000003"]
+
+
 def test_what_a_killed_save_left_is_cleaned_up_and_nothing_is_lost(run):
     run_dir, save = run
     save(1)
