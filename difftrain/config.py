@@ -75,8 +75,12 @@ class Config:
 
     data: str = option("stdlib", "stdlib (the running Python's own source), a text file, or a folder")
     block_size: int = option(256, "tokens a sequence", low=1)
-    batch_size: int = option(64, "sequences a micro-batch", low=1)
-    gradient_accumulation_steps: int = option(1, "micro-batches a step over all processes together", low=1)
+    batch_size: int = option(64, "sequences a micro-batch, at most", low=1)
+    gradient_accumulation_steps: int = option(
+        1,
+        "micro-batches a step over all processes together; with fewer than processes, smaller ones",
+        low=1,
+    )
 
     n_layer: int = option(6, "transformer blocks", low=1)
     n_head: int = option(6, "attention heads; divides n_embd", low=1)
@@ -158,6 +162,19 @@ class Config:
     def global_batch_size(self) -> int:
         """Sequences an optimiser step, over all processes and micro-batches."""
         return self.batch_size * self.gradient_accumulation_steps
+
+    def micro_batches(self, world_size: int) -> tuple[int, int]:
+        """Micro-batches that each of ``world_size`` processes takes in a step, and the sequences in each.
+
+        Raises UserError where the step's sequences cannot be shared out evenly.
+        """
+        micro_steps = -(-self.gradient_accumulation_steps // world_size)
+        if self.global_batch_size % (world_size * micro_steps):
+            raise UserError(
+                f"batch_size * gradient_accumulation_steps must be a multiple of {world_size * micro_steps} "
+                f"for {world_size} processes, got {self.batch_size} * {self.gradient_accumulation_steps}"
+            )
+        return micro_steps, self.global_batch_size // (world_size * micro_steps)
 
     @property
     def max_corruption(self) -> float:

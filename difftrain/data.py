@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difftrain.config import UserError
+from difftrain.config import Config, UserError
 from difftrain.philox import random_words
 from difftrain.vocabulary import Ids, Vocabulary, from_meta, make_vocabulary
 
@@ -77,15 +77,15 @@ class Corpus:
                 )
 
 
-def sample_indices(step: int, micro_step: int, rank: int, world_size: int, config: Any) -> Tensor:
-    """Which training samples one process takes in one micro-batch: (batch_size,) int64.
+def sample_indices(step: int, micro_step: int, rank: int, world_size: int, config: Config) -> Tensor:
+    """Which training samples one process takes in one micro-batch: (sequences,) int64.
 
     Step s takes the samples from s * global_batch_size on, so the samples of a step are the same
     for every number of processes and every split into micro-batches.
     """
-    micro_steps = config.gradient_accumulation_steps // world_size
-    first = step * config.global_batch_size + (rank * micro_steps + micro_step) * config.batch_size
-    return torch.arange(first, first + config.batch_size)
+    micro_steps, sequences = config.micro_batches(world_size)
+    first = step * config.global_batch_size + (rank * micro_steps + micro_step) * sequences
+    return torch.arange(first, first + sequences)
 
 
 # Opening and preparing ----------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Run:
         self.compiled = torch.compile(model) if config.compile else model
         self.network = replicate(self.compiled, runtime)
         self.loss_impl = choose_loss(config, corpus.vocabulary.vocab_size, runtime)
-        self.micro_steps = config.gradient_accumulation_steps // runtime.world_size
+        self.micro_steps, _ = config.micro_batches(runtime.world_size)
 
         self.validation_set = make_validation_set(corpus, config)
         self.unigram_entropy = corpus.unigram_entropy()

@@ -127,11 +127,7 @@ def start_runtime(config: Config) -> Iterator[Runtime]:
         int(os.environ.get(key, default))
         for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    if config.gradient_accumulation_steps % world_size:
-        raise UserError(
-            f"gradient_accumulation_steps must be a multiple of the {world_size} processes, "
-            f"got {config.gradient_accumulation_steps}"
-        )
+    config.micro_batches(world_size)  # that they can be shared out
     if device.type == "cuda" and world_size > 1:
         device = torch.device("cuda", local_rank)
     dtype = config.dtype

@@ -220,16 +220,35 @@ def test_ten_files_are_enough_to_hold_one_out(tmp_path):
     assert corpus.vocabulary.decode(corpus.val.tolist()) == "9" * 30
 
 
-def test_a_step_takes_the_same_samples_for_any_number_of_processes_and_micro_batches():
-    splits = [(12, 1, 1), (3, 4, 1), (3, 4, 2), (3, 4, 4), (1, 12, 3)]
-    for batch_size, accumulation, world_size in splits:
-        config = Config(batch_size=batch_size, gradient_accumulation_steps=accumulation)
-        samples = [
-            sample_indices(5, micro_step, rank, world_size, config)
-            for rank in range(world_size)
-            for micro_step in range(accumulation // world_size)
-        ]
-        assert torch.cat(samples).tolist() == list(range(60, 72))
+@pytest.mark.parametrize(
+    ("world_size", "batch_size", "accumulation", "micro_batches"),
+    [
+        (1, 12, 1, (1, 12)),
+        (1, 4, 3, (3, 4)),
+        (2, 2, 6, (3, 2)),
+        (3, 4, 3, (1, 4)),
+        (2, 12, 1, (1, 6)),  # fewer micro-batches than processes: smaller ones
+        (4, 6, 2, (1, 3)),
+        (2, 4, 3, (2, 3)),
+    ],
+)
+def test_a_step_takes_the_same_samples_for_any_number_of_processes_and_micro_batches(
+    world_size, batch_size, accumulation, micro_batches
+):
+    config = Config(batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    assert config.micro_batches(world_size) == micro_batches
+    samples = [
+        sample_indices(5, micro_step, rank, world_size, config)
+        for rank in range(world_size)
+        for micro_step in range(micro_batches[0])
+    ]
+    assert {len(part) for part in samples} == {micro_batches[1]}
+    assert torch.cat(samples).tolist() == list(range(60, 72))
+
+
+def test_a_step_that_cannot_be_shared_out_evenly_is_refused():
+    with pytest.raises(UserError, match=r"must be a multiple of 2 for 2 processes, got 3 \* 1"):
+        Config(batch_size=3).micro_batches(2)
 
 
 def test_too_long_windows_name_the_split(tmp_path):
