@@ -1,51 +1,31 @@
 """The losses that bench_loss.py compares: ours in each mode, eager, compiled, and other libraries'.
 
 A contender either gives the whole loss, or says what it lacks. Libraries that compute a plain
-cross-entropy of logits are composed with the weights the way a user would: argmax of the logits,
-then the weighted mean of their row losses. Without the logits there is no argmax, so the peers of
-the linear loss are held against a plain cross-entropy (all weights 1), which is what they compute.
+cross-entropy of logits are composed with the weights the way a user would: the predicted tokens
+(argmax, where the library does not return them), then the weighted mean of the row losses. Without
+the logits there is no argmax, so the peers of the linear loss are held against a plain
+cross-entropy (all weights 1), which is what they compute.
 """
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from entries import LIBRARY, OURS, TORCH
+from plain_kernel import plain_cross_entropy
+from problems import IGNORE_INDEX, Problem
 from torch import Tensor
 
 from difftrain_kernels import diffusion_loss_reference, fused_diffusion_loss, fused_linear_diffusion_loss
 
-IGNORE_INDEX = -1
 # What a contender may lack.
 NO_WEIGHTS = "no weights"  # it is a plain cross-entropy
 NARROW_LOSS = "loss in the input's dtype"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One batch. ``inputs`` want gradients: (logits (N, V),) or (hidden (N, D), weight (V, D))."""
-
-    inputs: tuple[Tensor, ...]
-    y: Tensor
-    x: Tensor
-    mask_id: int
-    pk: float | Tensor = 0.25
-    pm: float | Tensor = 0.5
-
-    @property
-    def kind(self) -> str:
-        return "logits" if len(self.inputs) == 1 else "linear"
-
-    @property
-    def labels(self) -> tuple:
-        return self.y, self.x, self.mask_id, self.pk, self.pm
-
-    def copy(self) -> Problem:
-        return replace(self, inputs=tuple(t.detach().clone().requires_grad_() for t in self.inputs))
-
 
 # (problem, upstream gradient that will come) -> mean loss, 0-d
 Loss = Callable[[Problem, float], Tensor]
@@ -57,42 +37,10 @@ class Contender:
 
     name: str
     kind: str
+    family: str
     make: Callable[[], Loss]
     lacks: str = ""
-
-
-def make_problem(
-    n: int, vocab_size: int, dtype: torch.dtype, device, width: int = 0, seed: int = 0
-) -> Problem:
-    """Random logits, or with ``width`` hidden states and weight; half the rows answer [MASK].
-
-    4 to 8 % of bf16 rows with V >= 50k have a tied maximum, which the tie rule decides. With hidden
-    states, where the order of summation would decide, [MASK] is far above or below the rest.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
-
-    mask_id = vocab_size - 1
-    says_mask = torch.rand(n, generator=generator, device=device) < 0.5
-    if width:
-        hidden, weight = normal(n, width), normal(vocab_size, width) / math.sqrt(width)
-        hidden[:, 0] = torch.where(says_mask, 8.0, -8.0)
-        weight[:, 0], weight[mask_id] = 0.0, 0.0
-        weight[mask_id, 0] = 2.0
-        inputs = (hidden, weight)
-    else:
-        logits = normal(n, vocab_size)
-        logits[says_mask, mask_id] = logits[says_mask].amax(1)  # tied, and the first wins
-        logits[says_mask.logical_and(torch.arange(n, device=device) % 2 == 0), mask_id] += 1.0
-        inputs = (logits,)
-    y = torch.randint(0, vocab_size, (n,), generator=generator, device=device)
-    draw = torch.rand(n, generator=generator, device=device)
-    x = torch.where(draw < 0.4, mask_id, y)
-    y = torch.where(draw > 0.8, mask_id, y)
-    y = torch.where(draw > 0.95, IGNORE_INDEX, y)
-    return Problem(tuple(t.to(dtype).requires_grad_() for t in inputs), y, x, mask_id)
+    is_compiled: bool = False  # by torch.compile, which takes seconds each time
 
 
 def weights_of(problem: Problem, predicted: Tensor) -> Tensor:
@@ -143,8 +91,11 @@ def _compiled(*, tensors: bool) -> Callable[[], Loss]:
     return make
 
 
-def _ours(*, stated: bool = False, overwrite: bool = False) -> Callable[[], Loss]:
+def _ours(*, stated: bool = False, overwrite: bool = False, tensors: bool = False) -> Callable[[], Loss]:
     def loss(problem: Problem, scale: float) -> Tensor:
+        if tensors:
+            penalties = (torch.full((), p, device=problem.y.device) for p in (problem.pk, problem.pm))
+            problem = replace(problem, **dict(zip(("pk", "pm"), penalties, strict=True)))
         return fused_diffusion_loss(
             *_logits(problem), *problem.labels,
             upstream_scale=scale if stated else None, overwrite_logits=overwrite,
@@ -153,8 +104,8 @@ def _ours(*, stated: bool = False, overwrite: bool = False) -> Callable[[], Loss
     return lambda: loss
 
 
-def _ours_unweighted() -> Loss:
-    return lambda p, _: fused_diffusion_loss(*p.inputs, p.y, p.x, p.mask_id, 1.0, 1.0)
+def _ours_plain() -> Loss:
+    return lambda p, scale: plain_cross_entropy(*p.inputs, p.y, IGNORE_INDEX, upstream_scale=scale)
 
 
 def _ours_linear(**options) -> Callable[[], Loss]:
@@ -164,15 +115,32 @@ def _ours_linear(**options) -> Callable[[], Loss]:
 def _liger() -> Loss:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    return weighted(
-        lambda logits, y: liger_cross_entropy(logits, y, ignore_index=IGNORE_INDEX, reduction="none")
-    )
+    if "return_predicted_tokens" not in inspect.signature(liger_cross_entropy).parameters:
+        return weighted(
+            lambda logits, y: liger_cross_entropy(logits, y, ignore_index=IGNORE_INDEX, reduction="none")
+        )
+
+    def loss(problem: Problem, _: float) -> Tensor:
+        result = liger_cross_entropy(
+            *problem.inputs, problem.y,
+            ignore_index=IGNORE_INDEX, reduction="none", return_predicted_tokens=True,
+        )  # fmt: skip
+        return (weights_of(problem, result.predicted_tokens) * result.loss).mean()
+
+    return loss
 
 
-def _quack() -> Loss:
-    from quack.cross_entropy import cross_entropy
+def _quack(**options) -> Callable[[], Loss]:
+    def make() -> Loss:
+        from quack.cross_entropy import cross_entropy
 
-    return weighted(lambda logits, y: cross_entropy(logits, y, ignore_index=IGNORE_INDEX, reduction="none"))
+        return weighted(
+            lambda logits, y: cross_entropy(
+                logits, y, ignore_index=IGNORE_INDEX, reduction="none", **options
+            )
+        )
+
+    return make
 
 
 def _torch_linear() -> Loss:
@@ -204,14 +172,14 @@ def _liger_linear() -> Loss:
     return loss
 
 
-def _cut_cross_entropy(impl: str) -> Callable[[], Loss]:
+def _cut_cross_entropy(**options) -> Callable[[], Loss]:
     def make() -> Loss:
         from cut_cross_entropy import linear_cross_entropy
 
         def loss(problem: Problem, _: float) -> Tensor:
             hidden, weight = problem.inputs
             total = linear_cross_entropy(
-                hidden, weight, problem.y, ignore_index=IGNORE_INDEX, reduction="sum", impl=impl
+                hidden, weight, problem.y, ignore_index=IGNORE_INDEX, reduction="sum", **options
             )
             return total / len(hidden)
 
@@ -220,25 +188,30 @@ def _cut_cross_entropy(impl: str) -> Callable[[], Loss]:
     return make
 
 
+_COMPILED = partial(Contender, family=TORCH, is_compiled=True)
 CONTENDERS = (
-    Contender("eager reference", "logits", _eager),
-    Contender("torch.compile, float penalties", "logits", _compiled(tensors=False)),
-    Contender("torch.compile, tensor penalties", "logits", _compiled(tensors=True)),
-    Contender("ours", "logits", _ours()),
-    Contender("ours, upstream stated", "logits", _ours(stated=True)),
-    Contender("ours, over the logits", "logits", _ours(overwrite=True)),
-    Contender("ours, stated, over the logits", "logits", _ours(stated=True, overwrite=True)),
-    Contender("ours with penalties 1", "logits", _ours_unweighted, NO_WEIGHTS),
-    Contender("Liger cross-entropy", "logits", _liger),
-    Contender("QuACK cross-entropy", "logits", _quack),
-    Contender("eager reference", "linear", _eager),
-    Contender("torch.compile, tensor penalties", "linear", _compiled(tensors=True)),
-    Contender("ours from logits", "linear", _ours(stated=True, overwrite=True)),
-    Contender("ours linear", "linear", _ours_linear()),
-    Contender("ours linear, 1024 tokens", "linear", _ours_linear(chunk_tokens=1024)),
-    Contender("ours linear, 4096 tokens", "linear", _ours_linear(chunk_tokens=4096)),
-    Contender("torch linear_cross_entropy", "linear", _torch_linear, f"{NO_WEIGHTS}, {NARROW_LOSS}"),
-    Contender("Liger fused linear", "linear", _liger_linear, NO_WEIGHTS),
-    Contender("cut-cross-entropy, filtered", "linear", _cut_cross_entropy("cce"), NO_WEIGHTS),
-    Contender("cut-cross-entropy, exact", "linear", _cut_cross_entropy("cce_exact"), NO_WEIGHTS),
+    Contender("ours", "logits", OURS, _ours()),
+    Contender("ours, upstream stated", "logits", OURS, _ours(stated=True)),
+    Contender("ours, over the logits", "logits", OURS, _ours(overwrite=True)),
+    Contender("ours, stated, over the logits", "logits", OURS, _ours(stated=True, overwrite=True)),
+    Contender("ours, tensor penalties", "logits", OURS, _ours(tensors=True)),
+    Contender("plain cross-entropy, our kernel", "logits", OURS, _ours_plain, NO_WEIGHTS),
+    Contender("eager reference", "logits", TORCH, _eager),
+    Contender("Liger cross-entropy", "logits", LIBRARY, _liger),
+    Contender("QuACK cross-entropy", "logits", LIBRARY, _quack()),
+    Contender("QuACK, over the logits", "logits", LIBRARY, _quack(inplace_backward=True)),
+    _COMPILED("torch.compile, float penalties", "logits", make=_compiled(tensors=False)),
+    _COMPILED("torch.compile, tensor penalties", "logits", make=_compiled(tensors=True)),
+    Contender("ours linear", "linear", OURS, _ours_linear()),
+    Contender("ours linear, 1024 tokens", "linear", OURS, _ours_linear(chunk_tokens=1024)),
+    Contender("ours linear, 4096 tokens", "linear", OURS, _ours_linear(chunk_tokens=4096)),
+    Contender("ours from logits", "linear", OURS, _ours(stated=True, overwrite=True)),
+    Contender("eager reference", "linear", TORCH, _eager),
+    Contender("torch linear_cross_entropy", "linear", TORCH, _torch_linear, f"{NO_WEIGHTS}, {NARROW_LOSS}"),
+    Contender("Liger fused linear", "linear", LIBRARY, _liger_linear, NO_WEIGHTS),
+    Contender("cut-cross-entropy", "linear", LIBRARY, _cut_cross_entropy(), NO_WEIGHTS),
+    Contender(
+        "cut-cross-entropy, unfiltered", "linear", LIBRARY, _cut_cross_entropy(filter_eps=None), NO_WEIGHTS
+    ),
+    _COMPILED("torch.compile, tensor penalties", "linear", make=_compiled(tensors=True)),
 )

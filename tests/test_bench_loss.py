@@ -1,6 +1,5 @@
 """The benchmark's models, checks and report on the CPU, at tiny shapes; the timings need a GPU."""
 
-import json
 import math
 import re
 import sys
@@ -18,50 +17,74 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_loss
 import contenders
+import entries
 import loss_checks
-from contenders import CONTENDERS, Contender, make_problem
+import loss_worker
+import timing
+from contenders import CONTENDERS, Contender
+from loss_checks import Judge, verdict_on
+from loss_worker import Job
+from plain_kernel import plain_cross_entropy
+from problems import make_problem
+from results import read_result
 
 import oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about inf and NaN
 
-UPSTREAMS = bench_loss.UPSTREAMS
+UPSTREAMS = loss_worker.UPSTREAMS
 # Compiling takes minutes on a CPU; that contender calls the reference.
-EAGER = [c for c in CONTENDERS if "compile" not in c.name]
+EAGER = [c for c in CONTENDERS if not c.is_compiled]
 
 
 def problem_of(kind, dtype=torch.bfloat16, n=70, vocab_size=40):
     return make_problem(n, vocab_size, dtype, "cpu", *([16] if kind == "linear" else []))
 
 
+def logits_contender(loss_of, lacks=""):
+    return Contender("sample", "logits", entries.LIBRARY, lambda: loss_of, lacks)
+
+
+def objection(contender, problem):
+    judge = Judge(loss_checks.fitting_problem(problem, contender), UPSTREAMS)
+    return verdict_on(contender, contender.make(), judge).objection
+
+
 # Models -------------------------------------------------------------------------------------------
 
 
 def test_bytes_are_those_of_the_traffic_model():
-    assert bench_loss.bytes_moved(8192, 50304, 2, with_gradient=False) == 824_180_736
-    assert bench_loss.bytes_moved(8192, 50304, 2, with_gradient=True) == 1_648_361_472
+    assert entries.bytes_moved(8192, 50304, 2, with_gradient=False) == 824_180_736
+    assert entries.bytes_moved(8192, 50304, 2, with_gradient=True) == 1_648_361_472
     # KERNELS section 4: 0.55 ms on an H100, whose copy moves 3.0 TB/s.
     assert round(1_648_361_472 / 3.0e12 * 1e3, 2) == 0.55
 
 
+def entry_of(kind, **changes):
+    shape = [8, 10] if kind == "logits" else [70, 16, 40]
+    values = {"dtype": "bf16", "contender": "sample", "family": "ours", "lacks": "", "ms": 2.0}
+    return entries.Entry(
+        shape, **(values | {"measure": entries.BOTH, "outcome": entries.TIMED, "peak_mib": 7.0} | changes)
+    )
+
+
 def test_rates_follow_from_time_and_model():
-    entry = bench_loss.Entry([8, 10], "bf16", "sample", "", bench_loss.MEASURES[1][0], "timed", ms=2.0)
-    bench_loss.add_rates(entry, problem_of("logits", n=8, vocab_size=10), bandwidth=640e3, products={})
-    assert entry.gb_per_s == pytest.approx(8 * 10 * 2 * 2 / 2e-3 / 1e9)
-    assert entry.percent_of_limit == pytest.approx(25.0)
-    assert entry.times_the_products is None
-    forward = replace(entry, measure="forward")
-    bench_loss.add_rates(forward, problem_of("logits", n=8, vocab_size=10), bandwidth=640e3, products={})
+    both, forward = (entry_of("logits", measure=m) for m in (entries.BOTH, entries.FORWARD))
+    entries.add_rates(both, 640e-6, {})
+    assert both.gb_per_s == pytest.approx(8 * 10 * 2 * 2 / 2e-3 / 1e9)
+    assert both.percent_of_limit == pytest.approx(25.0)
+    assert both.times_the_products is None
+    entries.add_rates(forward, 640e-6, {})
     assert forward.percent_of_limit == pytest.approx(12.5)
-    linear = replace(entry, gb_per_s=None, percent_of_limit=None)
-    bench_loss.add_rates(linear, problem_of("linear"), bandwidth=1.0, products={True: 1.6, False: 0.5})
+    linear = entry_of("linear")
+    entries.add_rates(linear, 1.0, {True: 1.6, False: 0.5})
     assert linear.times_the_products == pytest.approx(1.25)
     assert linear.gb_per_s is None
 
 
-def test_inputs_in_turn_are_larger_than_the_cache():
-    assert bench_loss.copies_beyond_cache(nbytes=10, cache_bytes=50) == 10
-    assert bench_loss.copies_beyond_cache(nbytes=10**9, cache_bytes=50 * 2**20) == 2
+@pytest.mark.parametrize(("nbytes", "copies"), [(10, 11), (35, 4), (10**9, 2)])
+def test_the_inputs_between_two_uses_of_one_are_larger_than_the_cache(nbytes, copies):
+    assert timing.copies_beyond_cache(nbytes, cache_bytes=50) == copies
 
 
 # Checking -----------------------------------------------------------------------------------------
@@ -95,17 +118,46 @@ def test_exact_results_are_the_oracles(kind, rows):
 def test_every_installed_contender_is_right(kind, dtype, impl, monkeypatch):
     for name in ("fused_diffusion_loss", "fused_linear_diffusion_loss"):
         monkeypatch.setattr(contenders, name, partial(getattr(contenders, name), impl=impl))
-    chosen = [c for c in EAGER if c.kind == kind]
-    found = dict(
-        zip(chosen, loss_checks.objections(problem_of(kind, dtype), chosen, UPSTREAMS), strict=True)
-    )
-    for contender, objection in found.items():
-        if contender.name.startswith(("ours", "eager")):
-            assert objection == "", contender.name
+    problem = problem_of(kind, dtype)
+    judges = [Judge(p, UPSTREAMS) for p in (problem, replace(problem, pk=1.0, pm=1.0))]
+    for contender in EAGER:
+        if contender.kind != kind or contender.family == entries.LIBRARY:
+            continue
+        judge = judges[contenders.NO_WEIGHTS in contender.lacks]
+        try:
+            loss_of = contender.make()
+        except ImportError:
+            assert contender.name == "torch linear_cross_entropy"  # from torch 2.13
+            continue
+        found = verdict_on(contender, loss_of, judge)
+        if contender.name == "plain cross-entropy, our kernel":
+            assert found.objection.startswith("failed: NotImplementedError: streamed rows alone")
         else:
-            assert objection == "" or objection.startswith("not installed: "), contender.name
-    if kind == "linear" and hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        assert next(o for c, o in found.items() if c.name.startswith("torch linear")) == ""
+            assert found.objection == "", contender.name
+            is_on_cpu_reference = impl == "auto" or kind == "linear"
+            assert found.overwrites == ("over the logits" in contender.name and not is_on_cpu_reference)
+
+
+def test_the_plain_kernel_is_a_cross_entropy_with_its_gradient_scaled(monkeypatch):
+    problem = problem_of("logits", n=12, vocab_size=4200)
+    plain = next(c for c in CONTENDERS if c.name == "plain cross-entropy, our kernel")
+    assert objection(plain, problem) == ""
+    assert objection(replace(plain, lacks=""), problem).startswith("wrong: loss off by")
+    (logits,) = problem.inputs
+    loss = plain_cross_entropy(logits, problem.y, -1, upstream_scale=0.5)
+    (gradient,) = torch.autograd.grad(loss, logits, torch.tensor(0.25))  # another than stated
+    exact = loss_checks.exact_results(replace(problem, pk=1.0, pm=1.0)).gradients[0]
+    torch.testing.assert_close(gradient.float(), exact * 0.25, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["logits", "linear"])
+def test_eager_results_in_parts_are_those_of_the_whole_batch(kind):
+    problem = problem_of(kind, torch.float32)
+    whole, _ = loss_checks.results_of(contenders._eager(), problem, 0.125)
+    parts = loss_checks.eager_results(problem, 0.125, rows=32)
+    torch.testing.assert_close(parts.loss, whole.loss)
+    for a, b in zip(parts.gradients, whole.gradients, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def _composed(problem, **changes):
@@ -151,49 +203,46 @@ WRONG = {
 }
 
 
+def _wrong_without_gradient(problem, _):
+    return _composed(problem) + (0.0 if torch.is_grad_enabled() else 0.1)
+
+
 def test_the_composition_is_right_where_nothing_is_changed():
-    right = Contender("composed", "logits", lambda: lambda p, _: _composed(p))
-    assert loss_checks.objections(problem_of("logits"), [right], UPSTREAMS) == [""]
+    assert objection(logits_contender(lambda p, _: _composed(p)), problem_of("logits")) == ""
 
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_wrong_contender_is_told_apart(fault):
     loss_of, message = WRONG[fault]
-    wrong = Contender("sample", "logits", lambda: loss_of)
-    (objection,) = loss_checks.objections(problem_of("logits"), [wrong], UPSTREAMS)
-    assert re.match(f"wrong: {message}", objection)
+    assert re.match(f"wrong: {message}", objection(logits_contender(loss_of), problem_of("logits")))
+
+
+def test_a_contender_wrong_only_where_no_gradient_is_wanted_is_told_apart():
+    found = objection(logits_contender(_wrong_without_gradient), problem_of("logits"))
+    assert re.match("wrong: loss off by 0.1, allowed .* without gradient$", found)
 
 
 def test_a_contender_that_lacks_the_weights_is_held_against_a_plain_cross_entropy():
-    plain = Contender(
-        "plain", "logits", lambda: lambda p, _: _composed(p, pk=1.0, pm=1.0), contenders.NO_WEIGHTS
-    )
-    whole = replace(plain, name="whole", lacks="")
-    found = loss_checks.objections(problem_of("logits"), [plain, whole], UPSTREAMS)
-    assert found[0] == ""
-    assert found[1].startswith("wrong: ")
+    def plain(problem, _):
+        return _composed(problem, pk=1.0, pm=1.0)
+
+    assert objection(logits_contender(plain, contenders.NO_WEIGHTS), problem_of("logits")) == ""
+    assert objection(logits_contender(plain), problem_of("logits")).startswith("wrong: ")
 
 
-def test_a_contender_that_is_missing_or_fails_does_not_end_the_run():
-    def absent():
-        raise ImportError("No module named 'no_such_library'")
-
-    def failing():
-        raise ZeroDivisionError("first line\nsecond")
-
-    missing, broken = (Contender(f.__name__, "logits", f) for f in (absent, failing))
-    found = loss_checks.objections(problem_of("logits"), [missing, broken], UPSTREAMS)
-    assert found == [
-        "not installed: No module named 'no_such_library'",
-        "failed: ZeroDivisionError: first line",
-    ]
-
-
-def test_checking_leaves_the_problem_as_it_was():
+def test_a_contender_that_writes_over_its_input_is_noticed_and_the_problem_stays_as_it_was():
     problem = problem_of("logits")
     before = problem.inputs[0].detach().clone()
-    overwriting = [c for c in EAGER if c.name == "ours, stated, over the logits"]
-    loss_checks.objections(problem, overwriting, UPSTREAMS)
+
+    def overwriting(problem, _):
+        loss = _composed(problem)  # keeps what its gradient needs in fp32
+        problem.inputs[0].data.zero_()
+        return loss
+
+    judge = Judge(problem, UPSTREAMS)
+    for loss_of, overwrites in ((overwriting, True), (lambda p, _: _composed(p), False)):
+        verdict = judge.verdict(loss_of)
+        assert (verdict.objection, verdict.overwrites) == ("", overwrites)
     assert torch.equal(problem.inputs[0].detach(), before)
 
 
@@ -201,25 +250,26 @@ def test_checking_leaves_the_problem_as_it_was():
 
 
 def test_quantiles_of_known_samples():
-    assert bench_loss.quantiles([float(i) for i in range(11)]) == (5.0, 2.0, 8.0)
-    assert bench_loss.quantiles([3.0]) == (3.0, 3.0, 3.0)
+    assert timing.quantiles([float(i) for i in range(11)]) == (5.0, 2.0, 8.0)
+    assert timing.quantiles([3.0]) == (3.0, 3.0, 3.0)
 
 
-@pytest.mark.parametrize(("each_ms", "count"), [(1.0, 20), (100.0, 5), (1e-4, 200)])
+@pytest.mark.parametrize(("each_ms", "count"), [(1.0, 20), (100.0, 10), (1e-4, 200)])
 def test_calls_are_timed_in_turn_within_the_budget(each_ms, count):
-    made = []
-    calls = [partial(made.append, name) for name in "abc"]
-    timed = []
+    made, rounds = [], []
 
-    def clock(call):
-        timed.append(call)
-        call()
-        return each_ms
+    def times_of(calls):
+        rounds.append(len(calls))
+        for call in calls:
+            call.run()
+            call.restore()
+        return [each_ms] * len(calls)
 
-    assert bench_loss.time_calls(calls, 20.0, clock) == (each_ms, each_ms, each_ms)
-    assert made[:3] == ["a", "b", "c"], "a call is never timed the first time"
-    assert len(timed) == 3 + count
-    assert made[6:12] == ["a", "b", "c", "a", "b", "c"][:count]
+    calls = [timing.Call(partial(made.append, n), partial(made.append, f"restore {n}")) for n in "abc"]
+    assert timing.time_calls(calls, 20.0, times_of) == [each_ms] * count
+    assert made[:6] == ["a", "restore a", "b", "restore b", "c", "restore c"], "the first round is untimed"
+    assert rounds == [3, count]
+    assert made[12:20:2] == ["a", "b", "c", "a"]
 
 
 def test_forward_wants_no_gradient_and_backward_gets_the_upstream_gradient():
@@ -227,42 +277,132 @@ def test_forward_wants_no_gradient_and_backward_gets_the_upstream_gradient():
     seen = []
 
     def loss_of(problem, scale):
-        seen.append((torch.is_grad_enabled(), scale))
+        seen.append((problem.inputs[0].requires_grad, torch.is_grad_enabled(), scale))
         loss = problem.inputs[0].float().sum()
         if loss.requires_grad:
             loss.register_hook(lambda upstream: seen.append(upstream.item()))
         return loss
 
-    for _, scale in bench_loss.MEASURES:
-        calls = bench_loss.calls_of(loss_of, problems, scale)
-        assert len(calls) == 2
-        calls[1]()
-    assert seen == [(False, 1.0), (True, 1.0), 1.0, (True, 0.125), 0.125]
+    for scale in entries.MEASURES.values():
+        calls = loss_worker.calls_of(loss_of, problems, scale, None)
+        assert [c.restore for c in calls] == [None, None]
+        calls[1].run()
+    assert seen == [(False, False, 1.0), (True, True, 1.0), 1.0, (True, True, 0.125), 0.125]
+
+
+def test_what_was_written_over_is_restored_before_it_is_used_again():
+    source = problem_of("logits")
+    problem = source.copy()
+    (call,) = loss_worker.calls_of(lambda p, _: p.inputs[0].zero_(), [problem], None, source)
+    call.run()
+    assert not problem.inputs[0].any()
+    call.restore()
+    assert torch.equal(problem.inputs[0], source.inputs[0])
+    assert problem.inputs[0].data_ptr() != source.inputs[0].data_ptr()
+
+
+@pytest.fixture
+def fake_device(monkeypatch):
+    """A clock of 2 ms a call and a memory of 7 MiB, so that the rest of a measurement runs on the CPU."""
+
+    def times_of(calls):
+        for call in calls:
+            call.run()
+        return [2.0] * len(calls)
+
+    monkeypatch.setattr(timing, "cuda_times", times_of)
+    monkeypatch.setattr(loss_worker, "peak_mib", lambda call: 7.0)
+    monkeypatch.setattr(loss_worker, "_cache_bytes", lambda device: 10_000)
 
 
 @pytest.mark.parametrize("kind", ["logits", "linear"])
-def test_a_run_with_a_fake_clock_fills_every_column(kind, monkeypatch, capsys):
-    monkeypatch.setattr(
-        bench_loss, "time_calls", lambda calls, _: [call() for call in calls] and (2.0, 1.0, 3.0)
-    )
-    monkeypatch.setattr(bench_loss, "peak_mib", lambda call: 7.0)
-    blank = bench_loss.Entry([70, 40], "bf16", "sample", "", "", "")
-    contender = next(c for c in CONTENDERS if c.kind == kind and c.name.startswith("ours"))
-    problem = problem_of(kind)
-    entries = bench_loss.measure(contender, blank, [problem], 1.0)
-    products = bench_loss.product_ms(problem, 1.0) if kind == "linear" else {}
-    for entry in entries:
-        bench_loss.add_rates(entry, problem, 1e9, products)
-    assert [e.measure for e in entries] == [name for name, _ in bench_loss.MEASURES]
-    table = bench_loss.report([*entries, replace(blank, contender="other", outcome="wrong: loss off by 1")])
-    lines = table.splitlines()
-    assert lines[1] == "70 x 40, bf16"
+def test_a_measurement_fills_every_column(kind, fake_device):
+    job = Job((70, 40) if kind == "logits" else (70, 16, 40), "bf16", "eager reference", 1.0)
+    found = loss_worker.ShapeBench(job, "cpu").entries(job, 100.0)
+    assert [e.measure for e in found] == list(entries.MEASURES)
+    for entry in found:
+        assert (entry.outcome, entry.ms, entry.ms_20, entry.ms_80, entry.samples) == (
+            "timed",
+            2.0,
+            2.0,
+            2.0,
+            10,
+        )
+        assert (entry.gb_per_s is None) == (kind == "linear")
+        assert (entry.times_the_products is None) == (kind == "logits")
+        nbytes = 2 * (70 * 40 if kind == "logits" else 70 * 16 + 16 * 40)
+        assert entry.gradients_mib == (0 if entry.measure == entries.FORWARD else nbytes / 2**20)
+    other = Job(job.shape, "bf16", "eager reference").blank("wrong: loss off by 1")
+    lines = bench_loss.report([*found, other]).splitlines()
+    assert lines[1] == ("70 x 40, bf16" if kind == "logits" else "70 x 16 x 40, bf16")
     assert len(lines) == 6
-    assert all("2.000 ms [1.000, 3.000]" in line and "7 MiB" in line for line in lines[2:5])
+    assert all("2.000 ms [2.000, 2.000]" in line and "7 MiB" in line for line in lines[2:5])
     assert ("GB/s" in lines[2]) == (kind == "logits")
     assert ("1.00 x products" in lines[2]) == (kind == "linear")
     assert ("0.50 x products" in lines[3]) == (kind == "linear")
-    assert lines[5].split() == ["other", "wrong:", "loss", "off", "by", "1"]
+    assert lines[5].split() == ["eager", "reference", "wrong:", "loss", "off", "by", "1"]
+    again = bench_loss.report(found[:1], found[0].shape)
+    assert again.startswith("  eager"), "no second heading for the same shape"
+
+
+def test_a_wrong_contender_is_shown_as_wrong_and_not_timed(fake_device, monkeypatch):
+    wrong = replace(logits_contender(lambda p, _: _composed(p, pm=1.0)), name="a wrong one")
+    monkeypatch.setattr(loss_worker, "CONTENDERS", (wrong,))
+    monkeypatch.setattr(timing, "cuda_times", lambda calls: pytest.fail("timed"))
+    job = Job((70, 40), "bf16", "a wrong one")
+    (entry,) = loss_worker.ShapeBench(job, "cpu").entries(job, 100.0)
+    assert entry.outcome.startswith("wrong: loss off by")
+    assert entry.ms is None
+    assert "a wrong one" in bench_loss.report([entry])
+
+
+class _Sent(list):
+    send = list.append
+
+
+def test_the_worker_reports_what_is_missing_or_fails_and_goes_on(fake_device, monkeypatch):
+    def absent():
+        raise ImportError("No module named 'no_such_library'")
+
+    def failing(problem, _):
+        raise ZeroDivisionError("first line\nsecond")
+
+    def hungry(problem, _):
+        raise torch.OutOfMemoryError("asked for too much")
+
+    chosen = (
+        replace(logits_contender(None), name="absent", make=absent),
+        replace(logits_contender(failing), name="failing"),
+        replace(logits_contender(hungry), name="hungry"),
+        replace(logits_contender(lambda p, _: _composed(p)), name="right"),
+    )
+    monkeypatch.setattr(loss_worker, "CONTENDERS", chosen)
+    monkeypatch.setattr(loss_worker, "copy_bandwidth", lambda budget_ms: 100e9)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(loss_worker, "ShapeBench", partial(loss_worker.ShapeBench, device="cpu"))
+    sent = _Sent()
+    loss_worker.work([Job((70, 40), "bf16", c.name) for c in chosen], sent)
+    assert [[e.outcome for e in found] for found, seconds in sent] == [
+        ["not installed: No module named 'no_such_library'"],
+        ["failed: ZeroDivisionError: first line"],
+        ["out of memory"],
+        ["timed"] * 3,
+    ]
+    assert all(seconds > 0 for _, seconds in sent)
+    assert sent[3][0][0].copy_gb_per_s == 100.0
+
+
+def test_the_worker_asks_for_a_fresh_process_when_the_device_is_lost(fake_device, monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(loss_worker, "copy_bandwidth", lambda budget_ms: 100e9)
+    monkeypatch.setattr(loss_worker, "ShapeBench", partial(loss_worker.ShapeBench, device="cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    sent = _Sent()
+    loss_worker.work([Job((70, 40), "bf16", "eager reference")] * 2, sent)
+    assert len(sent) == 2
+    assert sent[1] == "restart"
 
 
 # Command line -------------------------------------------------------------------------------------
@@ -280,9 +420,40 @@ def test_shapes_follow_the_arguments():
     assert shapes("--vocab", "9", "--linear", "8,16,32") == [(8192, 9), (8, 16, 32)]
 
 
+def test_the_plan_leaves_compiling_to_the_end_and_keeps_contenders_of_one_judge_together():
+    jobs = bench_loss.plan(bench_loss.parse([]))
+    assert len(jobs) == len(set(jobs)) == sum(
+        {"logits": 6, "linear": 3}[c.kind] for c in CONTENDERS
+    )  # fmt: skip
+    compiled = [loss_worker.find_contender(j).is_compiled for j in jobs]
+    assert compiled == sorted(compiled)
+    assert compiled.count(True) == 15
+    for shape in bench_loss.LOGITS_SHAPES + bench_loss.LINEAR_SHAPES:
+        of_shape = [j for j, late in zip(jobs, compiled, strict=True) if j.shape == shape and not late]
+        lacks = [contenders.NO_WEIGHTS in loss_worker.find_contender(j).lacks for j in of_shape]
+        assert lacks == sorted(lacks)
+    only = bench_loss.plan(bench_loss.parse(["--quick", "--only", "Liger", "eager"]))
+    names = ["eager reference", "Liger cross-entropy", "eager reference", "Liger fused linear"]
+    assert [j.contender for j in only] == names
+    assert {j.budget_ms for j in only} == {bench_loss.QUICK_BUDGET_MS}
+
+
+@pytest.mark.parametrize(("arguments", "share"), [([], 0.25), (["--quick"], 0.25)])
+def test_the_timed_part_takes_a_quarter_of_the_run_at_most(arguments, share):
+    # The rest is for checking, compiling and starting; whatever they take, the run ends on time.
+    options = bench_loss.parse(arguments)
+    timed_ms = sum(job.budget_ms * len(entries.MEASURES) for job in bench_loss.plan(options))
+    assert timed_ms <= share * options.minutes * 60e3
+    assert options.minutes == (1.0 if options.quick else 8.0)
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--linear", "8,16"], ["--linear", "a,b,c"], ["--rows", "8"], ["--dtype", "fp8"]]
-)
+    "arguments",
+    [
+        ["--linear", "8,16"], ["--linear", "a,b,c"], ["--rows", "8"], ["--dtype", "fp8"], ["--vocab", "0"],
+        ["--vocab", "9", "--rows", "-1"], ["--minutes", "0"], ["--minutes", "nan"], ["--plot", "chart.txt"],
+    ],
+)  # fmt: skip
 def test_wrong_arguments_end_with_2(arguments):
     with pytest.raises(SystemExit) as stopped:
         bench_loss.parse(arguments)
@@ -297,18 +468,43 @@ def test_without_a_gpu_it_says_so_in_one_sentence(monkeypatch, capsys):
     assert captured.err == "bench_loss.py measures on a CUDA GPU, and torch finds none.\n"
 
 
+def _answer(work, jobs, *, job_seconds, seconds):
+    """In place of worker processes: one job timed, the others not."""
+    for job in jobs:
+        if job.contender == "ours" and job.kind == "logits":
+            timed = entry_of(
+                "logits", contender="ours", ms_20=1.0, ms_80=3.0, gb_per_s=1.0, percent_of_limit=50.0
+            )
+            yield job, ([timed], 1.5), ""
+        else:
+            yield job, None, "crashed: SIGSEGV"
+
+
+def test_results_are_written_and_drawn_whatever_becomes_of_the_workers(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    monkeypatch.setattr(bench_loss, "run_jobs", _answer)
+    file, chart = tmp_path / "result.json", tmp_path / "chart.png"
+    arguments = ["--quick", "--commit", "abc", "--json", str(file), "--plot", str(chart)]
+    assert bench_loss.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:5]] == ["device", "driver", "torch", "triton", "commit"]
+    stage = read_result(file)["stages"]["loss"]
+    assert stage["environment"]["commit"] == "abc"
+    assert len(stage["entries"]) == len(CONTENDERS)
+    assert {e["outcome"] for e in stage["entries"]} == {"timed", "crashed: SIGSEGV"}
+    assert stage["seconds"]["8192 x 50304 bf16, ours"] == 1.5
+    assert chart.read_bytes()[:4] == b"\x89PNG"
+    assert bench_loss.main(["--quick", "--json", str(chart)]) == 1, "no results file, and not overwritten"
+    assert "is not" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_small_run_on_the_gpu(tmp_path, capsys):
     file = tmp_path / "result.json"
-    assert (
-        bench_loss.main(
-            ["--vocab", "1000", "--rows", "256", "--linear", "256,64,1000", "--json", str(file)]
-        )
-        == 0
-    )
-    first = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:5]]
-    assert first == ["device", "driver", "torch", "triton", "commit"]
-    entries = json.loads(file.read_text())["entries"]
-    ours = [e for e in entries if e["contender"].startswith("ours")]
-    assert ours
-    assert all(e["outcome"] == "timed" for e in ours)
+    arguments = ["--vocab", "1000", "5001", "--rows", "256", "--linear", "256,64,1000", "--json", str(file)]
+    assert bench_loss.main([*arguments, "--only", "ours", "eager"]) == 0
+    found = read_result(file)["stages"]["loss"]["entries"]
+    ours = [e for e in found if e["family"] == "ours" and (e["lacks"] == "" or e["shape"][-1] > 4096)]
+    assert len(ours) >= 30
+    assert all(e["outcome"] == "timed" for e in ours), [e["outcome"] for e in ours]

@@ -1,0 +1,124 @@
+"""A plain cross-entropy from the loss's own row loops: what the weights cost is the difference to it.
+
+No x, no [MASK], no prediction, no case and no weight: a row is scanned, its nll stored, and its
+gradient written by the same functions, with the same tiles, as in ``triton_kernels.py``. The block
+in which a maximum came first is computed there for the prediction; here nothing uses it, and the
+compiler drops it. Streamed rows alone (V > 4096).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from difftrain_kernels import triton_kernels
+from difftrain_kernels.triton_kernels import (
+    LN2,
+    LOG2E,
+    _head_size,
+    _row,
+    _scan_row,
+    _write_gradient_row,
+    _zero_row,
+)
+
+
+@triton.jit
+def _plain_row(
+    row_ptr, loss_ptr, row, y, vocab_size,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Store the nll of one row; what its gradient needs."""
+    target = y.to(tl.int32)
+    target_logit = tl.load(row_ptr + target).to(tl.float32)
+    head = _head_size(row_ptr, vocab_size, VECTOR, ALIGNED)
+    _top, shift, rest, _block = _scan_row(row_ptr, head, target, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)
+    log2_p = tl.fma(target_logit, LOG2E, -shift)
+    total = rest + tl.exp2(log2_p)
+    tl.store(loss_ptr + row, (tl.log2(total) - log2_p) * LN2)
+    return target, shift, rest, total
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _plain_loss_kernel(
+    logits_ptr, y_ptr, loss_ptr, ignore_index, vocab_size, logits_stride,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(y_ptr + row).to(tl.int64)
+    if y == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+    else:
+        row_ptr = _row(logits_ptr, row, logits_stride, ALIGNED)
+        _plain_row(row_ptr, loss_ptr, row, y, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _plain_loss_and_gradient_kernel(
+    logits_ptr, gradient_ptr, y_ptr, loss_ptr, upstream, divisor, ignore_index,
+    vocab_size, logits_stride, gradient_stride,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(y_ptr + row).to(tl.int64)
+    gradient_row_ptr = _row(gradient_ptr, row, gradient_stride, ALIGNED)
+    if y == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        _zero_row(gradient_row_ptr, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)
+    else:
+        row_ptr = _row(logits_ptr, row, logits_stride, ALIGNED)
+        target, shift, rest, total = _plain_row(
+            row_ptr, loss_ptr, row, y, vocab_size, REPEAT, LANES, VECTOR, ALIGNED
+        )
+        _write_gradient_row(
+            row_ptr, gradient_row_ptr, target, shift, rest, upstream / divisor / total, vocab_size,
+            REPEAT, LANES, VECTOR, ALIGNED,
+        )  # fmt: skip
+
+
+class _PlainLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, y, ignore_index, upstream_scale):
+        gradient = triton_kernels.empty_gradient_like(logits)
+        loss = _launch(
+            _plain_loss_and_gradient_kernel, logits, y, ignore_index, gradient_ptr=gradient,
+            upstream=float(upstream_scale), divisor=float(len(y)), gradient_stride=gradient.stride(0),
+        )  # fmt: skip
+        ctx.gradient, ctx.stated = gradient, upstream_scale
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        # The check on the device that the loss with a stated upstream gradient makes too.
+        triton_kernels.launch_rescale(ctx.gradient, upstream, stated=ctx.stated)
+        return ctx.gradient, None, None, None
+
+
+def plain_cross_entropy(logits: Tensor, y: Tensor, ignore_index: int, *, upstream_scale: float) -> Tensor:
+    """Mean nll over all rows, 0-d fp32, its gradient made in forward for the stated upstream gradient.
+
+    Args:
+        logits: (N, V) fp32, bf16 or fp16, contiguous, V > 4096. y: (N,) int64 labels in [0, V).
+
+    Raises:
+        NotImplementedError: V is too small for the streamed kernels.
+    """
+    if logits.shape[1] <= triton_kernels.SMALL_VOCAB:
+        raise NotImplementedError("streamed rows alone")
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _PlainLoss.apply(logits, y, ignore_index, upstream_scale)
+    return _launch(_plain_loss_kernel, logits.detach(), y, ignore_index)
+
+
+def _launch(kernel, logits: Tensor, y: Tensor, ignore_index: int, **more) -> Tensor:
+    n, vocab_size = logits.shape
+    row_loss = torch.empty(n, dtype=torch.float32, device=logits.device)
+    tile = triton_kernels._tile_arguments(logits, triton_kernels.choose_tile(vocab_size))
+    with triton_kernels._on_device(logits):
+        kernel[(n,)](
+            logits_ptr=logits, y_ptr=y, loss_ptr=row_loss, ignore_index=ignore_index,
+            vocab_size=vocab_size, logits_stride=logits.stride(0), **more, **tile,
+        )  # fmt: skip
+    return row_loss.sum() / n

@@ -1,0 +1,20 @@
+"""Workers that behave badly, for test_bench_supervisor.py. Imported by spawned processes, so light."""
+
+import os
+import signal
+import time
+
+
+def obey(jobs, connection):
+    """Do what each job says, and send it back with the process that did it."""
+    for job in jobs:
+        if job == "crash":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if job == "exit":
+            os._exit(3)
+        if job == "hang":
+            time.sleep(60)
+        connection.send((job, os.getpid()))
+        if job == "last of its process":
+            connection.send("restart")
+            return
