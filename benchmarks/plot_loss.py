@@ -82,10 +82,10 @@ def _draw(ax: Any, shape: tuple[int, ...], dtype: str, bars: list[dict[str, Any]
         ax.text(bar["ms"] + 0.012 * widest, row, _label(bar), va="center", fontsize=7.5)
     if limits:
         what = "limit" if len(shape) == 2 else "its products"
-        ax.axvline(limits[0], color="black", ls=":", lw=1)
-        ax.text(limits[0], len(bars) - 0.35, f" {what}", fontsize=7.5, va="top")
+        ax.plot([limits[0]] * 2, [-0.55, len(timed) - 0.5], color="black", ls=":", lw=1)
+        ax.text(limits[0], -0.62, what, fontsize=7.5, ha="center")
     ax.set_yticks(range(len(bars)), [b["contender"] for b in bars], fontsize=8)
-    ax.set_ylim(len(bars) - 0.3, -0.6)
+    ax.set_ylim(len(bars) - 0.4, -1.3)
     ax.set_xlim(0, 1.32 * widest)  # room for the labels
     names = "N x V" if len(shape) == 2 else "N x D x V"
     ax.set_title(f"{names} = {' x '.join(map(str, shape))}, {dtype}", fontsize=9.5, loc="left")
@@ -103,6 +103,7 @@ def _limit(bar: dict[str, Any]) -> float:
 
 
 def _label(bar: dict[str, Any]) -> str:
+    ms = f"{bar['ms']:.3g}" if bar["ms"] < 1000 else f"{bar['ms']:,.0f}"
     if bar["percent_of_limit"] is not None:
-        return f"{bar['ms']:.3g} ms, {bar['percent_of_limit']:.0f} %"
-    return f"{bar['ms']:.3g} ms, {bar['times_the_products']:.2f} x"
+        return f"{ms} ms, {bar['percent_of_limit']:.0f} %"
+    return f"{ms} ms, {bar['times_the_products']:.2f} x"

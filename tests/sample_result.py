@@ -23,7 +23,12 @@ OUTCOMES = {
 
 def entries_of(shape, contender, factor):
     """Times of ``factor`` times the limit, or the contender's outcome."""
-    blank = {"dtype": "bf16", "contender": contender.name, "family": contender.family, "lacks": contender.lacks}
+    blank = {
+        "dtype": "bf16",
+        "contender": contender.name,
+        "family": contender.family,
+        "lacks": contender.lacks,
+    }
     outcome = OUTCOMES.get(contender.name, TIMED)
     if outcome != TIMED:
         return [Entry(list(shape), **blank, measure="", outcome=outcome)]
@@ -48,7 +53,9 @@ def sample_result():
     for shape in LOGITS_SHAPES + LINEAR_SHAPES:
         chosen = [c for c in CONTENDERS if c.kind == ("logits" if len(shape) == 2 else "linear")]
         for place, contender in enumerate(chosen):
-            factor = 1.05 if contender.family == OURS and contender.lacks != NO_WEIGHTS else 1.0 + 0.5 * place
+            factor = (
+                1.05 if contender.family == OURS and contender.lacks != NO_WEIGHTS else 1.0 + 0.5 * place
+            )
             factor = 1.04 if contender.name.startswith("plain") else factor
             entries += [vars(e) for e in entries_of(shape, contender, factor)]
     loss = {"environment": ENVIRONMENT, "entries": entries, "seconds": {}}
