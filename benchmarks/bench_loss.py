@@ -28,6 +28,7 @@ from contenders import CONTENDERS
 from entries import Entry
 from environment import environment
 from loss_worker import DTYPES, Job, work
+from plot_loss import plot_entries, pyplot
 from results import ResultError, save_stage
 from supervisor import run_jobs
 
@@ -138,14 +139,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench_loss.py measures on a CUDA GPU, and torch finds none.", file=sys.stderr)
         return 1
-    if options.plot:
-        from plot_loss import plot_entries  # before minutes are spent: matplotlib may be missing
     facts = environment(options.commit)
     for name, value in facts.items():
         print(f"{name}: {value}")
     entries: list[Entry] = []
     seconds: dict[str, float] = {}
     try:
+        if options.plot:
+            pyplot()  # before minutes are spent
         for job, answer, problem in run_jobs(
             work, plan(options), job_seconds=JOB_SECONDS, seconds=60 * options.minutes
         ):
@@ -155,11 +156,12 @@ def main(arguments: list[str] | None = None) -> int:
             if options.json:
                 record = {"entries": [asdict(e) for e in entries], "seconds": seconds}
                 save_stage(options.json, "loss", record, facts)
+        if options.plot:
+            title = f"{facts['device']}, {facts['date'][:10]}"
+            plot_entries([asdict(e) for e in entries], options.plot, title)
     except ResultError as error:
         print(error, file=sys.stderr)
         return 1
-    if options.plot:
-        plot_entries([asdict(e) for e in entries], options.plot, f"{facts['device']}, {facts['date'][:10]}")
     return 0
 
 

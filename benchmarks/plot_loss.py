@@ -5,14 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from entries import BOTH, FORWARD, LIBRARY, OURS, TORCH
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from results import ResultError
 
 COLOURS = {OURS: "#1b7837", TORCH: "#5b7fa6", LIBRARY: "#c2702b"}
 ROW_INCHES = 0.27  # height of one contender
+
+
+def pyplot() -> Any:
+    """matplotlib's drawing functions, without a screen; raises ResultError where it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ResultError("drawing needs matplotlib: pip install 'difftrain[bench]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
 
 
 def plot_entries(entries: list[dict[str, Any]], file: Path, title: str) -> Path:
@@ -24,12 +33,13 @@ def plot_entries(entries: list[dict[str, Any]], file: Path, title: str) -> Path:
         title: device and date.
 
     Raises:
-        ValueError: nothing was timed.
+        ResultError: nothing was timed, or matplotlib is missing.
     """
+    plt = pyplot()
     shapes = list(dict.fromkeys((tuple(e["shape"]), e["dtype"]) for e in entries))
     panels = {s: _bars([e for e in entries if (tuple(e["shape"]), e["dtype"]) == s]) for s in shapes}
     if not any(bar["ms"] for bars in panels.values() for bar in bars):
-        raise ValueError("nothing was timed, so there is nothing to draw")
+        raise ResultError("nothing was timed, so there is nothing to draw")
     heights = [max(len(b) for b in list(panels.values())[i : i + 2]) + 3 for i in range(0, len(panels), 2)]
     figure, axes = plt.subplots(
         len(heights), 2, figsize=(12, ROW_INCHES * sum(heights) + 1.0), dpi=100, squeeze=False,

@@ -25,6 +25,7 @@ from goals import (
     Table,
     evaluate,
 )
+from plot_loss import plot_entries
 from results import FOLDER, ResultError, newest, read_result
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,8 +238,6 @@ def main(arguments: list[str] | None = None) -> int:
         readme = ROOT / "README.md"
         part = readme_part(document, path.name if path else "")
         if document and "loss" in document["stages"]:
-            from plot_loss import plot_entries
-
             stage = document["stages"]["loss"]
             facts = stage["environment"]
             plot_entries(stage["entries"], PICTURE, f"{facts['device']}, {facts['date'][:10]}")

@@ -1,7 +1,10 @@
 """The benchmark's models, checks and report on the CPU, at tiny shapes; the timings need a GPU."""
 
+import json
 import math
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -33,12 +36,13 @@ import oracle
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about inf and NaN
 
 UPSTREAMS = loss_worker.UPSTREAMS
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the kernels run in the interpreter
 # Compiling takes minutes on a CPU; that contender calls the reference.
 EAGER = [c for c in CONTENDERS if not c.is_compiled]
 
 
-def problem_of(kind, dtype=torch.bfloat16, n=70, vocab_size=40):
-    return make_problem(n, vocab_size, dtype, "cpu", *([16] if kind == "linear" else []))
+def problem_of(kind, dtype=torch.bfloat16, n=70, vocab_size=40, device=DEVICE):
+    return make_problem(n, vocab_size, dtype, device, *([16] if kind == "linear" else []))
 
 
 def logits_contender(loss_of, lacks=""):
@@ -93,7 +97,7 @@ def test_the_inputs_between_two_uses_of_one_are_larger_than_the_cache(nbytes, co
 @pytest.mark.parametrize("kind", ["logits", "linear"])
 @pytest.mark.parametrize("rows", [7, 256])
 def test_exact_results_are_the_oracles(kind, rows):
-    problem = problem_of(kind)
+    problem = problem_of(kind, device="cpu")
     inputs = [t.detach() for t in problem.inputs]
     logits = inputs[0] if kind == "logits" else F.linear(*inputs)
     y, x, mask_id, pk, pm = problem.labels
@@ -134,8 +138,8 @@ def test_every_installed_contender_is_right(kind, dtype, impl, monkeypatch):
             assert found.objection.startswith("failed: NotImplementedError: streamed rows alone")
         else:
             assert found.objection == "", contender.name
-            is_on_cpu_reference = impl == "auto" or kind == "linear"
-            assert found.overwrites == ("over the logits" in contender.name and not is_on_cpu_reference)
+            runs_reference = impl == "auto" and DEVICE == "cpu"
+            assert found.overwrites == ("over the logits" in contender.name and not runs_reference)
 
 
 def test_the_plain_kernel_is_a_cross_entropy_with_its_gradient_scaled(monkeypatch):
@@ -145,9 +149,49 @@ def test_the_plain_kernel_is_a_cross_entropy_with_its_gradient_scaled(monkeypatc
     assert objection(replace(plain, lacks=""), problem).startswith("wrong: loss off by")
     (logits,) = problem.inputs
     loss = plain_cross_entropy(logits, problem.y, -1, upstream_scale=0.5)
-    (gradient,) = torch.autograd.grad(loss, logits, torch.tensor(0.25))  # another than stated
+    (gradient,) = torch.autograd.grad(
+        loss, logits, torch.tensor(0.25, device=DEVICE)
+    )  # another than stated
     exact = loss_checks.exact_results(replace(problem, pk=1.0, pm=1.0)).gradients[0]
     torch.testing.assert_close(gradient.float(), exact * 0.25, rtol=1e-2, atol=1e-6)
+
+
+COMPILE_PLAIN = """
+import json, sys
+sys.path[:0] = sys.argv[1:]
+import bench_codegen, plain_kernel, torch
+logits = torch.empty(3, 50304, dtype=torch.bfloat16)[:1]
+gradient = dict(gradient_ptr=logits, upstream=1.0, divisor=8.0, gradient_stride=logits.stride(0))
+figures = []
+for name, more in (("_plain_loss_kernel", {}), ("_plain_loss_and_gradient_kernel", gradient)):
+    recorder = bench_codegen._Recorder()
+    plain_kernel._launch(recorder, logits, torch.zeros(1, dtype=torch.int64), -1, **more)
+    compiled = bench_codegen.compile_launch(
+        getattr(plain_kernel, name), recorder.launch, bench_codegen.TARGETS["sm_90"]
+    )
+    figures.append(bench_codegen.read_nvidia(compiled.asm["cubin"], 16, True))
+print(json.dumps(figures))
+"""
+
+
+def test_the_plain_kernel_compiles_to_the_losss_own_loops_without_the_predictions_share():
+    root = Path(__file__).resolve().parent.parent
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_PLAIN, str(root / "benchmarks"), str(root / "kernels")],
+        env=environment, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    loss, both = json.loads(done.stdout)
+    ours = json.loads((root / "benchmarks/results/codegen_bf16.json").read_text())
+    (ours,) = (
+        r for r in ours
+        if (r["target"], r["vocab_size"], r["kernel"]) == ("sm_90", 50304, "loss_and_gradient")
+    )  # fmt: skip
+    for figures in (loss, both):
+        assert figures["spill_instructions"] == figures["narrow_accesses_in_loops"] == 0
+        # Not counting the blocks of maxima saves something, yet the loop stays the same one.
+        assert 0.9 * ours["slots_scan"] < figures["slots_scan"] < ours["slots_scan"]
+    assert both["slots_grad"] == ours["slots_grad"]
 
 
 @pytest.mark.parametrize("kind", ["logits", "linear"])
@@ -318,7 +362,7 @@ def fake_device(monkeypatch):
 @pytest.mark.parametrize("kind", ["logits", "linear"])
 def test_a_measurement_fills_every_column(kind, fake_device):
     job = Job((70, 40) if kind == "logits" else (70, 16, 40), "bf16", "eager reference", 1.0)
-    found = loss_worker.ShapeBench(job, "cpu").entries(job, 100.0)
+    found = loss_worker.ShapeBench(job, DEVICE).entries(job, 100.0)
     assert [e.measure for e in found] == list(entries.MEASURES)
     for entry in found:
         assert (entry.outcome, entry.ms, entry.ms_20, entry.ms_80, entry.samples) == (
@@ -350,7 +394,7 @@ def test_a_wrong_contender_is_shown_as_wrong_and_not_timed(fake_device, monkeypa
     monkeypatch.setattr(loss_worker, "CONTENDERS", (wrong,))
     monkeypatch.setattr(timing, "cuda_times", lambda calls: pytest.fail("timed"))
     job = Job((70, 40), "bf16", "a wrong one")
-    (entry,) = loss_worker.ShapeBench(job, "cpu").entries(job, 100.0)
+    (entry,) = loss_worker.ShapeBench(job, DEVICE).entries(job, 100.0)
     assert entry.outcome.startswith("wrong: loss off by")
     assert entry.ms is None
     assert "a wrong one" in bench_loss.report([entry])
@@ -379,7 +423,7 @@ def test_the_worker_reports_what_is_missing_or_fails_and_goes_on(fake_device, mo
     monkeypatch.setattr(loss_worker, "CONTENDERS", chosen)
     monkeypatch.setattr(loss_worker, "copy_bandwidth", lambda budget_ms: 100e9)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(loss_worker, "ShapeBench", partial(loss_worker.ShapeBench, device="cpu"))
+    monkeypatch.setattr(loss_worker, "ShapeBench", partial(loss_worker.ShapeBench, device=DEVICE))
     sent = _Sent()
     loss_worker.work([Job((70, 40), "bf16", c.name) for c in chosen], sent)
     assert [[e.outcome for e in found] for found, seconds in sent] == [
@@ -397,7 +441,7 @@ def test_the_worker_asks_for_a_fresh_process_when_the_device_is_lost(fake_device
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(loss_worker, "copy_bandwidth", lambda budget_ms: 100e9)
-    monkeypatch.setattr(loss_worker, "ShapeBench", partial(loss_worker.ShapeBench, device="cpu"))
+    monkeypatch.setattr(loss_worker, "ShapeBench", partial(loss_worker.ShapeBench, device=DEVICE))
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     sent = _Sent()
     loss_worker.work([Job((70, 40), "bf16", "eager reference")] * 2, sent)
