@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,12 @@ def _logits(problem: Problem) -> tuple[Tensor]:
     return problem.inputs if problem.kind == "logits" else (F.linear(*problem.inputs),)
 
 
+@lru_cache
+def _on_device(penalty: float, device: torch.device) -> Tensor:
+    """Made once, as a training step with tensor penalties keeps them."""
+    return torch.full((), penalty, device=device)
+
+
 def _compiled(*, tensors: bool) -> Callable[[], Loss]:
     def make() -> Loss:
         torch._dynamo.reset()
@@ -83,7 +89,7 @@ def _compiled(*, tensors: bool) -> Callable[[], Loss]:
         def loss(problem: Problem, _: float) -> Tensor:
             pk, pm = problem.pk, problem.pm
             if tensors:
-                pk, pm = (torch.full((), p, device=problem.y.device) for p in (pk, pm))
+                pk, pm = (_on_device(p, problem.y.device) for p in (pk, pm))
             return compiled(problem.inputs, problem.y, problem.x, problem.mask_id, pk, pm)
 
         return loss
@@ -94,8 +100,8 @@ def _compiled(*, tensors: bool) -> Callable[[], Loss]:
 def _ours(*, stated: bool = False, overwrite: bool = False, tensors: bool = False) -> Callable[[], Loss]:
     def loss(problem: Problem, scale: float) -> Tensor:
         if tensors:
-            penalties = (torch.full((), p, device=problem.y.device) for p in (problem.pk, problem.pm))
-            problem = replace(problem, **dict(zip(("pk", "pm"), penalties, strict=True)))
+            pk, pm = (_on_device(p, problem.y.device) for p in (problem.pk, problem.pm))
+            problem = replace(problem, pk=pk, pm=pm)
         return fused_diffusion_loss(
             *_logits(problem), *problem.labels,
             upstream_scale=scale if stated else None, overwrite_logits=overwrite,
