@@ -278,13 +278,15 @@ def test_a_contender_that_writes_over_its_input_is_noticed_and_the_problem_stays
     problem = problem_of("logits")
     before = problem.inputs[0].detach().clone()
 
-    def overwriting(problem, _):
+    def overwriting(with_gradient, problem, _):
         loss = _composed(problem)  # keeps what its gradient needs in fp32
-        problem.inputs[0].data.zero_()
+        if torch.is_grad_enabled() == with_gradient:
+            problem.inputs[0].data.zero_()
         return loss
 
     judge = Judge(problem, UPSTREAMS)
-    for loss_of, overwrites in ((overwriting, True), (lambda p, _: _composed(p), False)):
+    both = (partial(overwriting, with_gradient) for with_gradient in (True, False))
+    for loss_of, overwrites in (*((o, True) for o in both), (lambda p, _: _composed(p), False)):
         verdict = judge.verdict(loss_of)
         assert (verdict.objection, verdict.overwrites) == ("", overwrites)
     assert torch.equal(problem.inputs[0].detach(), before)

@@ -32,7 +32,10 @@ def test_a_crash_is_reported_and_a_fresh_process_goes_on():
 
 def test_a_worker_that_leaves_blames_no_job():
     found = run(["last of its process", "b"])
-    assert [problem for *_, problem in found] == ["", ""]
+    assert [(answer[0], problem) for _, answer, problem in found] == [
+        ("last of its process", ""),
+        ("b", ""),
+    ]
     assert found[0][1][1] != found[1][1][1]
 
 
