@@ -11,6 +11,7 @@ KINDS = ("masked", "intact", "corrupted")
 ANSWERS = ("mask", "target", "other")
 MASKED, INTACT, CORRUPTED = range(3)
 MASK, TARGET, OTHER = range(3)
+IGNORED = 9  # case of an ignored position; the others are kind * 3 + answer
 VECTOR_SIZE = 22  # entries of a table
 
 
@@ -91,7 +92,7 @@ def tabulate(kind: Tensor, answer: Tensor, is_counted: Tensor, nll: Tensor, gap:
         nll: (N,) cross-entropy.
         gap: (N,) largest logit minus the logit of [MASK].
     """
-    cell = torch.where(is_counted, kind * 3 + answer, 9)
+    cell = torch.where(is_counted, kind * 3 + answer, IGNORED)
     in_cell = cell[:, None] == torch.arange(9, device=cell.device)  # (N, 9)
     in_kind = in_cell.view(-1, 3, 3).any(2)  # (N, 3)
     return CaseTable(

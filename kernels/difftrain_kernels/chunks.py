@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .cases import CaseTable
-from .reference import diffusion_loss_reference
+from .implementation import row_gradients, score_rows, sum_cases
 
 # 256 MiB hold 2560 bf16 rows at V = 50304 and 1024 at V = 128256. A chunk reads and writes the fp32
 # sum of the weight's gradient, 8 bytes per element against 2 * rows FLOP: on an H100 (about 7e14
@@ -54,15 +54,29 @@ def choose_chunk_tokens(n_tokens: int, bytes_per_row: int, workspace_mib: float)
     return min(most, -(-max(1, even) // TILE_ROWS) * TILE_ROWS)
 
 
+def upstream_of_gradients(
+    n_tokens: int, reduction: str, dtype: torch.dtype, upstream_scale: float | None = None
+) -> float:
+    """The upstream gradient for which the gradients are made in forward."""
+    if reduction == "none":
+        return 1.0
+    if dtype != torch.float16:
+        return upstream_scale or 1.0
+    # In fp16 a gradient divided by N vanishes before the upstream gradient, a loss scale, lifts it.
+    return float(max(1, n_tokens)) if reduction == "mean" else 1.0
+
+
+def gradient_dtype(dtype: torch.dtype, device: torch.device, uses_triton: bool) -> torch.dtype:
+    """In what the gradient of the hidden states is made; the other two are made in fp32 (fp64)."""
+    # CPUs multiply narrow floats slowly, where they can at all; there the rows are made wide too.
+    return dtype if device.type == "cuda" or uses_triton else torch.promote_types(dtype, torch.float32)
+
+
 @dataclass(frozen=True)
 class ChunkedLoss:
-    """One call's labels, penalties and chunks. Rows are positions; (N, D) hidden, (V, D) weight."""
+    """One call's targets and chunks. Rows are positions; (N, D) hidden, (V, D) weight."""
 
     y: Tensor
-    x: Tensor
-    mask_id: int
-    pk: float | Tensor
-    pm: float | Tensor
     ignore_index: int
     reduction: str
     made_for: float  # the upstream gradient for which the gradients are made
@@ -71,12 +85,27 @@ class ChunkedLoss:
     dtype: torch.dtype
     uses_triton: bool
 
-    def run(self, hidden, weight, bias, needs=(False,) * 3, saved=None, upstream=None):
+    @classmethod
+    def plan(
+        cls, vocab_size: int, y: Tensor, ignore_index: int, reduction: str, dtype: torch.dtype,
+        uses_triton: bool, chunk_tokens: int | None, workspace_bytes: int, upstream_scale: float | None = None,
+    ) -> ChunkedLoss:  # fmt: skip
+        """How to compute one call's loss; y is (N,)."""
+        n = len(y)
+        if chunk_tokens is None:
+            bytes_per_row = row_bytes(vocab_size, dtype, uses_triton)
+            chunk_tokens = choose_chunk_tokens(n, bytes_per_row, workspace_bytes / 2**20)
+        made_for = upstream_of_gradients(n, reduction, dtype, upstream_scale)
+        divisor = max(1, n) if reduction == "mean" else 1
+        return cls(y, ignore_index, reduction, made_for, divisor, chunk_tokens, dtype, uses_triton)
+
+    def run(self, hidden, weight, bias, needs=(False,) * 3, *, weighting=None, saved=None, upstream=None):
         """One pass over the chunks: (statistics of all rows, gradients of hidden, weight and bias).
 
         Args:
             needs: which of the three gradients are wanted.
-            saved: the statistics of an earlier pass, where there was one.
+            weighting: what the weights follow from: x (N,), mask_id, pk and pm.
+            saved: instead of it, the statistics of an earlier pass.
             upstream: (N,) or 0-d factor of each row's gradient; 1 by default.
         """
         n, vocab_size = len(hidden), len(weight)
@@ -96,8 +125,7 @@ class ChunkedLoss:
                     torch.mm(states, weight.t(), out=logits)
                 else:
                     torch.addmm(bias, states, weight.t(), out=logits)
-                loss_of = self._by_triton if self.uses_triton else self._by_reference
-                part, gradient = loss_of(logits, rows, bool(gradients), saved, upstream)
+                part, gradient = self._score(logits, rows, bool(gradients), weighting, saved, upstream)
                 parts.append(part)
                 if gradients:
                     gradients.add(rows, gradient, states, weight)
@@ -109,63 +137,33 @@ class ChunkedLoss:
         width = -(-vocab_size // per_16_bytes) * per_16_bytes
         return torch.empty(rows, width, dtype=self.dtype, device=device)[:, :vocab_size]
 
-    def _arguments(self, rows: slice) -> tuple:
-        return self.y[rows], self.x[rows], self.mask_id, self.pk, self.pm, self.ignore_index
-
-    def _by_triton(self, logits, rows, wants_gradient, saved, upstream):
-        """A chunk's statistics, and the gradient of its summed losses, written over the logits."""
-        from . import triton_kernels as kernels
-
+    def _score(self, logits, rows, wants_gradient, weighting, saved, upstream):
+        """A chunk's statistics and the gradient of its losses, where the kernel runs over the logits."""
+        y = self.y[rows]
         if saved is not None:
-            part = kernels.RowStatistics(saved[0][rows], saved[1][:, rows].contiguous())
-            upstream = logits.new_ones((), dtype=torch.float32) if upstream is None else upstream[rows]
-            return part, kernels.launch_gradient(
-                logits, self.y[rows], part, upstream, divisor=1.0, gradient_out=logits
-            )
-        if not wants_gradient:
-            return kernels.launch_loss(logits, *self._arguments(rows)), None
-        return kernels.launch_loss_and_gradient(
-            logits, *self._arguments(rows), upstream=1.0, divisor=1.0, gradient_out=logits
-        )
+            part = saved[0][rows], saved[1][:, rows].contiguous()
+        else:
+            x, mask_id, pk, pm = weighting
+            arguments = (logits, y, x[rows], mask_id, pk, pm, self.ignore_index)
+            if self.uses_triton and wants_gradient:
+                from . import triton_kernels
 
-    def _by_reference(self, logits, rows, wants_gradient, saved, upstream):
-        """The same in eager PyTorch; the gradient is new."""
-        logits = logits.detach().requires_grad_(wants_gradient)
-        y, x, mask_id, pk, pm, ignore_index = self._arguments(rows)
-        with torch.set_grad_enabled(wants_gradient):
-            row_loss, table = diffusion_loss_reference(
-                logits,
-                y,
-                x,
-                mask_id,
-                pk,
-                pm,
-                ignore_index=ignore_index,
-                reduction="none",
-                return_cases=True,
-            )
-        part = (row_loss.detach(), table.counts, table.nll, table.gap)
+                return triton_kernels.launch_loss_and_gradient(
+                    *arguments, upstream=1.0, divisor=1.0, gradient_out=logits
+                )
+            part = score_rows(self.uses_triton, *arguments)
         if not wants_gradient:
             return part, None
-        upstream = torch.ones_like(row_loss) if upstream is None else upstream[rows]
-        return part, torch.autograd.grad(row_loss, logits, upstream)[0]
+        upstream = part[1].new_ones(()) if upstream is None else upstream[rows]
+        return part, row_gradients(self.uses_triton, logits, y, part, upstream, divisor=1.0, overwrite=True)
 
-    def _join(self, parts: list[tuple]) -> tuple[Tensor, ...]:
+    def _join(self, parts: list[tuple]) -> tuple[Tensor, Tensor]:
         """Statistics of all rows from those of the chunks."""
-        first, *others = zip(*parts, strict=True)
-        if self.uses_triton:
-            return torch.cat(first), torch.cat(others[0], dim=1)
-        return torch.cat(first), *(torch.stack(other).sum(0) for other in others)
-
-    def row_loss(self, statistics) -> Tensor:
-        return statistics[1][0] if self.uses_triton else statistics[0]
+        case, columns = zip(*parts, strict=True)
+        return torch.cat(case), torch.cat(columns, dim=1)
 
     def table(self, statistics) -> CaseTable:
-        if self.uses_triton:
-            from . import triton_kernels as kernels
-
-            statistics = (None, *kernels.launch_case_sums(kernels.RowStatistics(*statistics)))
-        return CaseTable(*statistics[1:], self.y.numel())
+        return CaseTable(*sum_cases(self.uses_triton, statistics), self.y.numel())
 
 
 class _Gradients:
@@ -173,8 +171,7 @@ class _Gradients:
 
     def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple, chunked: ChunkedLoss):
         wide = torch.promote_types(chunked.dtype, torch.float32)
-        # CPUs multiply narrow floats slowly, where they can at all; there the rows are made wide too.
-        narrow = chunked.dtype if hidden.is_cuda or chunked.uses_triton else wide
+        narrow = gradient_dtype(chunked.dtype, hidden.device, chunked.uses_triton)
         self.hidden = hidden.new_empty(hidden.shape, dtype=narrow) if needs[0] else None
         self.weight = weight.new_empty(weight.shape, dtype=wide) if needs[1] else None
         self.bias = weight.new_zeros(len(weight), dtype=wide) if needs[2] else None

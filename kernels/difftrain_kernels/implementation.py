@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import reference
+
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
@@ -14,27 +16,77 @@ def uses_triton(impl: str, logits: Tensor) -> bool:
     """Whether the Triton kernel runs; raises ValueError where it was asked for and cannot."""
     if impl == "reference" or (impl == "auto" and logits.device.type != "cuda"):
         return False
-    obstacle = _obstacle_to_triton(logits)
+    obstacle = _obstacle_to_triton(logits.dtype, logits.device)
     if obstacle and impl == "triton":
         raise ValueError(f'impl="triton" needs {obstacle}')
     return not obstacle
 
 
-def _obstacle_to_triton(logits: Tensor) -> str:
+# Under torch.compile the answer is found once, while tracing, and not traced itself.
+@torch.compiler.assume_constant_result
+def _obstacle_to_triton(dtype: torch.dtype, device: torch.device) -> str:
     """What the Triton kernel would need and does not have; empty where it can run."""
-    if logits.dtype == torch.float64:
+    if dtype == torch.float64:
         return "logits in fp32, bf16 or fp16, got torch.float64"
     try:
         from . import triton_kernels
     except ImportError:
         return "the package triton, which is not installed"
     if triton_kernels.is_interpreted():
-        return "" if logits.device.type in ("cpu", "cuda") else f"a CPU or CUDA device, got {logits.device}"
-    if logits.device.type != "cuda":
-        return f"a CUDA device (or TRITON_INTERPRET=1 on the CPU), got {logits.device}"
-    if not torch.version.hip and torch.cuda.get_device_capability(logits.device) < (8, 0):
-        return f"compute capability 8.0, got {torch.cuda.get_device_capability(logits.device)}"
+        return "" if device.type in ("cpu", "cuda") else f"a CPU or CUDA device, got {device}"
+    if device.type != "cuda":
+        return f"a CUDA device (or TRITON_INTERPRET=1 on the CPU), got {device}"
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"compute capability 8.0, got {torch.cuda.get_device_capability(device)}"
     return ""
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """(N, V) with last stride 1; a view wherever the rows are evenly spaced, else a copy."""
+    rows = logits.detach().reshape(-1, logits.shape[-1])
+    if rows.shape[1] == 1:
+        return rows.as_strided(rows.shape, (rows.stride(0), 1))  # any stride does for one column
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+# Row statistics, a pair (case (N,), columns (n, N)): what one pass over logits (N, V) leaves of each
+# row, for the case table and for the gradient. The first column is the row's loss; the number and
+# the sense of the others are each implementation's own.
+
+
+def score_rows(uses_triton: bool, logits: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """The statistics of rows; ``arguments`` are y (N,), x (N,), mask_id, pk, pm, ignore_index."""
+    if not uses_triton:
+        return reference.score_rows(logits, *arguments)
+    from . import triton_kernels
+
+    return triton_kernels.launch_loss(logits, *arguments)
+
+
+def row_gradients(
+    uses_triton: bool, logits: Tensor, y: Tensor, statistics: tuple[Tensor, Tensor], upstream: Tensor,
+    *, divisor: float, overwrite: bool = False,
+) -> Tensor:  # fmt: skip
+    """The gradient of sum(row losses * upstream) / divisor; where Triton runs, over the logits if asked."""
+    if not uses_triton:
+        return reference.row_gradients(logits, y, statistics, upstream, divisor)
+    from . import triton_kernels
+
+    statistics = triton_kernels.RowStatistics(*statistics)
+    return triton_kernels.launch_gradient(
+        logits, y, statistics, upstream, divisor=divisor, gradient_out=logits if overwrite else None
+    )
+
+
+def sum_cases(uses_triton: bool, statistics: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts (3, 3), nll sums (3, 3) and gap sums (3,) of the case table."""
+    if uses_triton:
+        from . import triton_kernels
+
+        return triton_kernels.launch_case_sums(triton_kernels.RowStatistics(*statistics))
+    case, columns = statistics
+    table = reference.tabulate_cases(case, columns[1], columns[2])
+    return table.counts, table.nll, table.gap
 
 
 def reduce_rows(row_loss: Tensor, reduction: str) -> Tensor:
@@ -67,4 +119,9 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("the fused losses have no second derivative; impl='reference' has")
+        forbid_backward(ctx)
+
+
+def forbid_backward(ctx, *_):
+    """The backward of a gradient."""
+    raise RuntimeError("the fused losses have no second derivative; impl='reference' has")

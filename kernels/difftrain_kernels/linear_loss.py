@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .cases import CaseTable
-from .chunks import DEFAULT_WORKSPACE_MIB, ChunkedLoss, choose_chunk_tokens, row_bytes
+from .chunks import DEFAULT_WORKSPACE_MIB, ChunkedLoss
 from .implementation import IMPLEMENTATIONS, forbid_second_derivative, reduce_rows, uses_triton
+from .operators import compiled_linear_diffusion_loss
 from .validation import (
     Penalty,
     check_choice,
@@ -108,53 +109,57 @@ def fused_linear_diffusion_loss(
     device_type = getattr(getattr(hidden, "device", None), "type", "cpu")
     is_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     check_linear_arguments(hidden, weight, bias, is_autocast)
-    vocab_size, device = len(weight), hidden.device
+    vocab_size, device = weight.shape[0], hidden.device
     check_targets(hidden.shape[:-1], vocab_size, device, y, x, mask_id, pk, pm, ignore_index, reduction)
     check_choice("impl", impl, IMPLEMENTATIONS)
     check_upstream_scale(upstream_scale)
     check_positive("workspace_mib", workspace_mib)
     if chunk_tokens is not None:
         check_positive("chunk_tokens", chunk_tokens, integer=True)
-    if check_labels:
-        check_label_values(y, vocab_size, ignore_index)
 
     dtype = hidden.dtype
     if is_autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
     is_fused = uses_triton(impl, torch.empty(0, dtype=dtype, device=device))
-    if chunk_tokens is None:
-        chunk_tokens = choose_chunk_tokens(y.numel(), row_bytes(vocab_size, dtype, is_fused), workspace_mib)
-    divisor = max(1, y.numel()) if reduction == "mean" else 1
-    # In fp16 a gradient divided by N vanishes before the upstream gradient, a loss scale, lifts it.
-    made_for = float(divisor) if dtype == torch.float16 else upstream_scale or 1.0
-    pk, pm = (p.detach().clone() if isinstance(p, Tensor) else float(p) for p in (pk, pm))
-    chunked = ChunkedLoss(
-        y.reshape(-1), x.reshape(-1), int(mask_id), pk, pm, int(ignore_index),
-        reduction, made_for if reduction != "none" else 1.0, divisor, chunk_tokens, dtype, is_fused,
+    workspace_bytes = int(min(workspace_mib * 2**20, 2**62))
+    if torch.compiler.is_compiling():
+        return compiled_linear_diffusion_loss(
+            hidden, weight, bias, y, x, mask_id, pk, pm,
+            ignore_index=ignore_index, reduction=reduction, uses_triton=is_fused,
+            return_cases=return_cases, check_labels=check_labels, dtype=dtype,
+            chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
+        )  # fmt: skip
+    if check_labels:
+        check_label_values(y, vocab_size, ignore_index)
+    pk, pm = (p.detach() if isinstance(p, Tensor) else float(p) for p in (pk, pm))
+    chunked = ChunkedLoss.plan(
+        vocab_size, y.reshape(-1), int(ignore_index), reduction, dtype, is_fused,
+        chunk_tokens, workspace_bytes, upstream_scale,
     )  # fmt: skip
+    weighting = (x.reshape(-1), int(mask_id), pk, pm)
     head = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
-        loss, *statistics = _LinearLoss.apply(*head, chunked)
+        loss, *statistics = _LinearLoss.apply(*head, chunked, weighting)
     else:
-        statistics, _ = chunked.run(*head)
-        loss = reduce_rows(chunked.row_loss(statistics), reduction)
+        statistics, _ = chunked.run(*head, weighting=weighting)
+        loss = reduce_rows(statistics[1][0], reduction)
     loss = loss.view(y.shape) if reduction == "none" else loss
     return (loss, chunked.table(statistics)) if return_cases else loss
 
 
 class _LinearLoss(torch.autograd.Function):
-    """(hidden (N, D), weight, bias, chunked) -> (loss, *statistics); the statistics have no gradient."""
+    """(hidden (N, D), weight, bias, ...) -> (loss, *statistics); the statistics have no gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, chunked):
+    def forward(ctx, hidden, weight, bias, chunked, weighting):
         is_made_now = chunked.reduction != "none"
         needs = tuple(ctx.needs_input_grad[:3]) if is_made_now else (False,) * 3
-        statistics, gradients = chunked.run(hidden, weight, bias, needs)
+        statistics, gradients = chunked.run(hidden, weight, bias, needs, weighting=weighting)
         ctx.chunked, ctx.made = chunked, gradients if is_made_now else None
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        ctx.save_for_backward(hidden, weight, bias, chunked.y, chunked.x, *statistics)
+        ctx.save_for_backward(hidden, weight, bias, chunked.y, *statistics)
         ctx.mark_non_differentiable(*statistics)
-        return reduce_rows(chunked.row_loss(statistics), chunked.reduction), *statistics
+        return reduce_rows(statistics[1][0], chunked.reduction), *statistics
 
     @staticmethod
     def backward(ctx, upstream, *_):
@@ -162,7 +167,7 @@ class _LinearLoss(torch.autograd.Function):
             gradients = _LinearLoss._gradients(ctx, upstream)
         if torch.is_grad_enabled():
             gradients = forbid_second_derivative(gradients)
-        return *gradients, None
+        return *gradients, None, None
 
     @staticmethod
     def _gradients(ctx, upstream):
@@ -170,9 +175,9 @@ class _LinearLoss(torch.autograd.Function):
         # What forward made is given away once. A second backward makes it again.
         made, ctx.made = ctx.made, None
         if made is None:
-            hidden, weight, bias, y, x, *saved = ctx.saved_tensors
+            hidden, weight, bias, y, *saved = ctx.saved_tensors
             rows = upstream.reshape(-1) if chunked.reduction == "none" else None
-            _, made = replace(chunked, y=y, x=x).run(hidden, weight, bias, needs, saved, rows)
+            _, made = replace(chunked, y=y).run(hidden, weight, bias, needs, saved=saved, upstream=rows)
         if chunked.reduction == "none":
             upstream = upstream.new_ones(())
         return [_scaled(g, upstream, chunked, dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .cases import CaseTable
-from .implementation import IMPLEMENTATIONS, forbid_second_derivative, reduce_rows, uses_triton
+from .implementation import IMPLEMENTATIONS, as_rows, forbid_second_derivative, reduce_rows, uses_triton
+from .operators import compiled_diffusion_loss
 from .reference import diffusion_loss_reference
 from .validation import (
     Penalty,
@@ -98,9 +99,15 @@ def fused_diffusion_loss(
     check_upstream_scale(upstream_scale)
     if overwrite_logits:
         check_overwritable(logits)
+    is_fused = uses_triton(impl, logits)
+    if torch.compiler.is_compiling():
+        return compiled_diffusion_loss(
+            logits, y, x, mask_id, pk, pm, ignore_index=ignore_index, reduction=reduction,
+            uses_triton=is_fused, return_cases=return_cases, check_labels=check_labels,
+        )  # fmt: skip
     if check_labels:
         check_label_values(y, logits.shape[-1], ignore_index)
-    if not uses_triton(impl, logits):
+    if not is_fused:
         return diffusion_loss_reference(
             logits, y, x, mask_id, pk, pm,
             ignore_index=ignore_index, reduction=reduction, return_cases=return_cases,
@@ -116,7 +123,7 @@ def fused_diffusion_loss(
         )
         statistics = triton_kernels.RowStatistics(case, columns)
     else:
-        statistics = triton_kernels.launch_loss(_as_rows(logits), *arguments)
+        statistics = triton_kernels.launch_loss(as_rows(logits), *arguments)
         loss = reduce_rows(statistics.row_loss, reduction)
     if reduction == "none":
         loss = loss.view(y.shape)
@@ -126,14 +133,6 @@ def fused_diffusion_loss(
     return loss, CaseTable(counts, nll, gap, y.numel())
 
 
-def _as_rows(logits: Tensor) -> Tensor:
-    """(N, V) with last stride 1; a view wherever the rows are evenly spaced, else a copy."""
-    rows = logits.detach().reshape(-1, logits.shape[-1])
-    if rows.shape[1] == 1:
-        return rows.as_strided(rows.shape, (rows.stride(0), 1))  # any stride does for one column
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
 class _TritonLoss(torch.autograd.Function):
     """(logits, ...) -> (loss, case, columns); the last two are the row statistics, no gradient."""
 
@@ -141,7 +140,7 @@ class _TritonLoss(torch.autograd.Function):
     def forward(ctx, logits, arguments, reduction, upstream_scale, overwrite):
         from . import triton_kernels
 
-        rows = _as_rows(logits)
+        rows = as_rows(logits)
         ctx.divisor = max(1, len(rows)) if reduction == "mean" else 1
         ctx.stated, ctx.overwrite, ctx.gradient, ctx.made_for = upstream_scale, overwrite, None, None
         if upstream_scale is None:
@@ -172,7 +171,7 @@ class _TritonLoss(torch.autograd.Function):
 
         logits, y, *statistics = ctx.saved_tensors
         statistics = triton_kernels.RowStatistics(*statistics)
-        rows = _as_rows(logits)
+        rows = as_rows(logits)
         upstream = upstream.reshape(-1) if upstream.dim() else upstream
         if ctx.overwrite and ctx.stated is not None:
             gradient = _scale_overwritten(ctx, rows, upstream)

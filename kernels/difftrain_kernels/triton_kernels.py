@@ -742,14 +742,15 @@ def _empty_statistics(logits: Tensor) -> RowStatistics:
     )
 
 
-def empty_gradient_like(logits: Tensor) -> Tensor:
+def empty_gradient_like(logits: Tensor, phase: int | None = None) -> Tensor:
     """Uninitialised (N, V) rows that start at the same 16-byte phase as the logits' rows.
 
     Contiguous where the logits are. Loads and stores of one row can only both be 16 bytes wide
-    where the two start alike.
+    where the two start alike. ``phase`` is of the first row, for logits that have no address.
     """
     n, vocab_size = logits.shape
-    phase, _ = row_phase(logits)
+    if phase is None:
+        phase, _ = row_phase(logits)
     stride = vocab_size + (logits.stride(0) - vocab_size) % _vector(logits.dtype)
     buffer = torch.empty(phase + n * stride, dtype=logits.dtype, device=logits.device)
     return buffer.as_strided((n, vocab_size), (stride, 1), phase)
