@@ -1,8 +1,10 @@
-"""Schedules: pure functions of the optimiser step."""
+"""Schedules: pure functions of the optimiser step, and the tensors in which a compiled step reads them."""
 
 from __future__ import annotations
 
 import math
+
+import torch
 
 from difftrain.config import Config
 
@@ -30,6 +32,32 @@ def masking_penalties(step: int, config: Config) -> tuple[float, float]:
 
 
 get_masking_penalties = masking_penalties
+
+
+class PenaltyTensors:
+    """The penalties in two 0-d fp32 tensors, for steps that are compiled or captured in a CUDA graph.
+
+    Such a step takes a number for a constant: the graph would be compiled again for another one, or
+    replay the one it saw. These two tensors stay the same; what they hold changes with the step.
+
+    Args:
+        device: where the loss is computed.
+
+    Attributes:
+        pk, pm: 0-d fp32 tensors, NaN before the first :meth:`update`.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.pk, self.pm = (torch.full((), math.nan, dtype=torch.float32, device=device) for _ in range(2))
+
+    def update(self, step: int, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+        """Set both to :func:`masking_penalties` of a step, in place, and return (pk, pm).
+
+        Two fills on the device's current stream, which carry the numbers as arguments: nothing is
+        copied from the host, and nothing waits.
+        """
+        pk, pm = masking_penalties(step, config)
+        return self.pk.fill_(pk), self.pm.fill_(pm)
 
 
 def learning_rate(step: int, config: Config) -> float:

@@ -52,7 +52,7 @@ TRAINER = {
     "__init__": set(),
     "__main__": {"difftrain.cli"},
     "config": {"tomli"},
-    "schedule": {"difftrain.config"},
+    "schedule": {"difftrain.config", "torch"},  # torch: a compiled step reads its penalties from tensors
     "philox": {"torch"},
     "vocabulary": {"difftrain.config", "tokenizers", "tiktoken"},
     "data": LEAF,

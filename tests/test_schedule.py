@@ -1,9 +1,10 @@
 import math
 
 import pytest
+import torch
 
 from difftrain.config import Config
-from difftrain.schedule import get_masking_penalties, learning_rate, masking_penalties
+from difftrain.schedule import PenaltyTensors, get_masking_penalties, learning_rate, masking_penalties
 
 DEFAULT = Config()
 
@@ -36,6 +37,20 @@ def test_penalties_follow_the_configured_end_points():
 
 def test_the_specifications_name_is_the_same_function():
     assert get_masking_penalties is masking_penalties
+
+
+def test_penalty_tensors_stay_and_follow_the_schedule(device):
+    tensors = PenaltyTensors(device)
+    pk, pm = tensors.pk, tensors.pm
+    assert pk.isnan()
+    assert pm.isnan()
+    for step in (0, 1, 500, 1000, 10**6):
+        assert tensors.update(step, DEFAULT) == (pk, pm)
+        assert tensors.pk is pk
+        assert tensors.pm is pm
+        expected = torch.tensor(masking_penalties(step, DEFAULT), dtype=torch.float32)
+        assert torch.equal(torch.stack((pk, pm)).cpu(), expected)
+    assert (pk.shape, pk.dtype, pk.device.type) == ((), torch.float32, device.type)
 
 
 def test_learning_rate_warms_up_decays_by_a_cosine_and_stays_at_its_minimum():
