@@ -80,13 +80,14 @@ def test_no_schema_holds_a_float():
         assert "float" not in str(schema), schema
 
 
+# opcheck does not take NaN for equal to NaN, so no mean of nothing.
 @IMPL
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("case", ["fp32", "bf16", "padded rows", "turned", "empty", "one row"])
+@pytest.mark.parametrize(
+    ("case", "reduction"),
+    [("fp32", "mean"), ("bf16", "none"), ("padded rows", "sum"), ("turned", "sum"), ("empty", "sum")],
+)
 def test_opcheck_of_the_operators_on_logits(impl, reduction, case, device):
-    n = {"empty": 0, "one row": 1}.get(case, 7)
-    if case != "fp32" and reduction != "sum":
-        pytest.skip("rows are laid out the same way for each reduction")
+    n = 0 if case == "empty" else 7
     (logits,), y, x = problem_of(
         "logits", device, n, dtype=torch.bfloat16 if case == "bf16" else torch.float32
     )
@@ -105,12 +106,12 @@ def test_opcheck_of_the_operators_on_logits(impl, reduction, case, device):
 
 
 @IMPL
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("case", ["fp32", "bf16", "no bias, frozen weight", "empty"])
+@pytest.mark.parametrize(
+    ("case", "reduction"),
+    [("fp32", "mean"), ("bf16", "none"), ("no bias, frozen weight", "sum"), ("empty", "sum")],
+)
 def test_opcheck_of_the_operators_on_hidden_states(impl, reduction, case, device):
     n = 0 if case == "empty" else 7
-    if case == "empty" and reduction == "mean":
-        pytest.skip("opcheck does not take NaN for equal to NaN")
     dtype = torch.bfloat16 if case == "bf16" else torch.float32
     (hidden, weight, bias), y, x = problem_of("linear", device, n, dtype=dtype)
     if case.startswith("no bias"):
@@ -217,9 +218,9 @@ def test_a_curriculum_on_the_kernel_compiles_once(name, device):
         lambda inputs, y, x, pk, pm: loss_of(name, inputs, y, x, pk, pm, impl="triton")
     )
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for step in range(25):
-            pk.fill_(1 - step / 32)
-            pm.fill_(step / 48)
+        for step in range(12):
+            pk.fill_(1 - step / 16)
+            pm.fill_(step / 24)
             found = fast(inputs, y, x, pk, pm)
             found = found, *torch.autograd.grad(found, inputs)
             expected = loss_of(name, inputs, y, x, pk, pm, impl="triton")
@@ -227,10 +228,10 @@ def test_a_curriculum_on_the_kernel_compiles_once(name, device):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
 @LOSS
 @IMPL
-def test_any_number_of_positions_fits_one_graph(name, impl, reduction, device):
+def test_any_number_of_positions_fits_one_graph(name, impl, device):
+    reduction = "mean" if impl == "reference" else "none"
     fast, counter = compiled(
         lambda inputs, y, x, pk, pm: loss_of(
             name, inputs, y, x, pk, pm, impl=impl, reduction=reduction
@@ -317,20 +318,15 @@ def test_one_penalty_may_be_a_number_and_the_other_a_tensor(name, device):
 def test_penalties_may_change_between_forward_and_backward(name, impl, device):
     inputs, y, x = problem_of(name, device)
     pk, pm = scalars(device, 0.25, 0.5)
-    for reduction in ("mean", "none"):
-        fast, _ = compiled(
-            lambda inputs, y, x, pk, pm, how=reduction: loss_of(
-                name, inputs, y, x, pk, pm, impl=impl, reduction=how
-            ).sum()
-        )
-        loss = fast(inputs, y, x, pk.fill_(0.25), pm.fill_(0.5))
-        pk.fill_(0.9)
-        pm.fill_(0.9)
-        expected = loss_of(name, inputs, y, x, 0.25, 0.5, impl=impl, reduction=reduction).sum()
-        for a, b in zip(
-            torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+    fast, _ = compiled(
+        lambda inputs, y, x, pk, pm: loss_of(name, inputs, y, x, pk, pm, impl=impl, reduction="none").sum()
+    )
+    loss = fast(inputs, y, x, pk, pm)
+    pk.fill_(0.9)
+    pm.fill_(0.9)
+    expected = loss_of(name, inputs, y, x, 0.25, 0.5, impl=impl, reduction="none").sum()
+    for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
 @IMPL

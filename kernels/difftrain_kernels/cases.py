@@ -44,8 +44,8 @@ class CaseTable:
         Nothing is recomputed: loss = (S0 + pk * S1 + pm * S3) / n_positions.
         """
         rest = self.nll.clone()
-        rest[MASKED, MASK] = 0.0
-        rest[INTACT, MASK] = 0.0
+        rest[MASKED, MASK].zero_()
+        rest[INTACT, MASK].zero_()
         total = rest.sum() + pk * self.nll[MASKED, MASK] + pm * self.nll[INTACT, MASK]
         return total / self.n_positions if self.n_positions else total * torch.nan
 
