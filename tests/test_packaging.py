@@ -1,6 +1,7 @@
 """The layout, the import rules of DESIGN and what an installation brings."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,17 @@ def test_nobody_imports_tests_or_benchmarks():
         for path in (ROOT / folder).rglob("*.py"):
             names = {n.split(".")[0] for n in imports_of(path)}
             assert not names & {"tests", "benchmarks", "oracle", "conftest"}, path
+
+
+def test_every_row_of_the_readmes_works_with_names_its_test():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Works with\n")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    assert rows
+    tests = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py")}
+    for row in rows:
+        file = re.search(r"(test_\w+\.py)::", row)[1]
+        for name in re.findall(r"::(test_\w+)", row):
+            assert f"def {name}(" in tests[file], row
 
 
 def test_kernels_is_a_folder_and_no_package():

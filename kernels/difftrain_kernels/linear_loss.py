@@ -60,6 +60,11 @@ def fused_linear_diffusion_loss(
     each gradient comes back in its tensor's own dtype. The weight's and the bias's gradients are
     summed in fp32 over all chunks and rounded once.
 
+    Under ``torch.compile`` the loss is one operator, chunks and all. Penalties that change belong in
+    0-d tensors there. ``upstream_scale`` is checked and then ignored. An upstream gradient scales the
+    gradients into new tensors, and for one other than 1 a second backward scales what forward made,
+    where an eager one computes everything again.
+
     Made in forward for "mean" and "sum", the gradients do not depend on what happens to the inputs
     afterwards; wherever backward computes logits again (see ``reduction``), changed inputs raise.
 

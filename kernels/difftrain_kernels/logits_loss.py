@@ -55,6 +55,11 @@ def fused_diffusion_loss(
     The formula is that of :func:`difftrain_kernels.diffusion_loss_reference`. Nothing passed in
     is modified, unless ``overwrite_logits`` asks for it.
 
+    Under ``torch.compile`` the loss is one operator, with the bits of an eager call of the same
+    implementation. Penalties that change belong in 0-d tensors there. An operator neither writes
+    over its inputs nor gives them back, so ``upstream_scale`` and ``overwrite_logits``, which change
+    no result, are checked and then ignored: the gradient is made in backward, in its own buffer.
+
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64, any device; V >= 1.
         y: (...) int64 or int32, the targets; ``ignore_index`` where a position does not count.
@@ -76,11 +81,10 @@ def fused_diffusion_loss(
             checks the statement on the device. Any other upstream gradient gives the exact
             gradient too, but costs a second pass.
         overwrite_logits: the gradient may be written over the logits (no buffer of their size).
-            Where the reference runs, or no gradient is wanted, they stay as they are. A later
-            forward use sees the gradient. Any other
-            use of their values in backward then raises, and so does a second backward unless
-            ``upstream_scale`` is stated. With it, an upstream gradient other than stated rounds
-            each element twice.
+            Where the reference runs, or no gradient is wanted, or under ``torch.compile``, they
+            stay as they are. A later forward use sees the gradient. Any other use of their values
+            in backward then raises, and so does a second backward unless ``upstream_scale`` is
+            stated. With it, an upstream gradient other than stated rounds each element twice.
 
     Returns:
         The loss, fp32 (fp64 for fp64 logits): 0-d, or of y's shape for "none". An empty batch

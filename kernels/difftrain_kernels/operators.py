@@ -123,8 +123,7 @@ def diffusion_loss_backward(
 ) -> Tensor:
     rows = as_rows(logits)
     divisor = max(1, len(rows)) if reduction == "mean" else 1
-    gradient = row_gradients(uses_triton, rows, y, (case, columns), upstream, divisor=divisor)
-    return gradient if uses_triton else gradient.contiguous()
+    return row_gradients(uses_triton, rows, y, (case, columns), upstream, divisor=divisor)
 
 
 @diffusion_loss_backward.register_fake
@@ -265,7 +264,7 @@ def _differentiate_linear(ctx, upstream, *_):
 
 
 def _scaled(made: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """In fp32, rounded once: a 0-d tensor beside narrow ones would be rounded to their dtype first."""
+    """In fp32, rounded once: on a GPU a 0-d tensor beside narrow ones is rounded to their dtype first."""
     return made.to(dtype) if scale is None else (made.to(_loss_dtype(made.dtype)) * scale).to(dtype)
 
 
