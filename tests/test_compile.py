@@ -51,7 +51,7 @@ def loss_of(name, inputs, y, x, pk, pm, **options):
     if name == "logits":
         return fused_diffusion_loss(*inputs, y, x, MASK_ID, pk, pm, **options)
     hidden, weight, bias = inputs
-    options = {"chunk_tokens": 4} | options
+    options = {"chunk_tokens": 5} | options
     return fused_linear_diffusion_loss(hidden, weight, y, x, MASK_ID, pk, pm, bias=bias, **options)
 
 
@@ -150,7 +150,7 @@ def test_a_derivative_of_an_operators_gradient_raises(name, impl, device):
 def test_a_gradient_not_made_in_forward_is_made_in_backward(device):
     inputs, y, x = problem_of("linear", device)
     expected = torch.autograd.grad(loss_of("linear", inputs, y, x, 0.25, 0.5), inputs)
-    plan = (y, -1, "mean", torch.float32, False, 4, 1)
+    plan = (y, -1, "mean", torch.float32, False, 5, 1)
     arguments = (*inputs, x, MASK_ID, *scalars(device, 0.25, 0.5), False, True, False, True, *plan)
     loss = operators.linear_diffusion_loss(*arguments)[0]
     assert_same(torch.autograd.grad(loss, inputs), expected)
