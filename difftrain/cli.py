@@ -125,8 +125,12 @@ def _train(args: argparse.Namespace) -> None:
     words = {name: word for name, word in vars(args).items() if name in names}
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    config = resolve_config(args.preset, args.config, words, resume=args.resume)
-    if os.environ.get("RANK", "0") == "0":
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        config = resolve_config(args.preset, args.config, words, resume=args.resume)
+    except UserError as error:  # the same on every process that torchrun started: one tells it
+        raise error if is_main else FailedElsewhere(str(error)) from None
+    if is_main:
         pairs = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v != "")
         print(textwrap.fill(pairs, 100, break_long_words=False, break_on_hyphens=False))
     from difftrain.train import train

@@ -64,7 +64,10 @@ class Config:
         "auto",
         "autocast type; auto: bfloat16 on CUDA that has it, else float32; float64: the weights too, to compare runs",
     )
-    compile: bool = option(False, "torch.compile the model")
+    compile: Literal["off", "model", "step"] = option(
+        "off",
+        "torch.compile: model, the model alone; step, model and loss, and their backward pass, as one graph",
+    )
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp",
         "with several processes, ddp: each holds the whole model; fsdp: weights and optimiser are shared out",
@@ -153,6 +156,8 @@ class Config:
             raise UserError(
                 f"n_embd / n_head must be even for rotary positions, got {self.n_embd // self.n_head}"
             )
+        if self.compile != "off" and self.parallel == "fsdp":
+            raise UserError(f"compile must be off with parallel fsdp, got {self.compile}")
         if 0.0 < self.spike_factor <= 1.0:
             raise UserError(f"spike_factor must be 0 or above 1, got {self.spike_factor}")
         if self.min_lr > self.learning_rate and self.decay_lr:

@@ -20,7 +20,7 @@ from difftrain.metrics import console_line, loss_metrics
 from difftrain.model import Transformer, make_optimizer, restore_optimizer
 from difftrain.parallel import gradient_sync, replicate, reshard, shard, whole
 from difftrain.runtime import Runtime
-from difftrain.schedule import learning_rate, masking_penalties
+from difftrain.schedule import PenaltyTensors, learning_rate, masking_penalties
 from difftrain_kernels import CaseTable
 from difftrain_kernels.cases import MASKED
 
@@ -51,8 +51,12 @@ class Run:
         self.model = model
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-        self.compiled = torch.compile(model) if config.compile else model
+        self.compiled = torch.compile(model) if config.compile == "model" else model
         self.network = replicate(self.compiled, runtime)
+        # A number that changes would be compiled again, so a compiled step reads its penalties from tensors.
+        is_one_graph = config.compile == "step"
+        self.penalties = PenaltyTensors(runtime.device) if is_one_graph else None
+        self.loss = torch.compile(model_loss) if is_one_graph else model_loss
         self.loss_impl = choose_loss(config, corpus.vocabulary.vocab_size, runtime)
         self.micro_steps, _ = config.micro_batches(runtime.world_size)
 
@@ -116,27 +120,29 @@ class Run:
         self.say(console_line(record))
         return record
 
-    def gradients(
-        self, lr: float, pk: float, pm: float, *, is_logged: bool
-    ) -> tuple[Tensor, list[CaseTable]]:
+    def gradients(self, lr: float, *, is_logged: bool) -> tuple[Tensor, list[CaseTable]]:
         """Forward and backward over the step's micro-batches: the sum of their losses, and their tables if logged."""
         config, runtime = self.config, self.runtime
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if config.dropout > 0:
             _seed_dropout(config.seed, self.step, runtime.rank)
+        pk, pm = (self.penalties.update if self.penalties else masking_penalties)(self.step, config)
         # What backward will pass to each loss, told beforehand; fp16's scale is known on the device alone.
         upstream_scale = None if self.scaler.is_enabled() else 1 / self.micro_steps
+        wants_tables = is_logged or bool(
+            self.penalties
+        )  # always, where asking now and then would compile twice
         loss_sum, tables = torch.zeros((), device=runtime.device), []
         for micro_step in range(self.micro_steps):
             samples = sample_indices(self.step, micro_step, runtime.rank, runtime.world_size, config)
             x, y = _make_batch(self.corpus, samples, config, runtime)
             with gradient_sync(self.network, micro_step == self.micro_steps - 1):
-                loss = model_loss(
+                loss = self.loss(
                     self.network, x, y, self.mask_id, pk, pm,
-                    runtime=runtime, impl=self.loss_impl, return_cases=is_logged, upstream_scale=upstream_scale,
+                    runtime=runtime, impl=self.loss_impl, return_cases=wants_tables, upstream_scale=upstream_scale,
                 )  # fmt: skip
-                if is_logged:
+                if wants_tables:
                     loss, table = loss
                     tables.append(table)
                 self.scaler.scale(loss / self.micro_steps).backward()

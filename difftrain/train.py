@@ -141,7 +141,7 @@ def _loop(run: Run) -> dict[str, Any]:
             lr = learning_rate(run.step, config)
             pk, pm = masking_penalties(run.step, config)
             is_logged = run.step % config.log_interval == 0
-            loss_sum, tables = run.gradients(lr, pk, pm, is_logged=is_logged)
+            loss_sum, tables = run.gradients(lr, is_logged=is_logged)
             grad_norm, (is_stopping, has_failed) = run.update(loss_sum, stop.requested, saver.has_failed)
             seconds += time.perf_counter() - began
             if has_failed:

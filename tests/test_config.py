@@ -124,13 +124,13 @@ def test_a_whole_number_does_for_a_float():
 
 @pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False), ("1", True), ("no", False)])
 def test_words_for_booleans(word, value):
-    assert parse_word("compile", word) is value
+    assert parse_word("tensorboard", word) is value
 
 
 @pytest.mark.parametrize(
     ("name", "word", "message"),
     [
-        ("compile", "maybe", "compile must be true or false, got 'maybe'"),
+        ("tensorboard", "maybe", "tensorboard must be true or false, got 'maybe'"),
         ("seed", "x", "seed must be int, got 'x'"),
     ],
 )

@@ -628,6 +628,41 @@ def test_every_implementation_of_the_loss_trains_the_same_model(tiny, impl, dtyp
         torch.testing.assert_close(value, weights_of(other)[name], rtol=0.1, atol=tolerance)
 
 
+@pytest.mark.parametrize("impl", ["linear", "logits"])
+@pytest.mark.parametrize("how", ["model", "step"])
+def test_a_compiled_run_trains_the_same_model_and_its_curriculum_compiles_nothing_anew(
+    tiny, how, impl, monkeypatch
+):
+    compiled, real = [], torch.compile
+
+    def compile_without_code(function):
+        def backend(graph, inputs):
+            compiled.append(graph)
+            return graph.forward
+
+        return real(function, backend=backend)
+
+    usual = tiny(loss_impl=impl, max_iters=12, log_interval=5, gradient_accumulation_steps=2)
+    train(usual)
+    monkeypatch.setattr(run_module.torch, "compile", compile_without_code)
+    torch._dynamo.reset()
+    other = dataclasses.replace(usual, compile=how, out_dir=usual.out_dir + "-compiled")
+    counts = []
+    real_update = run_module.Run.update
+    monkeypatch.setattr(
+        run_module.Run, "update", lambda self, *a: (counts.append(len(compiled)), real_update(self, *a))[1]
+    )
+    train(other)
+    torch._dynamo.reset()
+    assert counts[-1] == counts[0] > 0, "graphs after the first step and after the last"
+    if how == "step":
+        assert len(compiled) == 1
+    for a, b in zip(records_of(usual), records_of(other), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["nll"] == pytest.approx(b["nll"], rel=1e-5)
+        assert a["pk"] == b["pk"]
+
+
 def test_auto_takes_the_linear_loss_where_logits_are_large_on_cuda(tiny):
     from difftrain.loss import choose_loss
     from difftrain.runtime import Runtime
