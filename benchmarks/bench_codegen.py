@@ -86,6 +86,9 @@ def launches(dtype: torch.dtype, vocab_size: int) -> list[tuple]:
         gradient = triton_kernels.launch_gradient(logits, labels, statistics, torch.ones(()), divisor=8.0)
         triton_kernels.launch_rescale(gradient, torch.ones(()), stated=2.0)
         triton_kernels.launch_case_sums(statistics)
+        message = triton_kernels.launch_slice(logits, labels, 0, start=vocab_size)
+        messages = message.expand(2, *message.shape)
+        triton_kernels.launch_combine(messages, labels, labels, 0, 0.5, 0.5, vocab_size=2 * vocab_size)
     return [(kernels[name], recorder.launch) for name, recorder in recorders.items() if recorder.launch]
 
 

@@ -38,7 +38,7 @@ def test_streamed_kernels_stay_within_their_instruction_budget(rows):
     # The gate. Where a measurement on a GPU favours slower-looking code, change it here and say why.
     streamed = [row for row in rows if row["slots_scan"] or row["slots_grad"]]
     assert sorted({row["vocab_size"] for row in streamed}) == [50304, 50305, 128256, 151936]
-    assert len(streamed) == 12
+    assert len(streamed) == 16
     for row in streamed:
         assert row["spill_instructions"] == 0, row
         assert row["narrow_accesses_in_loops"] == 0, row
@@ -46,7 +46,7 @@ def test_streamed_kernels_stay_within_their_instruction_budget(rows):
         assert row["int32_address_products"] == 0, row
         assert row["wide_accesses"] > 0, row
         assert row["registers"] <= 64, row
-        assert (row["slots_scan"] is not None) == row["kernel"].startswith("loss"), row
+        assert (row["slots_scan"] is not None) == row["kernel"].startswith(("loss", "slice")), row
         assert (row["slots_grad"] is not None) == row["kernel"].endswith("gradient"), row
         # Below 4 the loop was misread: a logit costs a conversion, an FMA, an exp2 and more.
         assert 4 < (row["slots_scan"] or 5) <= 8.0, row
@@ -66,6 +66,8 @@ def test_other_targets_compile_without_spills(target, tmp_path):
         "loss_and_gradient",
         "gradient",
         "case_sums",
+        "slice",
+        "combine",
         "rescale",
     }
     for row in rows:

@@ -72,19 +72,31 @@ def _score(logits_NV, y, x, mask_id, pk, pm, ignore_index):
 
     predicted = logits_NV.detach().argmax(dim=-1)
     says_mask = predicted == mask_id
-    is_masked = (x == mask_id) & (y != mask_id)
-    is_intact = (x == y) & (x != mask_id)
-    pk, pm = (p.detach().to(nll.dtype) if isinstance(p, Tensor) else p for p in (pk, pm))
-    weight = torch.ones_like(nll)
-    weight = torch.where(is_masked & says_mask, pk, weight)
-    weight = torch.where(is_intact & says_mask, pm, weight)
-
-    kind = torch.where(is_masked, cases.MASKED, torch.where(is_intact, cases.INTACT, cases.CORRUPTED))
+    kind, weight = kind_and_weight(x, y, says_mask, mask_id, pk, pm, compute_dtype)
     answer = torch.where(says_mask, cases.MASK, torch.where(predicted == y, cases.TARGET, cases.OTHER))
     case = torch.where(is_counted, kind * 3 + answer, cases.IGNORED)
     top = logits_NV.detach().gather(1, predicted[:, None]).squeeze(1).to(compute_dtype)
     gap = torch.where(is_counted, top - logits_NV.detach()[:, mask_id].to(compute_dtype), 0.0)
     return weight * nll, case, nll, gap, torch.where(is_counted, weight * poison, 0.0)
+
+
+def kind_and_weight(
+    x: Tensor, y: Tensor, says_mask: Tensor, mask_id: int, pk: Penalty, pm: Penalty, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Each position's row of the case table, and the weight of its loss as :func:`diffusion_loss_reference` says.
+
+    Args:
+        x, y: (N,) int64.
+        says_mask: (N,) bool, whether the prediction is [MASK].
+        dtype: of the weights.
+    """
+    is_masked = (x == mask_id) & (y != mask_id)
+    is_intact = (x == y) & (x != mask_id)
+    kind = torch.where(is_masked, cases.MASKED, torch.where(is_intact, cases.INTACT, cases.CORRUPTED))
+    pk, pm = (p.detach().to(dtype) if isinstance(p, Tensor) else p for p in (pk, pm))
+    weight = torch.ones_like(x, dtype=dtype)
+    weight = torch.where(is_masked & says_mask, pk, weight)
+    return kind, torch.where(is_intact & says_mask, pm, weight)
 
 
 # The same in two steps without autograd, for whoever makes the gradient himself: chunks of the

@@ -45,6 +45,14 @@ PER_TOTAL = tl.constexpr(4)  # weight / total, NaN for a label outside the vocab
 REST = tl.constexpr(5)  # total without the target, summed without it: total - x would lose it as p -> 1
 N_STATISTICS = 6
 
+# What a slice of the vocabulary tells the others of a row, (5, N) fp32; 0 in every entry of an ignored row.
+TOP = tl.constexpr(0)  # largest logit of the slice
+SLICE_REST = tl.constexpr(1)  # sum without the target, on the scale of the slice's own largest logit
+ANSWER = tl.constexpr(2)  # 1 where the first maximum of the slice is [MASK], plus 2 where it is the target
+TARGET_LOGIT = tl.constexpr(3)  # 0 outside the target's slice; the next one outside that of [MASK]
+MASK_LOGIT = tl.constexpr(4)
+N_MESSAGE = 5
+
 IGNORED = tl.constexpr(9)  # case of an ignored position; the others are kind * 3 + answer
 
 
@@ -277,13 +285,11 @@ def _gradient_of(values, shift, factor):
 
 
 @triton.jit
-def _score_row(
-    row_ptr, case_ptr, statistics_ptr, row, n_rows, y, x, mask_id, pk, pm, vocab_size,
+def _read_row(
+    row_ptr, target, mask_id, vocab_size,
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one row that counts."""
-    is_label = (y >= 0) & (y < vocab_size)
-    target = tl.where(is_label, y, -1).to(tl.int32)
+    """All that a row's logits say; ``predicted`` only where it may be ``mask_id`` or ``target``, else -1."""
     target_logit = tl.load(row_ptr + tl.maximum(target, 0)).to(tl.float32)
     mask_logit = tl.load(row_ptr + mask_id).to(tl.float32)
     head = _head_size(row_ptr, vocab_size, VECTOR, ALIGNED)
@@ -297,6 +303,20 @@ def _score_row(
     # The target is not in rest, so a NaN there shows only in its own logit.
     if not ((rest >= 0) & (target_logit == target_logit) & (top > FLOOR) & (top < float("inf"))):
         predicted, top = _first_maximum(row_ptr, vocab_size, REPEAT * LANES * VECTOR)
+    return top, shift, rest, predicted, target_logit, mask_logit
+
+
+@triton.jit
+def _score_row(
+    row_ptr, case_ptr, statistics_ptr, row, n_rows, y, x, mask_id, pk, pm, vocab_size,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Statistics of one row that counts."""
+    is_label = (y >= 0) & (y < vocab_size)
+    target = tl.where(is_label, y, -1).to(tl.int32)
+    top, shift, rest, predicted, target_logit, mask_logit = _read_row(
+        row_ptr, target, mask_id, vocab_size, REPEAT, LANES, VECTOR, ALIGNED
+    )
     says_mask = predicted == mask_id
     kind, weight = _kind_and_weight(x, y, says_mask, mask_id, pk, pm)
     # A label -1 that is not ignored must not pass for the prediction that was not needed.
@@ -467,18 +487,17 @@ def _small_tile(ptr, row, inside, stride, vocab_size, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _score_small_rows(
-    logits_ptr, case_ptr, statistics_ptr, row, inside, n_rows, y, x, is_counted, mask_id, pk, pm,
-    vocab_size, logits_stride, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Statistics of a block of rows, and their logits, (ROWS, BLOCK_V) fp32."""
-    is_label = (y >= 0) & (y < vocab_size)
-    target = tl.where(is_label, y, -1).to(tl.int32)
+def _read_small_rows(
+    logits_ptr, row, inside, target, mask_id, vocab_size, logits_stride, BLOCK_V: tl.constexpr
+):
+    """A block of rows, (ROWS, BLOCK_V) fp32, and all that they say; a negative id is none."""
     pointers, exists, column = _small_tile(logits_ptr, row, inside, logits_stride, vocab_size, BLOCK_V)
     values = tl.load(pointers, mask=exists, other=float("-inf")).to(tl.float32)
     row_ptr = logits_ptr + row * logits_stride
-    target_logit = tl.load(row_ptr + target, mask=inside & is_label, other=float("-inf")).to(tl.float32)
-    mask_logit = tl.load(row_ptr + mask_id, mask=inside, other=0.0).to(tl.float32)
+    target_logit = tl.load(row_ptr + target, mask=inside & (target >= 0), other=float("-inf")).to(
+        tl.float32
+    )
+    mask_logit = tl.load(row_ptr + mask_id, mask=inside & (mask_id >= 0), other=0.0).to(tl.float32)
 
     is_nan = values != values
     numbers = tl.where(is_nan, float("-inf"), values)
@@ -491,7 +510,20 @@ def _score_small_rows(
     has_nan = first_nan < BLOCK_V
     predicted = tl.where(has_nan, first_nan, first_top)
     top = tl.where(has_nan, float("nan"), top)
+    return values, top, shift, rest, predicted, target_logit, mask_logit
 
+
+@triton.jit
+def _score_small_rows(
+    logits_ptr, case_ptr, statistics_ptr, row, inside, n_rows, y, x, is_counted, mask_id, pk, pm,
+    vocab_size, logits_stride, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Statistics of a block of rows, and their logits, (ROWS, BLOCK_V) fp32."""
+    is_label = (y >= 0) & (y < vocab_size)
+    target = tl.where(is_label, y, -1).to(tl.int32)
+    values, top, shift, rest, predicted, target_logit, mask_logit = _read_small_rows(
+        logits_ptr, row, inside, target, mask_id, vocab_size, logits_stride, BLOCK_V
+    )
     says_mask = predicted == mask_id
     kind, weight = _kind_and_weight(x, y, says_mask, mask_id, pk, pm)
     case = kind * 3 + tl.where(says_mask, 0, tl.where(predicted == y, 1, 2))
@@ -579,6 +611,133 @@ def _small_gradient_kernel(
                 gradient_ptr, row, inside, values, target, shift, rest, factor,
                 is_counted, vocab_size, gradient_stride, BLOCK_V,
             )  # fmt: skip
+
+
+# A slice of the vocabulary, where several devices hold one row between them.
+
+
+@triton.jit
+def _local_id(token, start, vocab_size):
+    """The column of this slice that holds a token, -1 where another slice does."""
+    return tl.where((token >= start) & (token < start + vocab_size), token - start, -1).to(tl.int32)
+
+
+@triton.jit
+def _store_message(
+    message_ptr, row, n_rows, inside, is_counted, top, rest, predicted, target, mask, target_logit, mask_logit
+):  # fmt: skip
+    has_target, has_mask = target >= 0, mask >= 0
+    answer = tl.where(has_mask & (predicted == mask), 1.0, 0.0)
+    answer += tl.where(has_target & (predicted == target), 2.0, 0.0)
+    base = message_ptr + row
+    tl.store(base + TOP * n_rows, tl.where(is_counted, top, 0.0), mask=inside)
+    tl.store(base + SLICE_REST * n_rows, tl.where(is_counted, rest, 0.0), mask=inside)
+    tl.store(base + ANSWER * n_rows, tl.where(is_counted, answer, 0.0), mask=inside)
+    tl.store(
+        base + TARGET_LOGIT * n_rows, tl.where(is_counted & has_target, target_logit, 0.0), mask=inside
+    )
+    tl.store(base + MASK_LOGIT * n_rows, tl.where(is_counted & has_mask, mask_logit, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["start", "mask_id", "ignore_index", "n_rows"])
+def _slice_kernel(
+    logits_ptr, y_ptr, message_ptr, start, mask_id, ignore_index, n_rows, vocab_size, logits_stride,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(y_ptr + row).to(tl.int64)
+    if y == ignore_index:
+        for column in tl.static_range(5):
+            tl.store(message_ptr + row + column * n_rows, 0.0)
+    else:
+        target, mask = _local_id(y, start, vocab_size), _local_id(mask_id, start, vocab_size)
+        top, _, rest, predicted, target_logit, mask_logit = _read_row(
+            _row(logits_ptr, row, logits_stride, ALIGNED), target, tl.maximum(mask, 0), vocab_size,
+            REPEAT, LANES, VECTOR, ALIGNED,
+        )  # fmt: skip
+        _store_message(
+            message_ptr,
+            row,
+            n_rows,
+            True,
+            True,
+            top,
+            rest,
+            predicted,
+            target,
+            mask,
+            target_logit,
+            mask_logit,
+        )
+
+
+@triton.jit(do_not_specialize=["start", "mask_id", "ignore_index", "n_rows"])
+def _small_slice_kernel(
+    logits_ptr, y_ptr, message_ptr, start, mask_id, ignore_index, n_rows, vocab_size, logits_stride,
+    ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < n_rows
+    y = tl.load(y_ptr + row, mask=inside, other=0).to(tl.int64)
+    target, mask = _local_id(y, start, vocab_size), _local_id(mask_id, start, vocab_size)
+    _, top, _, rest, predicted, target_logit, mask_logit = _read_small_rows(
+        logits_ptr, row, inside, target, mask, vocab_size, logits_stride, BLOCK_V
+    )
+    _store_message(
+        message_ptr, row, n_rows, inside, y != ignore_index,
+        top, rest, predicted, target, mask, target_logit, mask_logit,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["mask_id", "ignore_index", "n_rows", "vocab_size", "n_slices"])
+def _combine_kernel(
+    messages_ptr, y_ptr, x_ptr, case_ptr, statistics_ptr, pk, pm, mask_id, ignore_index, n_rows,
+    vocab_size, n_slices, PENALTIES_ON_DEVICE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < n_rows
+    y = tl.load(y_ptr + row, mask=inside, other=0).to(tl.int64)
+    x = tl.load(x_ptr + row, mask=inside, other=0)
+    message = messages_ptr + row
+    top = tl.load(message + TOP * n_rows, mask=inside, other=0.0)
+    answer = tl.load(message + ANSWER * n_rows, mask=inside, other=0.0)
+    target_logit = tl.load(message + TARGET_LOGIT * n_rows, mask=inside, other=0.0)
+    mask_logit = tl.load(message + MASK_LOGIT * n_rows, mask=inside, other=0.0)
+    for _ in range(1, n_slices):
+        message += 5 * n_rows
+        slice_top = tl.load(message + TOP * n_rows, mask=inside, other=0.0)
+        # Only a higher one: of equal maxima the first counts. The first NaN is the maximum.
+        is_higher = (slice_top > top) | ((slice_top != slice_top) & (top == top))
+        answer = tl.where(is_higher, tl.load(message + ANSWER * n_rows, mask=inside, other=0.0), answer)
+        top = tl.where(is_higher, slice_top, top)
+        target_logit += tl.load(message + TARGET_LOGIT * n_rows, mask=inside, other=0.0)
+        mask_logit += tl.load(message + MASK_LOGIT * n_rows, mask=inside, other=0.0)
+
+    shift = tl.maximum(top, FLOOR) * LOG2E
+    rest = tl.zeros([ROWS], tl.float32)
+    message = messages_ptr + row
+    for _ in range(0, n_slices):
+        slice_top = tl.load(message + TOP * n_rows, mask=inside, other=0.0)
+        scale = tl.exp2(tl.maximum(slice_top, FLOOR) * LOG2E - shift)
+        rest += tl.load(message + SLICE_REST * n_rows, mask=inside, other=0.0) * scale
+        message += 5 * n_rows
+
+    is_label = (y >= 0) & (y < vocab_size)
+    says_mask = (answer == 1.0) | (answer == 3.0)
+    kind, weight = _kind_and_weight(
+        x,
+        y,
+        says_mask,
+        mask_id,
+        _load_penalty(pk, PENALTIES_ON_DEVICE),
+        _load_penalty(pm, PENALTIES_ON_DEVICE),
+    )
+    case = kind * 3 + tl.where(says_mask, 0, tl.where(answer == 2.0, 1, 2))
+    case = tl.where(y == ignore_index, IGNORED, case)
+    target_logit = tl.where(is_label, target_logit, float("-inf"))
+    _store_statistics(
+        case_ptr, statistics_ptr, row, n_rows, inside, case, weight, target_logit, mask_logit, top, shift, rest, is_label
+    )  # fmt: skip
 
 
 # After the rows.
@@ -734,8 +893,8 @@ def _penalties(pk: float | Tensor, pm: float | Tensor, device: torch.device) -> 
     return {"pk": pk, "pm": pm, "PENALTIES_ON_DEVICE": on_device}
 
 
-def _empty_statistics(logits: Tensor) -> RowStatistics:
-    n, device = logits.shape[0], logits.device
+def _empty_statistics(rows: Tensor) -> RowStatistics:
+    n, device = rows.shape[0], rows.device
     return RowStatistics(
         torch.empty(n, dtype=torch.int32, device=device),
         torch.empty(N_STATISTICS, n, dtype=torch.float32, device=device),
@@ -900,3 +1059,55 @@ def launch_case_sums(statistics: RowStatistics) -> tuple[Tensor, Tensor, Tensor]
             n_rows=n, BLOCK=512, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return counts.view(3, 3), sums[:9].view(3, 3), sums[9:]
+
+
+def launch_slice(
+    logits: Tensor, y: Tensor, mask_id: int, ignore_index: int = -1, *, start: int, tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
+    """What one slice of the vocabulary tells the others, (5, N) fp32. Reads the logits once.
+
+    Args:
+        logits: (N, V_r), columns [start, start + V_r) of the whole rows; V_r >= 1. Not modified.
+        y: (N,) targets in the whole vocabulary, like ``mask_id``.
+        tile: how to cut rows; by default the one for V_r.
+    """
+    n, vocab_size = logits.shape
+    tile = tile or choose_tile(vocab_size)
+    message = torch.empty(N_MESSAGE, n, dtype=torch.float32, device=logits.device)
+    if n == 0:
+        return message
+    kernel = _small_slice_kernel if tile.rows else _slice_kernel
+    with _on_device(logits):
+        kernel[(triton.cdiv(n, tile.rows or 1),)](
+            logits_ptr=logits, y_ptr=y.contiguous(), message_ptr=message,
+            start=start, mask_id=mask_id, ignore_index=ignore_index, n_rows=n,
+            vocab_size=vocab_size, logits_stride=logits.stride(0), **_tile_arguments(logits, tile),
+        )  # fmt: skip
+    return message
+
+
+def launch_combine(
+    messages: Tensor, y: Tensor, x: Tensor, mask_id: int, pk: float | Tensor, pm: float | Tensor,
+    ignore_index: int = -1, *, vocab_size: int,
+) -> RowStatistics:  # fmt: skip
+    """Statistics of the whole rows, from what all slices of the vocabulary told.
+
+    With them, and ``y`` less the slice's start, :func:`launch_gradient` makes the gradient of a slice.
+
+    Args:
+        messages: (slices, 5, N) fp32 contiguous, in the order of the vocabulary; see :func:`launch_slice`.
+        vocab_size: of all slices together.
+    """
+    n_slices, _, n = messages.shape
+    statistics = _empty_statistics(y)
+    if n == 0:
+        return statistics
+    rows = 128
+    with _on_device(messages):
+        _combine_kernel[(triton.cdiv(n, rows),)](
+            messages_ptr=messages, y_ptr=y.contiguous(), x_ptr=x.contiguous(),
+            case_ptr=statistics.case, statistics_ptr=statistics.columns,
+            mask_id=mask_id, ignore_index=ignore_index, n_rows=n, vocab_size=vocab_size, n_slices=n_slices,
+            ROWS=rows, num_warps=4, enable_fp_fusion=False, **_penalties(pk, pm, messages.device),
+        )  # fmt: skip
+    return statistics

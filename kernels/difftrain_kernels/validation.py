@@ -20,12 +20,23 @@ Penalty = float | Tensor
 
 
 def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raise TypeError unless ``value`` is a tensor of one of ``dtypes``."""
+    """Raise TypeError unless ``value`` is a tensor, ValueError unless it is a plain one of ``dtypes``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if is_dtensor(value):
+        raise ValueError(
+            f"{name} must be a plain tensor, got a DTensor: under fully_shard call the loss inside forward, "
+            "where parameters are whole; for a vocabulary split over processes take "
+            "vocab_parallel_diffusion_loss; else pass .full_tensor()"
+        )
     if value.dtype not in dtypes:
         expected = " or ".join(str(d) for d in dtypes)
         raise ValueError(f"{name} must have dtype {expected}, got {value.dtype}")
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether this is a DTensor, told without importing that class, which takes a second."""
+    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
 
 
 def check_labels_like(name: str, value: object, shape: torch.Size, device: torch.device) -> None:

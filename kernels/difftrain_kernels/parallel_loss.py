@@ -1,0 +1,319 @@
+"""vocab_parallel_diffusion_loss: the loss of logits whose vocabulary is spread over several processes.
+
+Every process reads its own slice once and tells the others five numbers a row; that is the only
+exchange, 20 bytes a row and process (40 in fp64). From all messages each process computes the same
+losses, bit for bit, and in backward the gradient of its own slice, without talking again. A maximum
+and a sum on the way (all-reduce) would take two exchanges, and what a reduction makes of NaN
+depends on the backend.
+
+Ties need no comparison of columns: slices are in the order of the vocabulary, so the first process
+that holds the highest logit also holds the first maximum, and knows what was answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .cases import MASK, OTHER, TARGET, CaseTable, tabulate
+from .implementation import IMPLEMENTATIONS, forbid_second_derivative, reduce_rows, uses_triton
+from .reference import kind_and_weight
+from .validation import (
+    LOGITS_DTYPES,
+    Penalty,
+    check_choice,
+    check_label_values,
+    check_targets,
+    check_tensor,
+    is_dtensor,
+)
+
+IGNORED = 9  # case of an ignored position; the others are kind * 3 + answer, as in the kernels
+
+
+def vocab_parallel_diffusion_loss(
+    logits: Tensor,
+    y: Tensor,
+    x: Tensor,
+    mask_id: int,
+    pk: Penalty,
+    pm: Penalty,
+    *,
+    slice_sizes: Sequence[int] | None = None,
+    group: dist.ProcessGroup | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    impl: str = "auto",
+    return_cases: bool = False,
+    check_labels: bool = False,
+) -> Tensor | tuple[Tensor, CaseTable]:
+    """The loss of logits of which each process holds some columns: a head split over the vocabulary.
+
+    The formula is that of :func:`difftrain_kernels.diffusion_loss_reference` for the whole rows, and
+    so are ties, NaN and infinities. All processes of the group call it together, with everything
+    but the logits equal, and get the same loss and table. One all-gather of (5, N) fp32 in forward
+    (fp64 for fp64 logits), nothing in backward; no wait for the device. Nothing passed in is modified.
+
+    Every process calls backward on its own copy of the loss, with an equal upstream gradient, and
+    gets that gradient's part for its own columns. Copies are not added up: their sum would count
+    each loss once per process.
+
+    Args:
+        logits: (..., V_r) fp32, bf16, fp16 or fp64: the process's columns, where V_r may be 0; or a
+            DTensor (..., V) on a mesh of one dimension, sharded on its last dimension.
+        y: (...) int64 or int32, the targets in the whole vocabulary; ``ignore_index`` where a
+            position does not count.
+        x: (...) int64 or int32, the ids the model saw.
+        mask_id: id of [MASK], in [0, V).
+        pk: penalty_keep_mask, a number >= 0 or a 0-d float tensor on the logits' device.
+        pm: penalty_mask_correct, like ``pk``.
+        slice_sizes: how many columns each process of the group holds, in the order of ranks, which
+            is that of the vocabulary; their sum is V. ``[V // n] * n`` for an even split. Must be
+            None for a DTensor, which knows.
+        group: the processes that share the vocabulary; all by default. None for a DTensor.
+        ignore_index: the target that marks a position as not counted: loss 0 and gradient exactly 0.
+        reduction: "mean" over all positions, "sum", or "none" (one loss per position).
+        impl: "auto" takes "triton" for CUDA logits up to fp32, else "reference", which here is
+            eager PyTorch; the same on all processes.
+        return_cases: also return the :class:`CaseTable` of this batch.
+        check_labels: look for labels outside [0, V) and raise; waits for a GPU. Without it, such
+            a label makes its own row's loss and gradient NaN.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 logits), a plain tensor: 0-d, or of y's shape for "none". An
+        empty batch gives NaN for "mean" and 0 for "sum". With ``return_cases``, the pair (loss,
+        CaseTable).
+
+    Raises:
+        TypeError: an argument of the wrong Python type.
+        ValueError: an argument that does not fit; the message says what was expected and what came.
+        RuntimeError: in backward, a second derivative, or logits that were modified since.
+
+    Source: the specification's ``diffusion_loss_function``; KERNELS section "Numerics".
+    """
+    if is_dtensor(logits):
+        logits, slice_sizes, group = _from_dtensor(logits, slice_sizes, group)
+    check_tensor("logits", logits, LOGITS_DTYPES)
+    if logits.dim() == 0:
+        raise ValueError("logits must have shape (..., V_r), got ()")
+    rank, sizes = _check_slices(logits.shape[-1], slice_sizes, group)
+    vocab_size = sum(sizes)
+    check_targets(
+        logits.shape[:-1], vocab_size, logits.device, y, x, mask_id, pk, pm, ignore_index, reduction
+    )
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    if check_labels:
+        check_label_values(y, vocab_size, ignore_index)
+    pk, pm = (p.detach() if isinstance(p, Tensor) else float(p) for p in (pk, pm))
+    share = _Share(
+        x.reshape(-1), int(mask_id), pk, pm, int(ignore_index), sizes, sum(sizes[:rank]), group,
+        reduction, uses_triton(impl, logits),
+    )  # fmt: skip
+    loss, *statistics = _ParallelLoss.apply(logits, y.reshape(-1), share)
+    loss = loss.view(y.shape) if reduction == "none" else loss
+    return (loss, share.table(statistics)) if return_cases else loss
+
+
+def _from_dtensor(logits, slice_sizes, group) -> tuple[Tensor, list[int], dist.ProcessGroup]:
+    """The local columns of a DTensor, the sizes of all slices, and who holds them."""
+    from torch.distributed.tensor import Shard
+
+    if slice_sizes is not None or group is not None:
+        raise ValueError("slice_sizes and group must be None where logits are a DTensor, which has both")
+    mesh, last = logits.device_mesh, logits.dim() - 1
+    ranks = mesh.mesh.tolist()
+    # A group counts its ranks upwards, whatever their order in the mesh.
+    if tuple(logits.placements) != (Shard(last),) or ranks != sorted(ranks):
+        raise ValueError(
+            f"logits must have placements (Shard(dim={last}),) on a mesh of ascending ranks, got "
+            f"{tuple(logits.placements)} on {ranks}; else pass logits.to_local(), slice_sizes and group"
+        )
+    vocab_size = logits.shape[-1]
+    widest = -(-vocab_size // len(ranks))  # a DTensor is split as torch.chunk does
+    sizes = [max(0, min(widest, vocab_size - i * widest)) for i in range(len(ranks))]
+    return logits.to_local(), sizes, mesh.get_group()
+
+
+def _check_slices(size: int, slice_sizes: object, group) -> tuple[int, list[int]]:
+    """This process's rank in the group, and the sizes of all slices; raises where they do not fit."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("torch.distributed must be initialised, got no process group")
+    rank, n = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError("group must hold this process, got a group without it")
+    if not isinstance(slice_sizes, Sequence) or not all(isinstance(s, Integral) for s in slice_sizes):
+        raise TypeError(f"slice_sizes must be a sequence of {n} ints, got {slice_sizes!r}")
+    sizes = [int(s) for s in slice_sizes]
+    if len(sizes) != n or min(sizes) < 0 or sum(sizes) == 0:
+        raise ValueError(f"slice_sizes must be {n} sizes >= 0, not all 0, got {sizes}")
+    if sizes[rank] != size:
+        raise ValueError(f"logits must have slice_sizes[{rank}] = {sizes[rank]} columns, got {size}")
+    return rank, sizes
+
+
+class _ParallelLoss(torch.autograd.Function):
+    """(logits, y, share) -> (loss, case, columns); the last two are the row statistics, no gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, y, share):
+        statistics = share.statistics(_as_rows(logits, y), y)
+        ctx.share = share
+        ctx.save_for_backward(logits, y, *statistics)
+        ctx.mark_non_differentiable(*statistics)
+        return reduce_rows(statistics[1][0], share.reduction), *statistics
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        with torch.no_grad():
+            logits, y, *statistics = ctx.saved_tensors
+            upstream = upstream.reshape(-1) if upstream.dim() else upstream
+            gradient = ctx.share.gradient(_as_rows(logits, y), y, statistics, upstream).view(logits.shape)
+        if torch.is_grad_enabled():
+            (gradient,) = forbid_second_derivative([gradient])
+        return gradient, None, None
+
+
+def _as_rows(logits: Tensor, y: Tensor) -> Tensor:
+    """(N, V_r) with last stride 1; a view wherever the rows are evenly spaced, else a copy."""
+    rows = logits.detach().reshape(len(y), logits.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One process's share of the vocabulary, and what all processes have in common."""
+
+    x: Tensor
+    mask_id: int
+    pk: Penalty
+    pm: Penalty
+    ignore_index: int
+    sizes: list[int]
+    start: int  # the slice's first column in the whole vocabulary
+    group: dist.ProcessGroup | None
+    reduction: str
+    uses_triton: bool
+
+    def statistics(self, rows: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(case (N,), columns (6, N)) of the whole rows, as in the kernels' ``RowStatistics``."""
+        describe, combine = _describe_slice, _combine
+        if self.uses_triton:
+            from . import triton_kernels
+
+            describe, combine = triton_kernels.launch_slice, triton_kernels.launch_combine
+        if rows.shape[1]:
+            message = describe(rows, y, self.mask_id, self.ignore_index, start=self.start)
+        else:
+            message = rows.new_zeros(5, len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
+        labels = (y, self.x, self.mask_id, self.pk, self.pm, self.ignore_index)
+        return combine(self._exchange(message), *labels, vocab_size=sum(self.sizes))
+
+    def _exchange(self, message: Tensor) -> Tensor:
+        """The messages of all slices that have columns, (slices, 5, N), in the vocabulary's order."""
+        messages = message.new_empty(len(self.sizes), *message.shape)
+        if len(self.sizes) == 1 or message.numel() == 0:
+            messages.copy_(message)
+        else:
+            # torch 2.13 gave it this name; before it had the other one.
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            gather(messages.view(-1, message.shape[1]), message, group=self.group)
+        if 0 in self.sizes:
+            messages = torch.stack([m for m, size in zip(messages, self.sizes, strict=True) if size])
+        return messages
+
+    def gradient(self, rows: Tensor, y: Tensor, statistics: Sequence[Tensor], upstream: Tensor) -> Tensor:
+        """The gradient of this slice, (N, V_r) in the logits' dtype."""
+        divisor = max(1, len(y)) if self.reduction == "mean" else 1
+        if not self.uses_triton or rows.shape[1] == 0:
+            return _slice_gradient(rows, y - self.start, *statistics, upstream / divisor)
+        from . import triton_kernels
+
+        statistics = triton_kernels.RowStatistics(*statistics)
+        return triton_kernels.launch_gradient(rows, y - self.start, statistics, upstream, divisor=divisor)
+
+    def table(self, statistics: Sequence[Tensor]) -> CaseTable:
+        case, columns = statistics
+        if not self.uses_triton:
+            return tabulate(case // 3, case % 3, case != IGNORED, columns[1], columns[2])
+        from . import triton_kernels
+
+        return CaseTable(
+            *triton_kernels.launch_case_sums(triton_kernels.RowStatistics(case, columns)), len(case)
+        )
+
+
+# The same in eager PyTorch, in fp32 (fp64 for fp64). exp(l - top) where the kernel has
+# exp2(l * log2e - shift): without a fused product the subtraction must come first to be exact.
+
+
+def _describe_slice(rows: Tensor, y: Tensor, mask_id: int, ignore_index: int, *, start: int) -> Tensor:
+    """What a slice tells of each row, (5, N): largest logit, sum of exp without the target on that
+    logit's scale, answer (1 [MASK] + 2 target), target's and [MASK]'s logit (0 in other slices)."""
+    wide, size = rows.to(torch.promote_types(rows.dtype, torch.float32)), rows.shape[1]
+    target, mask = y - start, mask_id - start
+    has_target, has_mask = (target >= 0) & (target < size), 0 <= mask < size
+    is_counted = y != ignore_index
+    target = torch.where(has_target, target, 0)[:, None].long()
+
+    predicted = wide.argmax(1)
+    top = wide.gather(1, predicted[:, None])
+    exps = torch.exp(wide - _finite(top))
+    exps.scatter_(1, target, torch.where(has_target[:, None], 0.0, exps.gather(1, target)))
+    answer = (has_target & (predicted == target[:, 0])) * 2 + (predicted == mask) * has_mask
+    message = [
+        top[:, 0],
+        exps.sum(1),
+        answer,
+        torch.where(has_target, wide.gather(1, target)[:, 0], 0.0),
+        wide[:, mask] if has_mask else torch.zeros_like(top[:, 0]),
+    ]
+    return torch.stack([torch.where(is_counted, part, 0.0).to(wide.dtype) for part in message])
+
+
+def _finite(top: Tensor) -> Tensor:
+    """-inf to the lowest number: (-inf) - (-inf) would be NaN. NaN and +inf stay, and make NaN."""
+    return top.clamp(min=torch.finfo(top.dtype).min)
+
+
+def _combine(messages, y, x, mask_id, pk, pm, ignore_index, *, vocab_size) -> tuple[Tensor, Tensor]:
+    """Row statistics from the messages of all slices; what :func:`_slice_gradient` needs among them."""
+    tops, rests, answers, target_logits, mask_logits = messages.unbind(1)  # (slices, N) each
+    first = tops.argmax(0, keepdim=True)  # the first maximum, NaN counting as one, as within a row
+    top, answer = tops.gather(0, first)[0], answers.gather(0, first)[0]
+    shift = _finite(top)
+    rest = (rests * torch.exp(_finite(tops) - shift)).sum(0)
+
+    is_label = (y >= 0) & (y < vocab_size)
+    log_p = torch.where(is_label, target_logits.sum(0), -torch.inf) - shift
+    total = rest + torch.exp(log_p)
+    poison = torch.where(is_label, 1.0, torch.nan).to(total.dtype)
+    nll = (torch.log(total) - log_p) * poison
+
+    says_mask = (answer == 1) | (answer == 3)
+    kind, weight = kind_and_weight(x.long(), y.long(), says_mask, mask_id, pk, pm, nll.dtype)
+    answer = torch.where(says_mask, MASK, torch.where(answer == 2, TARGET, OTHER))
+    case = torch.where(y == ignore_index, IGNORED, kind * 3 + answer)
+    gap = top - mask_logits.sum(0)
+    columns = torch.stack([weight * nll, nll, gap, shift, weight * poison / total, rest])
+    return case, columns.masked_fill(y == ignore_index, 0.0)
+
+
+def _slice_gradient(rows: Tensor, target: Tensor, case, columns, upstream: Tensor) -> Tensor:
+    """softmax minus one-hot, times weight and upstream, for the columns of this slice."""
+    size = rows.shape[1]
+    if size == 0:
+        return torch.empty_like(rows)
+    shift, per_total, rest = columns[3:]
+    factor = per_total * upstream
+    gradient = torch.exp(rows.to(columns.dtype) - shift[:, None]) * factor[:, None]
+    has_target = ((target >= 0) & (target < size))[:, None]
+    target = target[:, None].long().clamp(0, size - 1)
+    # 1 - p is the sum of the others, which loses nothing as p -> 1.
+    at_target = torch.where(has_target, -(rest * factor)[:, None], gradient.gather(1, target))
+    gradient.scatter_(1, target, at_target)
+    return gradient.masked_fill_((case == IGNORED)[:, None], 0.0).to(rows.dtype)
