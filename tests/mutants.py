@@ -22,6 +22,7 @@ import trainer_mutants
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = "kernels/difftrain_kernels/triton_kernels.py"
 LOSS = "kernels/difftrain_kernels/logits_loss.py"
+PARALLEL = "kernels/difftrain_kernels/parallel_loss.py"
 # In this order; a fault is killed by the first stage that fails. Hypothesis is late: it shrinks.
 STAGES = {
     KERNELS: (
@@ -32,6 +33,7 @@ STAGES = {
         ["tests/test_triton_kernels.py", "-k", "rows_match_the_oracle"],
     ),
     LOSS: (["tests/test_logits_loss.py"], ["tests/test_triton_kernels.py"]),
+    PARALLEL: (["tests/test_parallel_loss.py", "-k", "not kernels"],),
     **trainer_mutants.STAGES,
 }
 # The test that should notice, where it is not among the first; all tests follow if it does not.
@@ -70,6 +72,7 @@ HINTS = {
     "version counter not bumped in forward": "loudly",
     "version counter not bumped in backward": "loudly or second_backward",
     "logits overwritten unasked": "keep_their_bits",
+    "slice": "test_parallel_loss and kernels",
 }
 # (file, what is wrong, text, replacement); all occurrences are replaced.
 MUTANTS = [
@@ -127,6 +130,29 @@ MUTANTS = [
     (LOSS, "version counter not bumped in forward", "                torch.autograd.graph.increment_version(logits)\n        ctx", "        ctx"),
     (LOSS, "version counter not bumped in backward", "            torch.autograd.graph.increment_version(logits)\n        else", "        else"),
     (LOSS, "logits overwritten unasked", "gradient_out=rows if overwrite else None,", "gradient_out=rows,"),
+    (KERNELS, "slice: a later maximum wins the tie", "is_higher = (slice_top > top)", "is_higher = (slice_top >= top)"),
+    (KERNELS, "slice: NaN is no maximum across slices", " | ((slice_top != slice_top) & (top == top))", ""),
+    (KERNELS, "slice: sums added on their own scales", "mask=inside, other=0.0) * scale", "mask=inside, other=0.0)"),
+    (KERNELS, "slice: whole rows of -inf have no floor", "shift = tl.maximum(top, FLOOR) * LOG2E\n    rest", "shift = top * LOG2E\n    rest"),
+    (KERNELS, "slice: [MASK] elsewhere passes for column 0", "tl.where(has_mask & (predicted == mask), 1.0, 0.0)", "tl.where(predicted == tl.maximum(mask, 0), 1.0, 0.0)"),
+    (KERNELS, "slice: a target elsewhere passes for the prediction not needed", "tl.where(has_target & (predicted == target), 2.0, 0.0)", "tl.where(predicted == target, 2.0, 0.0)"),
+    (KERNELS, "slice: label beyond the slice", "(token < start + vocab_size)", "(token <= start + vocab_size)"),
+    (KERNELS, "slice: target's logit from every slice", "tl.where(is_counted & has_target, target_logit, 0.0)", "tl.where(is_counted, target_logit, 0.0)"),
+    (KERNELS, "slice: ignored row with what it holds", "tl.where(is_counted, top, 0.0), mask=inside)\n    tl.store(base + SLICE_REST", "top, mask=inside)\n    tl.store(base + SLICE_REST"),
+    (KERNELS, "slice: bad label counted as one", "target_logit = tl.where(is_label, target_logit, float(\"-inf\"))\n    _store", "_store"),
+    (PARALLEL, "last maximum wins", "first = tops.argmax(0, keepdim=True)", "first = len(tops) - 1 - tops.flip(0).argmax(0, keepdim=True)"),
+    (PARALLEL, "sums added on their own scales", "(rests * torch.exp(_finite(tops) - shift)).sum(0)", "rests.sum(0)"),
+    (PARALLEL, "-inf slice makes NaN", "return top.clamp(min=torch.finfo(top.dtype).min)", "return top"),
+    (PARALLEL, "processes without columns take part", "        if 0 in self.sizes:", "        if False:"),
+    (PARALLEL, "nll from a log-sum-exp", "nll = (torch.log(total) - log_p) * poison", "nll = (shift + torch.log(total) - (log_p + shift)) * poison"),
+    (PARALLEL, "gradient of the target as p - 1", "-(rest * factor)[:, None], gradient.gather(1, target))", "gradient.gather(1, target) - upstream.reshape(-1, 1), gradient.gather(1, target))"),
+    (PARALLEL, "target summed with the rest", "torch.where(has_target[:, None], 0.0, exps.gather(1, target))", "exps.gather(1, target)"),
+    (PARALLEL, "[MASK] elsewhere passes for a column", "(predicted == mask) * has_mask", "(predicted == max(mask, 0))"),
+    (PARALLEL, "ignored rows keep their gradient", "gradient.masked_fill_((case == IGNORED)[:, None], 0.0)", "gradient"),
+    (PARALLEL, "bad label has a loss", "poison = torch.where(is_label, 1.0, torch.nan)", "poison = torch.where(is_label, 1.0, 1.0)"),
+    (PARALLEL, "sum's gradient divided by N", "divisor = max(1, len(y)) if self.reduction == \"mean\" else 1", "divisor = max(1, len(y))"),
+    (PARALLEL, "slice starts one late", "sum(sizes[:rank]), group", "sum(sizes[:rank]) + 1, group"),
+    (PARALLEL, "DTensor split evenly", "[max(0, min(widest, vocab_size - i * widest)) for i in range(len(ranks))]", "[vocab_size // len(ranks)] * len(ranks)"),
     *trainer_mutants.MUTANTS,
 ]  # fmt: skip
 

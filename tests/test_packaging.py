@@ -13,7 +13,7 @@ STDLIB = sys.stdlib_module_names
 
 # What a file may import besides the standard library.
 KERNELS = {
-    "__init__": {"cases", "linear_loss", "logits_loss", "reference"},
+    "__init__": {"cases", "linear_loss", "logits_loss", "parallel_loss", "reference"},
     "cases": {"torch"},
     "validation": {"torch"},
     "reference": {"torch", "cases", "validation"},
@@ -47,6 +47,7 @@ KERNELS = {
         "validation",
         "triton_kernels",
     },
+    "parallel_loss": {"torch", "cases", "implementation", "reference", "validation", "triton_kernels"},
 }
 LEAF = {"torch", "numpy", "safetensors", "difftrain.config", "difftrain.philox", "difftrain.vocabulary"}
 TRAINER = {

@@ -718,7 +718,7 @@ def _combine_kernel(
     message = messages_ptr + row
     for _ in range(0, n_slices):
         slice_top = tl.load(message + TOP * n_rows, mask=inside, other=0.0)
-        scale = tl.exp2(tl.maximum(slice_top, FLOOR) * LOG2E - shift)
+        scale = tl.exp2(slice_top * LOG2E - shift)
         rest += tl.load(message + SLICE_REST * n_rows, mask=inside, other=0.0) * scale
         message += 5 * n_rows
 
