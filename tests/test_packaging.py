@@ -82,6 +82,7 @@ TRAINER = {
         "difftrain.metrics",
         "difftrain.runtime",
     },
+    "hf_kernel": set(),
     "run_folder": {"difftrain.checkpoint", "difftrain.config", "difftrain.data", "difftrain.metrics"},
     "plot": {"difftrain.config", "difftrain.metrics", "matplotlib"},
 }

@@ -1,0 +1,85 @@
+"""The losses as a kernel of Hugging Face's ``kernels`` package, loaded from a local folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from difftrain.hf_kernel import BACKENDS, export_kernel
+
+ROOT = Path(__file__).parent.parent
+
+LOAD = """
+import sys
+from pathlib import Path
+import torch
+from kernels import get_local_kernel, get_loaded_kernels
+import difftrain_kernels
+
+loaded = get_local_kernel(Path(sys.argv[1]))
+assert loaded.__file__.startswith(sys.argv[1]), loaded.__file__
+assert loaded.fused_diffusion_loss is not difftrain_kernels.fused_diffusion_loss
+(about,) = get_loaded_kernels()
+assert str(about.metadata.name) == "difftrain-kernels" and about.metadata.license == "Apache-2.0"
+assert sorted(loaded.__all__) == sorted(difftrain_kernels.__all__)
+
+generator = torch.Generator().manual_seed(0)
+hidden = torch.randn(40, 8, generator=generator, dtype=torch.float64)
+head = torch.randn(11, 8, generator=generator, dtype=torch.float64)
+y = torch.randint(0, 11, (40,), generator=generator)
+x = torch.where(torch.arange(40) % 2 == 0, 10, y)
+gradients = []
+for package in (loaded, difftrain_kernels):
+    for loss_of, arguments in (
+        (package.fused_diffusion_loss, lambda w: (hidden @ w.t(),)),
+        (package.fused_linear_diffusion_loss, lambda w: (hidden, w)),
+    ):
+        weight = head.clone().requires_grad_()
+        loss, cases = loss_of(*arguments(weight), y, x, 10, 0.25, 0.5, return_cases=True)
+        loss.backward()
+        assert isinstance(cases, package.CaseTable)
+        gradients.append((loss.detach(), weight.grad))
+for found, expected in zip(gradients[:2], gradients[2:]):
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+print("loaded", loaded.__name__)
+"""
+
+
+def test_every_variant_holds_the_package_and_its_metadata(tmp_path):
+    stale = tmp_path / "build" / "torch-cpu" / "stale.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    variants = export_kernel(tmp_path)
+    assert [variant.name for variant in variants] == [f"torch-{backend}" for backend in BACKENDS]
+    source = {p.name: p.read_bytes() for p in (ROOT / "kernels/difftrain_kernels").glob("*.py")}
+    ids = set()
+    for backend, variant in zip(BACKENDS, variants, strict=True):
+        found = {p.name: p.read_bytes() for p in variant.iterdir()}
+        metadata = json.loads(found.pop("metadata.json"))
+        assert found == source
+        assert metadata["backend"] == {"type": backend}
+        assert metadata["id"].isidentifier(), "it becomes the module's name"
+        ids.add(metadata["id"])
+    assert len(ids) == len(BACKENDS)
+
+
+def test_the_kernels_package_loads_it_beside_the_installed_one(tmp_path):
+    pytest.importorskip("kernels", reason="needs Hugging Face's package kernels")
+    subprocess.run(
+        [sys.executable, "-m", "difftrain.hf_kernel", str(tmp_path)],
+        check=True, env=environment(), stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, env=environment()
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("loaded _difftrain_kernels_")
+
+
+def environment():
+    """Our folders on the path, no network, and Triton as it was asked for."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
