@@ -201,16 +201,17 @@ class _Share:
 
     def statistics(self, rows: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(case (N,), columns (6, N)) of the whole rows, as in the kernels' ``RowStatistics``."""
-        describe, combine = _describe_slice, _combine
         if self.uses_triton:
-            from . import triton_kernels
+            from . import triton_kernels as kernels
 
-            describe, combine = triton_kernels.launch_slice, triton_kernels.launch_combine
-        if rows.shape[1]:
-            message = describe(rows, y, self.mask_id, self.ignore_index, start=self.start)
-        else:
+        if rows.shape[1] == 0:
             message = rows.new_zeros(5, len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
+        elif self.uses_triton:
+            message = kernels.launch_slice(rows, y, self.mask_id, self.ignore_index, start=self.start)
+        else:
+            message = _describe_slice(rows, y, self.mask_id, start=self.start)
         labels = (y, self.x, self.mask_id, self.pk, self.pm, self.ignore_index)
+        combine = kernels.launch_combine if self.uses_triton else _combine
         return combine(self._exchange(message), *labels, vocab_size=sum(self.sizes))
 
     def _exchange(self, message: Tensor) -> Tensor:
@@ -251,13 +252,12 @@ class _Share:
 # exp2(l * log2e - shift): without a fused product the subtraction must come first to be exact.
 
 
-def _describe_slice(rows: Tensor, y: Tensor, mask_id: int, ignore_index: int, *, start: int) -> Tensor:
+def _describe_slice(rows: Tensor, y: Tensor, mask_id: int, *, start: int) -> Tensor:
     """What a slice tells of each row, (5, N): largest logit, sum of exp without the target on that
     logit's scale, answer (1 [MASK] + 2 target), target's and [MASK]'s logit (0 in other slices)."""
     wide, size = rows.to(torch.promote_types(rows.dtype, torch.float32)), rows.shape[1]
     target, mask = y - start, mask_id - start
     has_target, has_mask = (target >= 0) & (target < size), 0 <= mask < size
-    is_counted = y != ignore_index
     target = torch.where(has_target, target, 0)[:, None].long()
 
     predicted = wide.argmax(1)
@@ -272,7 +272,7 @@ def _describe_slice(rows: Tensor, y: Tensor, mask_id: int, ignore_index: int, *,
         torch.where(has_target, wide.gather(1, target)[:, 0], 0.0),
         wide[:, mask] if has_mask else torch.zeros_like(top[:, 0]),
     ]
-    return torch.stack([torch.where(is_counted, part, 0.0).to(wide.dtype) for part in message])
+    return torch.stack([part.to(wide.dtype) for part in message])
 
 
 def _finite(top: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ PER_TOTAL = tl.constexpr(4)  # weight / total, NaN for a label outside the vocab
 REST = tl.constexpr(5)  # total without the target, summed without it: total - x would lose it as p -> 1
 N_STATISTICS = 6
 
-# What a slice of the vocabulary tells the others of a row, (5, N) fp32; 0 in every entry of an ignored row.
+# What a slice of the vocabulary tells the others of a row, (5, N) fp32; of ignored rows, anything.
 TOP = tl.constexpr(0)  # largest logit of the slice
 SLICE_REST = tl.constexpr(1)  # sum without the target, on the scale of the slice's own largest logit
 ANSWER = tl.constexpr(2)  # 1 where the first maximum of the slice is [MASK], plus 2 where it is the target
@@ -624,19 +624,17 @@ def _local_id(token, start, vocab_size):
 
 @triton.jit
 def _store_message(
-    message_ptr, row, n_rows, inside, is_counted, top, rest, predicted, target, mask, target_logit, mask_logit
+    message_ptr, row, n_rows, inside, top, rest, predicted, target, mask, target_logit, mask_logit
 ):  # fmt: skip
     has_target, has_mask = target >= 0, mask >= 0
     answer = tl.where(has_mask & (predicted == mask), 1.0, 0.0)
     answer += tl.where(has_target & (predicted == target), 2.0, 0.0)
     base = message_ptr + row
-    tl.store(base + TOP * n_rows, tl.where(is_counted, top, 0.0), mask=inside)
-    tl.store(base + SLICE_REST * n_rows, tl.where(is_counted, rest, 0.0), mask=inside)
-    tl.store(base + ANSWER * n_rows, tl.where(is_counted, answer, 0.0), mask=inside)
-    tl.store(
-        base + TARGET_LOGIT * n_rows, tl.where(is_counted & has_target, target_logit, 0.0), mask=inside
-    )
-    tl.store(base + MASK_LOGIT * n_rows, tl.where(is_counted & has_mask, mask_logit, 0.0), mask=inside)
+    tl.store(base + TOP * n_rows, top, mask=inside)
+    tl.store(base + SLICE_REST * n_rows, rest, mask=inside)
+    tl.store(base + ANSWER * n_rows, answer, mask=inside)
+    tl.store(base + TARGET_LOGIT * n_rows, tl.where(has_target, target_logit, 0.0), mask=inside)
+    tl.store(base + MASK_LOGIT * n_rows, tl.where(has_mask, mask_logit, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["start", "mask_id", "ignore_index", "n_rows"])
@@ -656,18 +654,7 @@ def _slice_kernel(
             REPEAT, LANES, VECTOR, ALIGNED,
         )  # fmt: skip
         _store_message(
-            message_ptr,
-            row,
-            n_rows,
-            True,
-            True,
-            top,
-            rest,
-            predicted,
-            target,
-            mask,
-            target_logit,
-            mask_logit,
+            message_ptr, row, n_rows, True, top, rest, predicted, target, mask, target_logit, mask_logit
         )
 
 
@@ -680,13 +667,13 @@ def _small_slice_kernel(
     inside = row < n_rows
     y = tl.load(y_ptr + row, mask=inside, other=0).to(tl.int64)
     target, mask = _local_id(y, start, vocab_size), _local_id(mask_id, start, vocab_size)
+    # Ignored rows are not read.
     _, top, _, rest, predicted, target_logit, mask_logit = _read_small_rows(
-        logits_ptr, row, inside, target, mask, vocab_size, logits_stride, BLOCK_V
+        logits_ptr, row, inside & (y != ignore_index), target, mask, vocab_size, logits_stride, BLOCK_V
     )
     _store_message(
-        message_ptr, row, n_rows, inside, y != ignore_index,
-        top, rest, predicted, target, mask, target_logit, mask_logit,
-    )  # fmt: skip
+        message_ptr, row, n_rows, inside, top, rest, predicted, target, mask, target_logit, mask_logit
+    )
 
 
 @triton.jit(do_not_specialize=["mask_id", "ignore_index", "n_rows", "vocab_size", "n_slices"])

@@ -1,0 +1,104 @@
+"""The examples under benchmarks/examples: each trains, and its loss is the eager formula at every step."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def test_nanogpt_loop_does_with_our_loss_what_it_did_before():
+    module = example("nanogpt_loop")
+    calls = []
+
+    def both(*arguments):
+        loss, before = module.fused_diffusion_loss(*arguments), module.eager_loss(*arguments)
+        parameters = arguments[0]
+        ours, theirs = (
+            torch.autograd.grad(each, parameters, retain_graph=True)[0] for each in (loss, before)
+        )
+        torch.testing.assert_close(loss, before, rtol=1e-6, atol=0)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
+        calls.append(arguments[-2:])
+        return loss
+
+    losses = module.train(both, steps=40)
+    assert len(calls) == 40
+    assert calls[0] == (1.0, 0.0)
+    assert calls[-1] == (0.25, 0.5)
+    assert losses[0] > 3.5
+    assert mean(losses[-5:]) < 0.6 * losses[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # of other people's packages
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_hf_trainer_trains_with_our_loss_and_accumulates_its_means(accumulation, tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="needs transformers")
+    pytest.importorskip("accelerate", reason="needs accelerate")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    module = example("hf_trainer")
+    eager_loss, seen = example("nanogpt_loop").eager_loss, []
+
+    def both(*arguments):
+        loss = module.fused_diffusion_loss(*arguments)
+        torch.testing.assert_close(loss, eager_loss(*arguments), rtol=1e-6, atol=0)
+        seen.append(loss.item())
+        return loss
+
+    class Trainer(module.DiffusionTrainer):
+        loss_function = staticmethod(both)
+
+    losses = [
+        float(loss) for loss in module.train(Trainer, steps=30, gradient_accumulation_steps=accumulation)
+    ]
+    assert len(seen) == 30 * accumulation
+    # What the Trainer logs, and differentiates, is the mean over a step's micro-batches.
+    means = [mean(seen[i : i + accumulation]) for i in range(0, len(seen), accumulation)]
+    assert losses == pytest.approx(means, rel=1e-3)
+    assert mean(losses[-5:]) < 0.75 * losses[0]
+
+
+def test_masked_only_is_the_loss_of_llada_and_of_mdlm():
+    module = example("masked_only")
+    generator = torch.Generator().manual_seed(1)
+    x, y, t = module.get_batch(generator, batch_size=8)
+    is_masked = x == module.mask_id
+    assert torch.equal(is_masked, y != -1)
+    tokens = torch.where(is_masked, y, x)
+    logits = torch.randn(8, module.length, module.words + 1, generator=generator, requires_grad=True)
+
+    # LLaDA: cross-entropy of masked tokens over t, summed, over batch size times length.
+    nll = F.cross_entropy(logits[is_masked], tokens[is_masked], reduction="none")
+    llada = (nll / t.expand_as(x)[is_masked]).sum() / x.numel()
+    found = module.masked_loss(logits, x, y, t)
+    torch.testing.assert_close(found, llada, rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (found, llada)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+    assert not gradients[0][~is_masked].any()
+
+    # MDLM: log-probabilities among words alone, intact tokens copied (log 1), weight -1/t.
+    log_p = torch.log_softmax(logits[..., : module.words], -1).gather(-1, tokens[..., None])[..., 0]
+    mdlm = (torch.where(is_masked, -log_p, 0.0) / t).mean()
+    found = module.masked_loss(logits, x, y, t, mdlm=True)
+    torch.testing.assert_close(found, mdlm, rtol=1e-6, atol=0)
+    assert (mdlm < llada).item(), "without [MASK] among the answers every word is likelier"
+
+
+@pytest.mark.parametrize("mdlm", [False, True])
+def test_masked_only_training_learns(mdlm):
+    losses = example("masked_only").train(steps=80, mdlm=mdlm)
+    assert mean(losses[-10:]) < 0.88 * mean(losses[:10])
