@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cases import MASK, OTHER, TARGET, CaseTable, tabulate
+from .cases import IGNORED, MASK, OTHER, TARGET, CaseTable, tabulate
 from .implementation import IMPLEMENTATIONS, forbid_second_derivative, reduce_rows, uses_triton
 from .reference import kind_and_weight
 from .validation import (
@@ -32,8 +32,6 @@ from .validation import (
     check_tensor,
     is_dtensor,
 )
-
-IGNORED = 9  # case of an ignored position; the others are kind * 3 + answer, as in the kernels
 
 
 def vocab_parallel_diffusion_loss(
