@@ -12,6 +12,7 @@ import torch
 
 from difftrain import loss as loss_module
 from difftrain import run as run_module
+from difftrain import runtime as runtime_module
 from difftrain.checkpoint import find_checkpoint
 from difftrain.config import UserError
 from difftrain.metrics import read_metrics
@@ -146,6 +147,21 @@ def test_a_stop_signal_finishes_the_step_saves_and_the_run_goes_on_as_if_never_s
     train(stopped, resume=True)
     assert_equal_weights(weights_of(straight), weights_of(stopped))
     assert records_of(straight) == records_of(stopped)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_and_a_second_one_stops_at_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(runtime_module.time, "monotonic", lambda: now[0])
+    with runtime_module.stop_requests() as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        now[0] += 0.5  # torchrun passes on what the terminal sent to all
+        signal.raise_signal(signal.SIGTERM)
+        now[0] += 1.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_best_checkpoint_is_chosen_at_the_final_penalties(tiny):
