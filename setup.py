@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 PLOT = ["matplotlib>=3.7"]
-TEST = [*PLOT, "pytest>=8", "hypothesis>=6.100", "ruff>=0.9"]
+TEST = [*PLOT, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"]
 
 setup(
     name="difftrain",

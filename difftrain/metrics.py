@@ -189,9 +189,12 @@ def drop_records_after(run_dir: Path, step: int, *, is_evaluated: bool) -> None:
         return
     records = read_metrics(run_dir)
     keep = [r for r in records if (r["step"], r["kind"] == "train") < (step, is_evaluated)]
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(r) + "\n" for r in keep), encoding="utf-8")
-    aside.replace(path)
+    aside = path.with_name(f".{FILE}")
+    try:
+        aside.write_text("".join(json.dumps(r) + "\n" for r in keep), encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _import_extra(module: str, extra: str) -> Any:

@@ -10,7 +10,7 @@ from difftrain.config import CONFIG_FILE, DISK_FULL, Config, UserError, is_run_f
 from difftrain.data import Corpus
 from difftrain.metrics import FILE
 
-RUN_ENTRIES = (FILE, "checkpoints", "samples", "plots", "tensorboard", CONFIG_FILE)
+RUN_ENTRIES = (FILE, "checkpoints", "samples", "plots", "tensorboard", "wandb", CONFIG_FILE)
 MODEL_KEYS = ("mode", "block_size", "n_layer", "n_head", "n_embd", "bias", "position")
 
 

@@ -69,10 +69,14 @@ def _train(config: Config, runtime: Runtime, **asked: bool) -> dict[str, Any]:
         record = run.evaluate()
         say(summary_line(record))
         return record
-    if runtime.is_main:
-        claim_run_dir(run.folder, config, resume=asked["resume"])
-        drop_records_after(run.folder, run.step, is_evaluated=run.is_evaluated)
+    runtime.main_first(lambda: runtime.is_main and _claim(run, resume=asked["resume"]))
     return _loop(run)
+
+
+def _claim(run: Run, *, resume: bool) -> None:
+    """Make the folder this run's; from here on it is written to."""
+    claim_run_dir(run.folder, run.config, resume=resume)
+    drop_records_after(run.folder, run.step, is_evaluated=run.is_evaluated)
 
 
 def _open(
