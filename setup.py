@@ -37,6 +37,7 @@ setup(
         "wandb": ["wandb>=0.16"],
         "tok": ["tokenizers>=0.20", "tiktoken>=0.7"],
         "bench": [*PLOT, "liger-kernel>=0.5; platform_system == 'Linux'"],
+        "examples": ["transformers>=5.0", "accelerate>=1.0", "kernels>=0.17"],
         "test": TEST,
         "dev": [*TEST, "pre-commit>=3.5"],
     },

@@ -138,7 +138,6 @@ MUTANTS = [
     (KERNELS, "slice: a target elsewhere passes for the prediction not needed", "tl.where(has_target & (predicted == target), 2.0, 0.0)", "tl.where(predicted == target, 2.0, 0.0)"),
     (KERNELS, "slice: label beyond the slice", "(token < start + vocab_size)", "(token <= start + vocab_size)"),
     (KERNELS, "slice: target's logit from every slice", "tl.where(has_target, target_logit, 0.0)", "target_logit"),
-    (KERNELS, "slice: bad label counted as one", "target_logit = tl.where(is_label, target_logit, float(\"-inf\"))\n    _store", "_store"),
     (PARALLEL, "last maximum wins", "first = tops.argmax(0, keepdim=True)", "first = len(tops) - 1 - tops.flip(0).argmax(0, keepdim=True)"),
     (PARALLEL, "sums added on their own scales", "(rests * torch.exp(_finite(tops) - shift)).sum(0)", "rests.sum(0)"),
     (PARALLEL, "-inf slice makes NaN", "return top.clamp(min=torch.finfo(top.dtype).min)", "return top"),

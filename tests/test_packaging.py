@@ -157,6 +157,18 @@ def test_kernels_is_a_folder_and_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_every_row_of_works_with_names_a_test_that_exists():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("## Works with\n")[1].split("\n\n")[1]
+    rows = table.splitlines()[2:]
+    assert len(rows) > 10
+    for row in rows:
+        names = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        assert names, f"no test in {row}"
+        for file, name in names:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+
+
 def run(code, **options):
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, **options

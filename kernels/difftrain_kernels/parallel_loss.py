@@ -287,7 +287,7 @@ def _combine(messages, y, x, mask_id, pk, pm, ignore_index, *, vocab_size) -> tu
     rest = (rests * torch.exp(_finite(tops) - shift)).sum(0)
 
     is_label = (y >= 0) & (y < vocab_size)
-    log_p = torch.where(is_label, target_logits.sum(0), -torch.inf) - shift
+    log_p = target_logits.sum(0) - shift
     total = rest + torch.exp(log_p)
     poison = torch.where(is_label, 1.0, torch.nan).to(total.dtype)
     nll = (torch.log(total) - log_p) * poison

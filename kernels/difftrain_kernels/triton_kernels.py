@@ -721,7 +721,6 @@ def _combine_kernel(
     )
     case = kind * 3 + tl.where(says_mask, 0, tl.where(answer == 2.0, 1, 2))
     case = tl.where(y == ignore_index, IGNORED, case)
-    target_logit = tl.where(is_label, target_logit, float("-inf"))
     _store_statistics(
         case_ptr, statistics_ptr, row, n_rows, inside, case, weight, target_logit, mask_logit, top, shift, rest, is_label
     )  # fmt: skip
