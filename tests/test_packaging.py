@@ -159,7 +159,7 @@ def test_kernels_is_a_folder_and_no_package():
 
 def test_every_row_of_works_with_names_a_test_that_exists():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme.split("## Works with\n")[1].split("\n\n")[1]
+    table = readme.split("## Works with\n")[1].strip().split("\n\n")[0]
     rows = table.splitlines()[2:]
     assert len(rows) > 10
     for row in rows:
