@@ -25,6 +25,15 @@ def _seeded():
     torch.manual_seed(1234)
 
 
+@pytest.fixture
+def one_thread():
+    """Which thread adds up what decides the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory):
     """A small character corpus in nanoGPT's format."""

@@ -16,13 +16,7 @@ from difftrain.train import train
 from launch import finish, run, start, train_all
 from test_resume import TIMES, digests_of
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def command(config, *words):

@@ -15,6 +15,7 @@ from launch import run
 from test_resume import digests_of
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_during_saves_cost_at_most_one_interval_and_leave_nothing_behind(tiny, tmp_path, kills):
     endless = tiny(
@@ -28,12 +29,9 @@ def test_kills_during_saves_cost_at_most_one_interval_and_leave_nothing_behind(t
     assert counts["kills"] == kills
     assert counts["half_written"] >= kills / 20, "kills must have hit saves"
     ended = dataclasses.replace(endless, max_iters=counts["step"] + 2)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     train(ended, resume=True)
     straight = dataclasses.replace(ended, out_dir=str(tmp_path / "straight"))
     train(straight)
-    torch.set_num_threads(threads)
     assert digests_of(ended) == digests_of(straight)
     home = Path(ended.out_dir) / "checkpoints"
     assert [p.name for p in home.iterdir() if p.name.startswith(".")] == []

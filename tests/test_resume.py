@@ -22,13 +22,7 @@ STOPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 SCHEDULE = {"max_iters": 13, "eval_interval": 5, "masking_warmup_iters": 6, "dropout": 0.1, "batch_size": 2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Which thread adds up what decides the last bit.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def digests_of(config):

@@ -39,13 +39,7 @@ def assert_equal_weights(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Which thread adds up what decides the last bit.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_run_takes_exactly_max_iters_updates_and_saves_the_last_state(tiny, monkeypatch):
