@@ -40,8 +40,11 @@ def read_result(path: Path) -> dict[str, Any]:
         raise ResultError(f"no results file at {path}") from None
     except ValueError as error:
         raise ResultError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT or "stages" not in document:
+    is_whole = isinstance(document, dict) and {"format", "stages", "environment"} <= document.keys()
+    if not is_whole or document["format"] != FORMAT or not isinstance(document["stages"], dict):
         raise ResultError(f"{path} is not a results file of format {FORMAT}")
+    if "loss" in document["stages"] and "entries" not in document["stages"]["loss"]:
+        raise ResultError(f"{path} has no entries in its stage loss")
     return document
 
 

@@ -66,7 +66,7 @@ class Config:
     )
     compile: Literal["off", "model", "step"] = option(
         "off",
-        "torch.compile: model, the model alone; step, model and loss, and their backward pass, as one graph",
+        "torch.compile: model, the model alone; step, model, loss and backward pass as one graph (a few under ddp)",
     )
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp",

@@ -81,6 +81,50 @@ def test_the_kernels_package_loads_it_beside_the_installed_one(tmp_path):
     assert run.stdout.startswith("loaded _difftrain_kernels_")
 
 
+TWO_COPIES = """
+import importlib.util, sys
+import torch
+
+def load(name, folder):
+    spec = importlib.util.spec_from_file_location(name, folder + "/__init__.py", submodule_search_locations=[folder])
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+first, second = sys.argv[1:3]
+copies = [
+    __import__("difftrain_kernels") if folder == "installed" else load(f"_copy_{i}", folder)
+    for i, folder in enumerate((first, second))
+]
+hidden, head = torch.randn(12, 8), torch.randn(11, 8)
+y = torch.randint(0, 11, (12,))
+pk, pm = torch.tensor(0.25), torch.tensor(0.5)
+for package in copies:
+    for loss_of, arguments in (
+        (package.fused_diffusion_loss, lambda w: (hidden @ w.t(),)),
+        (package.fused_linear_diffusion_loss, lambda w: (hidden, w)),
+    ):
+        gradients = []
+        for call in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
+            weight = head.clone().requires_grad_()
+            call(*arguments(weight), y, y, 10, pk, pm).backward()
+            gradients.append(weight.grad)
+        torch.testing.assert_close(*gradients)
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize("order", [("installed", "copy"), ("copy", "installed"), ("copy", "other")])
+def test_every_copy_of_the_package_compiles_its_own_operators(tmp_path, order):
+    variants = export_kernel(tmp_path)
+    folders = {"installed": "installed", "copy": str(variants[0]), "other": str(variants[1])}
+    run = subprocess.run(
+        [sys.executable, "-c", TWO_COPIES, *(folders[name] for name in order)],
+        capture_output=True, text=True, env=environment(),
+    )  # fmt: skip
+    assert run.stdout == "compiled\n", run.stderr
+
+
 def environment():
     """Our folders on the path, no network, and Triton as it was asked for."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])

@@ -16,6 +16,8 @@ over the logits or give a buffer away, which an operator may not: its results mu
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -25,6 +27,10 @@ from .cases import CaseTable
 from .chunks import ChunkedLoss, gradient_dtype, upstream_of_gradients
 from .implementation import as_rows, forbid_backward, reduce_rows, row_gradients, score_rows, sum_cases
 from .validation import Penalty, check_label_values
+
+# Names of operators are global: a second copy of this package, such as Hugging Face's kernels loads
+# under a name of its own, must not take those of the first.
+NAMESPACE = "difftrain" if __package__ == "difftrain_kernels" else re.sub(r"\W", "_", __package__)
 
 # For the losses' public functions.
 
@@ -78,7 +84,7 @@ def _shaped(loss, statistics, y, reduction, uses_triton, return_cases):
 # From logits.
 
 
-@custom_op("difftrain::diffusion_loss", mutates_args=())
+@custom_op(f"{NAMESPACE}::diffusion_loss", mutates_args=())
 def diffusion_loss(
     logits: Tensor, y: Tensor, x: Tensor, pk: Tensor, pm: Tensor, mask_id: int, ignore_index: int,
     reduction: str, uses_triton: bool, check_labels: bool,
@@ -111,7 +117,7 @@ def _n_columns(uses_triton: bool) -> int:
     return triton_kernels.N_STATISTICS
 
 
-@custom_op("difftrain::diffusion_loss_backward", mutates_args=())
+@custom_op(f"{NAMESPACE}::diffusion_loss_backward", mutates_args=())
 def diffusion_loss_backward(
     upstream: Tensor,
     logits: Tensor,
@@ -166,7 +172,7 @@ _N_PLAN = 7
 
 
 @custom_op(
-    "difftrain::linear_diffusion_loss",
+    f"{NAMESPACE}::linear_diffusion_loss",
     mutates_args=(),
     schema=f"({_HEAD}, Tensor x, SymInt mask_id, Tensor pk, Tensor pm, bool check_labels, {_WANTS}, {_PLAN}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -215,7 +221,7 @@ def _fake_gradients(hidden, weight, dtype, uses_triton, needs):
 
 
 @custom_op(
-    "difftrain::linear_diffusion_loss_backward",
+    f"{NAMESPACE}::linear_diffusion_loss_backward",
     mutates_args=(),
     schema=f"({_HEAD}, Tensor case, Tensor columns, Tensor? upstream, {_WANTS}, {_PLAN}) "
     "-> (Tensor, Tensor, Tensor)",
@@ -275,7 +281,7 @@ linear_diffusion_loss_backward.register_autograd(forbid_backward)
 # The case table of either.
 
 
-@custom_op("difftrain::case_sums", mutates_args=())
+@custom_op(f"{NAMESPACE}::case_sums", mutates_args=())
 def case_sums(case: Tensor, columns: Tensor, uses_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
     # The kernel's results are views of one buffer, which an operator may not return.
     return tuple(part.clone() for part in sum_cases(uses_triton, (case, columns)))

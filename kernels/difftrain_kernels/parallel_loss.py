@@ -54,7 +54,8 @@ def vocab_parallel_diffusion_loss(
 
     The formula is that of :func:`difftrain_kernels.diffusion_loss_reference` for the whole rows, and
     so are ties, NaN and infinities. All processes of the group call it together, with everything
-    but the logits equal, and get the same loss and table. One all-gather of (5, N) fp32 in forward
+    but the logits equal, and get the same loss and table; where that differs the result is undefined,
+    and a process that raises leaves the others waiting. One all-gather of (5, N) fp32 in forward
     (fp64 for fp64 logits), nothing in backward; no wait for the device. Nothing passed in is modified.
 
     Every process calls backward on its own copy of the loss, with an equal upstream gradient, and
