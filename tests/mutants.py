@@ -133,7 +133,6 @@ MUTANTS = [
     (KERNELS, "slice: a later maximum wins the tie", "is_higher = (slice_top > top)", "is_higher = (slice_top >= top)"),
     (KERNELS, "slice: NaN is no maximum across slices", " | ((slice_top != slice_top) & (top == top))", ""),
     (KERNELS, "slice: sums added on their own scales", "mask=inside, other=0.0) * scale", "mask=inside, other=0.0)"),
-    (KERNELS, "slice: whole rows of -inf have no floor", "shift = tl.maximum(top, FLOOR) * LOG2E\n    rest", "shift = top * LOG2E\n    rest"),
     (KERNELS, "slice: [MASK] elsewhere passes for column 0", "tl.where(has_mask & (predicted == mask), 1.0, 0.0)", "tl.where(predicted == tl.maximum(mask, 0), 1.0, 0.0)"),
     (KERNELS, "slice: a target elsewhere passes for the prediction not needed", "tl.where(has_target & (predicted == target), 2.0, 0.0)", "tl.where(predicted == target, 2.0, 0.0)"),
     (KERNELS, "slice: label beyond the slice", "(token < start + vocab_size)", "(token <= start + vocab_size)"),

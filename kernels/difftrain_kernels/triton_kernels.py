@@ -700,7 +700,7 @@ def _combine_kernel(
         target_logit += tl.load(message + TARGET_LOGIT * n_rows, mask=inside, other=0.0)
         mask_logit += tl.load(message + MASK_LOGIT * n_rows, mask=inside, other=0.0)
 
-    shift = tl.maximum(top, FLOOR) * LOG2E
+    shift = top * LOG2E  # where it is not finite, the row is NaN
     rest = tl.zeros([ROWS], tl.float32)
     message = messages_ptr + row
     for _ in range(0, n_slices):
