@@ -96,7 +96,7 @@ def measure_saves(
         for step in range(saves):
             saver = CheckpointSaver(run_dir, config, vocabulary, runtime)
             marks = [time.perf_counter()]
-            saver.save(step, model, optimizer, {}, is_best=False)
+            saver.save(step, model, optimizer, {}, best_step=None)
             marks.append(time.perf_counter())
             saver.finish()
             marks.append(time.perf_counter())

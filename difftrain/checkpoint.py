@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -63,13 +64,25 @@ class Checkpoint:
         """
         from torch.distributed import checkpoint, is_initialized
 
+        saved: set[str] = set()
+        for file in (self.folder / OPTIMIZER).iterdir():
+            try:
+                with safetensors.safe_open(file, "pt") as content:
+                    saved |= set(content.keys())
+            except safetensors.SafetensorError as error:
+                raise UserError(f"{file} does not fit this model: {error}") from None
+        if saved != tensors.keys():
+            other = min(saved ^ tensors.keys())
+            raise UserError(
+                f"{self.folder / OPTIMIZER} does not fit this model: only one of them has {other}"
+            )
         reader = checkpoint.HuggingFaceStorageReader(str(self.folder / OPTIMIZER))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             try:
                 checkpoint.load(tensors, storage_reader=reader, no_dist=not is_initialized())
             except checkpoint.CheckpointException as error:
-                reason = " ".join(str(error).split())[-200:]
+                reason = str(error).strip().splitlines()[-1]
                 raise UserError(f"{self.folder / OPTIMIZER} does not fit this model: {reason}") from None
 
     def make_model(self, device: torch.device) -> Transformer:
@@ -88,7 +101,7 @@ def save_checkpoint(
     config: Config,
     vocabulary: Vocabulary,
     *,
-    is_best: bool,
+    best_step: int | None,
 ) -> Path:
     """Write ``checkpoints/step-N`` aside, flush it, rename it into place; then move the pointers.
 
@@ -102,13 +115,12 @@ def save_checkpoint(
         weights: the model's parameters by name, shared ones once; on the CPU.
         optimizer: its state, as :func:`difftrain.model.optimizer_tensors` gives it; on the CPU.
         state: what :attr:`Checkpoint.state` returns; containers, numbers and text.
-        is_best: whether the pointer ``best`` moves here too.
+        best_step: the step whose checkpoint the pointer ``best`` is to name; None leaves it as it is.
     """
     with writing_aside(run_dir, step) as aside:
-        path = aside / OPTIMIZER / "optimizer.safetensors"
-        with _reason_from(path):
-            save_file(optimizer, path)
-        return complete_checkpoint(aside, weights, state, config, vocabulary, is_best=is_best)
+        with _as_os_error():
+            save_file(optimizer, aside / OPTIMIZER / "optimizer.safetensors")
+        return complete_checkpoint(aside, weights, state, config, vocabulary, best_step=best_step)
 
 
 @contextlib.contextmanager
@@ -136,10 +148,11 @@ def write_shards(aside: Path, optimizer: dict[str, Tensor]) -> None:
 
     writer = checkpoint.HuggingFaceStorageWriter(str(aside / OPTIMIZER), save_distributed=True)
     try:
-        checkpoint.save(optimizer, storage_writer=writer)
+        with _as_os_error():
+            checkpoint.save(optimizer, storage_writer=writer)
     except checkpoint.CheckpointException as error:
-        with _reason_from(aside / "probe"):
-            raise RuntimeError(f"the optimiser's state cannot be written: {error}") from None
+        reason = str(error).strip().splitlines()[-1]
+        raise RuntimeError(f"the optimiser's state cannot be written: {reason}") from None
 
 
 def complete_checkpoint(
@@ -149,20 +162,22 @@ def complete_checkpoint(
     config: Config,
     vocabulary: Vocabulary,
     *,
-    is_best: bool,
+    best_step: int | None,
 ) -> Path:
     """Add to the optimiser's state in ``aside`` everything else, verify it all and put it in its place."""
     home, name = aside.parent, aside.name.removeprefix(".writing-")
     description = {
-        "step": int(name.removeprefix("step-")),
+        "step": _step_of(aside),
         "config": dataclasses.asdict(config),
         "vocabulary": vocabulary.to_meta(),
     }
-    with _reason_from(aside / WEIGHTS):
+    with _as_os_error():
         save_file(weights, aside / WEIGHTS)
     (aside / CONFIG).write_text(json.dumps(description), encoding="utf-8")
     (aside / STATE).write_text(json.dumps(state), encoding="utf-8")
-    files = sorted(path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file())
+    files = _files(aside)
+    for file in files:  # safetensors are written for their owner alone
+        shutil.copymode(aside / CONFIG, aside / file)
     (aside / DIGESTS).write_text(_digests(aside, files), encoding="utf-8")
     for path in (*(aside / file for file in files), aside / DIGESTS, aside / OPTIMIZER, aside):
         _flush(path)
@@ -173,13 +188,21 @@ def complete_checkpoint(
     aside.rename(folder)
     _flush(home)
     _point(home, "latest", name)
-    if is_best:
-        _point(home, "best", name)
+    point_to_best(home, best_step)
     kept = {read_pointer(home, "best"), read_pointer(home, "latest")}
-    for old in _step_folders(home)[: -config.keep_checkpoints]:
+    # Newer ones than this were passed over as damaged: they must not take the places of good ones.
+    until_here = [old for old in _step_folders(home) if _step_of(old) <= description["step"]]
+    for old in until_here[: -config.keep_checkpoints]:
         if old.name not in kept:  # a kill while it goes must not leave half of it under its name
-            shutil.rmtree(old.rename(home / f".removed-{old.name}"))
+            _remove(old.rename(home / f".removed-{old.name}"))
     return folder
+
+
+def point_to_best(home: Path, step: int | None) -> None:
+    """Make the pointer ``best`` name this step's checkpoint, which a kill or a flipped bit may have undone."""
+    name = None if step is None else f"step-{step:08d}"
+    if name and name != read_pointer(home, "best") and (home / name).is_dir():
+        _point(home, "best", name)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -188,23 +211,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         UserError: a file is missing or does not match its digest; the message names it, and what to do.
     """
-    remedy = "resume from the checkpoint before it, or name another with --checkpoint STEP"
+    remedy = "train --resume goes on from the checkpoint before it, sample --checkpoint STEP takes another"
     try:
         _verify(folder)
         description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if description["step"] != _step_of(folder):
+            raise ValueError(f"step {description['step']}")
         return Checkpoint(
             folder,
             description["step"],
             Config(**description["config"]),
             from_meta(description["vocabulary"], str(folder / CONFIG)),
-            json.loads((folder / STATE).read_text(encoding="utf-8")),
+            dict(json.loads((folder / STATE).read_text(encoding="utf-8"))),
         )
     except _Damage as damage:
         raise UserError(f"{damage}; {remedy}") from None
     except UserError as error:
         raise UserError(f"{folder / CONFIG} does not fit this version of difftrain: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / CONFIG} does not fit this version of difftrain: {error!r}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder} does not fit this version of difftrain: {error!r}") from None
 
 
 class _Damage(Exception):
@@ -221,12 +246,19 @@ def _verify(folder: Path) -> None:
         raise _Damage(f"{folder / DIGESTS} is missing, so {folder.name} is no whole checkpoint") from None
     except (ValueError, RecursionError):
         raise _Damage(f"{folder / DIGESTS} is damaged") from None
-    for file, digest in stored.items():
+    for file in sorted({*stored, *_files(folder)} - {DIGESTS}):
         path = folder / file
+        if file not in stored:
+            raise _Damage(f"{path} is not among the files of {folder.name}")
         if "\0" in file or not path.is_file():
             raise _Damage(f"{path} is missing, so {folder.name} is no whole checkpoint")
-        if _digest(path) != digest:
+        if _digest(path) != stored[file]:
             raise _Damage(f"{path} is damaged: its digest does not match")
+
+
+def _files(folder: Path) -> list[str]:
+    """All files below a folder, by their paths in it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def find_checkpoint(run_dir: Path, which: str) -> Checkpoint:
@@ -241,7 +273,7 @@ def find_checkpoint(run_dir: Path, which: str) -> Checkpoint:
     is_step = which.isascii() and which.isdecimal()
     name = f"step-{int(which):08d}" if is_step else read_pointer(home, which)
     if name is None or not (home / name).is_dir():
-        known = ", ".join(str(int(p.name[5:])) for p in _step_folders(home)) or "none"
+        known = ", ".join(str(_step_of(p)) for p in _step_folders(home)) or "none"
         raise UserError(f"{run_dir} has no checkpoint {which!r}; steps there: {known}")
     return open_checkpoint(home / name)
 
@@ -275,7 +307,20 @@ def _pointer_text(target: str) -> str:
 
 
 def _step_folders(home: Path) -> list[Path]:
-    return sorted(p for p in home.glob("step-*") if p.is_dir())
+    """Checkpoints, oldest first; a user's own copies under other names are none of ours."""
+    folders = (p for p in home.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
+    return sorted(folders, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(".writing-").removeprefix("step-"))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _point(home: Path, name: str, target: str) -> None:
@@ -291,10 +336,7 @@ def remove_leftovers(run_dir: Path) -> None:
     home = run_dir / "checkpoints"
     _put_back_replaced(home)
     for leftover in [*home.glob(".writing-*"), *home.glob(".old-*"), *home.glob(".removed-*")]:
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+        _remove(leftover)
 
 
 def _put_back_replaced(home: Path) -> None:
@@ -307,15 +349,14 @@ def _put_back_replaced(home: Path) -> None:
 
 
 @contextlib.contextmanager
-def _reason_from(path: Path) -> Iterator[None]:
-    """Let a writer whose own error hides the reason fail with the file system's OSError."""
+def _as_os_error() -> Iterator[None]:
+    """Let a writer that hides the system's error in its own text fail with that error."""
     try:
         yield
-    except (safetensors.SafetensorError, RuntimeError):
-        with path.open("ab") as file:
-            file.write(bytes(1 << 20))
-            file.flush()
-            os.fsync(file.fileno())
+    except BaseException as error:  # a CheckpointException is no Exception
+        number = re.search(r"(?:os error |Errno )(\d+)", str(error))
+        if number and not isinstance(error, OSError):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
         raise
 
 

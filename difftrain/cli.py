@@ -25,6 +25,7 @@ from difftrain.config import (
     resolve_config,
 )
 
+PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 METAVARS = {str: "TEXT", int: "N", float: "NUMBER", bool: "true|false"}
 
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _complain(
                 f"the disk is full or a quota is reached: {error}; what was saved before is unharmed", 1
             )
-        return _complain(str(error), 2)
+        return _complain(str(error), 2 if isinstance(error, PATH_ERRORS) else 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except RuntimeError as error:

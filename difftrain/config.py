@@ -289,6 +289,8 @@ def _parse_toml(text: str, origin: str) -> dict[str, Any]:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{origin} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{origin} is nested too deep to be a configuration") from None
     known = list(TYPES)
     for key in values:
         if key not in known:

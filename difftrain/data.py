@@ -238,7 +238,7 @@ def _map_tokens(path: Path, dtype: str, n_words: int) -> np.ndarray:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 

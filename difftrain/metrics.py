@@ -160,19 +160,26 @@ class MetricsLog:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All records of a run, oldest first; raises UserError when there are none.
 
-    A last line that a killed process left unfinished is passed over.
+    A line that is no record is passed over: a killed process may have left one unfinished.
     """
     path = run_dir / FILE
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no {FILE}")
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
+    records = _read_records(path)
     if not records:
         raise UserError(f"{path} has no records yet")
+    return records
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    records = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
+            records.append(record)
     return records
 
 
@@ -185,10 +192,9 @@ def drop_records_after(run_dir: Path, step: int, *, is_evaluated: bool) -> None:
         is_evaluated: whether the evaluation of this step is done and stays.
     """
     path = run_dir / FILE
-    if not path.is_file() or not path.stat().st_size:
+    if not path.is_file():
         return
-    records = read_metrics(run_dir)
-    keep = [r for r in records if (r["step"], r["kind"] == "train") < (step, is_evaluated)]
+    keep = [r for r in _read_records(path) if (r["step"], r["kind"] == "train") < (step, is_evaluated)]
     aside = path.with_name(f".{FILE}")
     try:
         aside.write_text("".join(json.dumps(r) + "\n" for r in keep), encoding="utf-8")

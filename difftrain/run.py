@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from difftrain.checkpoint import Checkpoint
-from difftrain.config import Config
+from difftrain.config import Config, UserError
 from difftrain.corruption import corrupt
 from difftrain.data import Corpus, sample_indices
 from difftrain.evaluate import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
@@ -65,8 +65,8 @@ class Run:
         # What the best loss is measured by: a best of another measure says nothing.
         self.measure = [self.validation_set.id, config.penalty_keep_mask, config.penalty_mask_correct]
         self.step = self.saved_step = 0
-        self.best_loss, self.is_evaluated = math.inf, False
-        self.bad_steps = 0  # in a row
+        self.best_loss, self.best_step, self.is_evaluated = math.inf, None, False
+        self.bad_steps, self.skipped_steps = 0, 0  # not applied: in a row, in all
         self.usual_norm, self.norms = 0.0, 0  # running mean of the gradient's norm, and of how many steps
         if checkpoint:
             self._restore(checkpoint)
@@ -87,24 +87,31 @@ class Run:
         return {
             "scaler": self.scaler.state_dict(),
             "best_loss": self.best_loss,
+            "best_step": self.best_step,
             "measure": self.measure,
             "is_evaluated": self.is_evaluated,
             "bad_steps": self.bad_steps,
+            "skipped_steps": self.skipped_steps,
             "usual_norm": self.usual_norm,
             "norms": self.norms,
         }
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
         restore_optimizer(self.model, self.optimizer, checkpoint.read_optimizer)
-        if state["scaler"]:  # empty where the run was not in fp16
-            self.scaler.load_state_dict(state["scaler"])
         self.step = self.saved_step = checkpoint.step
-        self.bad_steps, self.usual_norm, self.norms = (
-            state[key] for key in ("bad_steps", "usual_norm", "norms")
-        )
-        if state["measure"] == self.measure:
-            self.best_loss, self.is_evaluated = state["best_loss"], state["is_evaluated"]
+        try:
+            state = checkpoint.state
+            if state["scaler"]:  # empty where the run was not in fp16
+                self.scaler.load_state_dict(state["scaler"])
+            self.bad_steps, self.skipped_steps = int(state["bad_steps"]), int(state["skipped_steps"])
+            self.usual_norm, self.norms = float(state["usual_norm"]), int(state["norms"])
+            if state["measure"] == self.measure:
+                self.best_loss, self.best_step = float(state["best_loss"]), state["best_step"]
+                self.is_evaluated = bool(state["is_evaluated"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{checkpoint.folder} does not fit this version of difftrain: {error!r}"
+            ) from None
 
     def evaluate(self) -> dict[str, Any]:
         """One pass over the validation set, as a metrics record."""
@@ -155,10 +162,10 @@ class Run:
         config = self.config
         parameters = self.model.parameters()
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
-        total = (norm + loss_sum).item()  # one number, so that the host waits for the device once
-        norm = norm.item()
-        is_spike = self._is_spike(norm)
+        # Together, so that the host waits for the device once.
+        norm, total = torch.stack((norm, (norm + loss_sum).to(norm.dtype))).tolist()
         is_bad, *flags = self.runtime.any_process(not math.isfinite(total), *flags)
+        is_spike = not is_bad and self._is_spike(norm)
         if not (is_bad or is_spike):
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -167,7 +174,7 @@ class Run:
             "its loss or gradient is not finite" if is_bad else f"its gradient's norm {norm:.3g} is a spike"
         )
         if is_bad or is_spike:
-            self.bad_steps += 1
+            self.bad_steps, self.skipped_steps = self.bad_steps + 1, self.skipped_steps + 1
             self.say(f"warning: step {self.step} is not applied: {reason}")
         else:
             self.bad_steps = 0
@@ -183,8 +190,6 @@ class Run:
 
         A spike moves the usual norm too, as far as no spike could, so that a lasting change is accepted.
         """
-        if not math.isfinite(norm):
-            return False
         most = self.config.spike_factor * self.usual_norm if self.config.spike_factor else math.inf
         is_spike = self.norms == SPIKE_MEMORY and norm > most
         self.norms = min(self.norms + 1, SPIKE_MEMORY)

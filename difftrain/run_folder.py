@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from difftrain.checkpoint import Checkpoint, find_newest_good, remove_leftovers
@@ -11,6 +15,7 @@ from difftrain.data import Corpus
 from difftrain.metrics import FILE
 
 RUN_ENTRIES = (FILE, "checkpoints", "samples", "plots", "tensorboard", "wandb", CONFIG_FILE)
+LOCK = ".lock"
 MODEL_KEYS = ("mode", "block_size", "n_layer", "n_head", "n_embd", "bias", "position")
 
 
@@ -21,8 +26,28 @@ def check_run_dir(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
         raise UserError(
             f"out_dir {run_dir} already holds a run; give --resume, --overwrite or another out_dir"
         )
-    if not is_run and run_dir.is_dir() and any(run_dir.iterdir()):
+    if not is_run and run_dir.is_dir() and any(path.name != LOCK for path in run_dir.iterdir()):
         raise UserError(f"out_dir {run_dir} is not empty and not a run folder")
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Within it no other process writes this run's folder; raises UserError where one does."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / LOCK).open("a")
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise UserError(f"out_dir {run_dir} is not writable: {error.strerror or error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"out_dir {run_dir} is in use by another process") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def claim_run_dir(run_dir: Path, config: Config, *, resume: bool) -> None:
@@ -39,7 +64,10 @@ def claim_run_dir(run_dir: Path, config: Config, *, resume: bool) -> None:
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-        aside.write_text(config.to_toml(), encoding="utf-8")
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(config.to_toml())
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(run_dir / CONFIG_FILE)
     except OSError as error:
         if error.errno in DISK_FULL:

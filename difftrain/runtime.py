@@ -95,11 +95,6 @@ class Runtime:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 
-    def wait_for_all(self) -> None:
-        """Return when every process has come here."""
-        if self.world_size > 1:
-            dist.barrier()
-
 
 def resolve_device(name: str) -> torch.device:
     """The device that the option ``device`` names; "auto" takes CUDA, then mps, then the CPU."""
@@ -198,6 +193,8 @@ def stop_requests() -> Iterator[StopRequest]:
         if stop.requested_at is None:
             stop.requested_at = time.monotonic()
         elif time.monotonic() - stop.requested_at > ONE_KEYSTROKE:
+            if dist.is_initialized():  # an exception would wait for the others in a collective
+                os._exit(130)
             raise KeyboardInterrupt
 
     previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}

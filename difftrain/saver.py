@@ -44,19 +44,19 @@ class CheckpointSaver:
         optimizer: Any,
         state: dict[str, Any],
         *,
-        is_best: bool,
+        best_step: int | None,
     ) -> None:
         """Save this moment's state; every process must call. Raises what an earlier save failed with."""
         self.finish()
         if is_sharded(model):
-            self._save_shards(step, model, optimizer, state, is_best)
+            self._save_shards(step, model, optimizer, state, best_step)
         elif self._runtime.is_main:
             weights, moments = (
                 _copies(dict(model.named_parameters())),
                 _copies(optimizer_tensors(model, optimizer)),
             )
             self._thread = threading.Thread(
-                target=self._write, args=(step, weights, moments, state, is_best), daemon=True
+                target=self._write, args=(step, weights, moments, state, best_step), daemon=True
             )
             self._thread.start()
 
@@ -82,7 +82,9 @@ class CheckpointSaver:
         elif self._thread and not issubclass(kind, KeyboardInterrupt):  # who stops at once does not wait
             self._thread.join()
 
-    def _write(self, step: int, weights: dict, moments: dict, state: dict[str, Any], is_best: bool) -> None:
+    def _write(
+        self, step: int, weights: dict, moments: dict, state: dict[str, Any], best_step: int | None
+    ) -> None:
         try:
             save_checkpoint(
                 self._run_dir,
@@ -92,13 +94,13 @@ class CheckpointSaver:
                 state,
                 self._config,
                 self._vocabulary,
-                is_best=is_best,
+                best_step=best_step,
             )
         except Exception as error:  # whatever it is, the loop must hear of it
             self._error = error
 
     def _save_shards(
-        self, step: int, model: Transformer, optimizer: Any, state: dict[str, Any], is_best: bool
+        self, step: int, model: Transformer, optimizer: Any, state: dict[str, Any], best_step: int | None
     ) -> None:
         is_main = self._runtime.is_main
         reshard(model)
@@ -120,7 +122,7 @@ class CheckpointSaver:
                 lambda: (
                     is_main
                     and complete_checkpoint(
-                        aside, weights, state, self._config, self._vocabulary, is_best=is_best
+                        aside, weights, state, self._config, self._vocabulary, best_step=best_step
                     )
                 )
             )

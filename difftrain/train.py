@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from difftrain.checkpoint import Checkpoint
+from difftrain.checkpoint import Checkpoint, point_to_best
 from difftrain.config import Config, FailedElsewhere
 from difftrain.data import Corpus, open_corpus
 from difftrain.metrics import (
@@ -22,7 +25,7 @@ from difftrain.metrics import (
     summary_line,
 )
 from difftrain.run import Run, TrainingFailed
-from difftrain.run_folder import check_run_dir, claim_run_dir, find_resume_point
+from difftrain.run_folder import check_run_dir, claim_run_dir, find_resume_point, locked
 from difftrain.runtime import Runtime, is_lost_peer, start_runtime, stop_requests
 from difftrain.saver import CheckpointSaver
 from difftrain.schedule import learning_rate, masking_penalties
@@ -69,14 +72,17 @@ def _train(config: Config, runtime: Runtime, **asked: bool) -> dict[str, Any]:
         record = run.evaluate()
         say(summary_line(record))
         return record
-    runtime.main_first(lambda: runtime.is_main and _claim(run, resume=asked["resume"]))
-    return _loop(run)
+    with ExitStack() as stack:
+        runtime.main_first(lambda: runtime.is_main and _claim(run, stack, resume=asked["resume"]))
+        return _loop(run)
 
 
-def _claim(run: Run, *, resume: bool) -> None:
-    """Make the folder this run's; from here on it is written to."""
+def _claim(run: Run, stack: ExitStack, *, resume: bool) -> None:
+    """Make the folder this run's, as long as the stack is open; from here on it is written to."""
+    stack.enter_context(locked(run.folder))
     claim_run_dir(run.folder, run.config, resume=resume)
     drop_records_after(run.folder, run.step, is_evaluated=run.is_evaluated)
+    point_to_best(run.folder / "checkpoints", run.best_step)
 
 
 def _open(
@@ -94,6 +100,9 @@ def _open(
     checkpoint, problems = find_resume_point(run_dir, config, corpus)
     for problem in problems:
         say(f"warning: {problem}; going on from {checkpoint.folder.name}")
+    for key, was in dataclasses.asdict(checkpoint.config).items():
+        if key != "out_dir" and (now := getattr(config, key)) != was:
+            say(f"note: {key} was {was} in {checkpoint.folder.name} and is {now} from here on")
     return checkpoint, corpus
 
 
@@ -107,8 +116,8 @@ def _loop(run: Run) -> dict[str, Any]:
         total=config.max_iters, initial=run.step, disable=not runtime.shows_progress(), unit="step"
     )
 
-    def save(*, is_best: bool = False) -> None:
-        saver.save(run.step, run.model, run.optimizer, run.state(), is_best=is_best)
+    def save() -> None:
+        saver.save(run.step, run.model, run.optimizer, run.state(), best_step=run.best_step)
         run.saved_step = run.step
 
     record: dict[str, Any] = {}
@@ -116,19 +125,13 @@ def _loop(run: Run) -> dict[str, Any]:
     seconds, timed_from, is_stopping = 0.0, run.step, False
     with stop_requests() as stop, log, progress, saver:
         while True:
-            if is_stopping:
-                if run.saved_step != run.step:
-                    save()
-                saver.finish()
-                say(
-                    f"stopped after {run.step} steps; go on with: difftrain train --resume --out_dir {run.folder}"
-                )
-                return record
             is_last = run.step == config.max_iters
-            if (run.step % config.eval_interval == 0 or is_last) and not run.is_evaluated:
+            is_due = run.step % config.eval_interval == 0 or is_last
+            if is_due and not run.is_evaluated and not is_stopping:
                 record = run.evaluate()
                 is_best = record["loss_final"] < run.best_loss
-                run.best_loss = min(run.best_loss, record["loss_final"])
+                if is_best:
+                    run.best_loss, run.best_step = record["loss_final"], run.step
                 run.is_evaluated = True
                 for key, message in health_warnings(record, config):
                     if key not in warned:
@@ -136,7 +139,17 @@ def _loop(run: Run) -> dict[str, Any]:
                     warned.add(key)
                 log.write(record)
                 if config.always_save_checkpoint or is_best or is_last:
-                    save(is_best=is_best)
+                    save()
+                (is_stopping,) = runtime.any_process(stop.requested)
+            if is_stopping and not (is_last and run.is_evaluated):
+                if run.saved_step != run.step:
+                    save()
+                saver.finish()
+                say(
+                    f"stopped after {run.step} steps; go on with: "
+                    f"difftrain train --resume --out_dir {shlex.quote(str(run.folder))}"
+                )
+                return record
             if is_last:
                 break
 
@@ -160,6 +173,7 @@ def _loop(run: Run) -> dict[str, Any]:
                 train_record |= {"pk": pk, "pm": pm, "lr": lr, "grad_norm": grad_norm}
                 train_record["tokens_per_second"] = (run.step + 1 - timed_from) * step_tokens / seconds
                 train_record["peak_memory_mib"] = runtime.peak_memory_mib()
+                train_record["skipped_steps"] = run.skipped_steps
                 train_record["validation_id"] = run.validation_set.id
                 seconds, timed_from = 0.0, run.step + 1
                 say(console_line(train_record))

@@ -32,7 +32,9 @@ def run(tmp_path, tiny):
         state = {"best_loss": 0.5, "usual_norm": 0.1}
         weights = {name: p.detach() for name, p in model.named_parameters()}
         moments = {"a.exp_avg": torch.randn(3), "a.step": torch.tensor(float(step))}
-        save_checkpoint(tmp_path, step, weights, moments, state, config, WORDS, is_best=is_best)
+        save_checkpoint(
+            tmp_path, step, weights, moments, state, config, WORDS, best_step=step if is_best else None
+        )
         return model, moments, state
 
     return tmp_path, save
@@ -247,6 +249,51 @@ def test_a_checkpoint_that_does_not_read_back_never_appears(run, monkeypatch):
         save(2)
     assert names(run_dir) == ["latest", "step-00000001"]
     assert find_checkpoint(run_dir, "latest").step == 1
+
+
+def test_a_users_copies_and_links_among_the_checkpoints_do_no_harm(run, tmp_path_factory):
+    run_dir, save = run
+    home = run_dir / "checkpoints"
+    save(1)
+    elsewhere = tmp_path_factory.mktemp("disk") / "moved"
+    (home / "step-00000001").rename(elsewhere)
+    (home / "step-00000001").symlink_to(elsewhere)
+    (home / "step-backup").mkdir()
+    for step in (2, 3):
+        save(step)
+    (home / "step-00000002").rename(home / "step-00000002.bak")
+    save(4)
+    assert names(run_dir) == [
+        "latest", "step-00000002.bak", "step-00000003", "step-00000004", "step-backup",
+    ]  # fmt: skip
+    assert (elsewhere / "state.json").exists(), "a link goes, what it leads to stays"
+    with pytest.raises(UserError, match="steps there: 3, 4"):
+        find_checkpoint(run_dir, "7")
+
+
+def test_a_file_too_many_or_another_steps_checkpoint_is_refused(run):
+    run_dir, save = run
+    save(1)
+    home = run_dir / "checkpoints"
+    (home / "step-00000001" / "optimizer" / "more.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="more.safetensors is not among the files of step-00000001"):
+        open_checkpoint(home / "step-00000001")
+    (home / "step-00000001" / "optimizer" / "more.safetensors").unlink()
+    (home / "step-00000001").rename(home / "step-00000002")
+    with pytest.raises(UserError, match="does not fit"):
+        open_checkpoint(home / "step-00000002")
+
+
+def test_damaged_newer_checkpoints_do_not_take_the_places_of_good_ones(run):
+    run_dir, save = run
+    for step in (1, 7, 8):
+        save(step)
+    for step in (7, 8):
+        (run_dir / "checkpoints" / f"step-0000000{step}" / "state.json").write_text("")
+    save(2)
+    save(3)
+    assert find_newest_good(run_dir)[0].step == 3
+    assert {"step-00000002", "step-00000003"} <= set(names(run_dir))
 
 
 def test_the_latest_is_never_deleted_even_behind_later_steps(run):

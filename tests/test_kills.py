@@ -69,7 +69,7 @@ def test_a_thousand_harms_to_any_file_are_all_detected_and_name_the_file_and_the
     optimizer.step()
     weights = {name: p.detach() for name, p in model.named_parameters()}
     folder = save_checkpoint(
-        run_dir, 4, weights, optimizer_tensors(model, optimizer), {"best": 0.5}, config, words, is_best=True
+        run_dir, 4, weights, optimizer_tensors(model, optimizer), {"best": 0.5}, config, words, best_step=4
     )
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     assert len(files) == 5
@@ -87,7 +87,7 @@ def test_a_thousand_harms_to_any_file_are_all_detected_and_name_the_file_and_the
         message = str(caught.value)
         # A harmed list of digests may accuse another file first: it is one of this folder's all the same.
         assert str(path if path.name != "digests.json" else folder) in message, (trial, kind, message)
-        assert "resume from the checkpoint before it" in message
+        assert "train --resume goes on from the checkpoint before it" in message
     open_checkpoint(folder)
 
 

@@ -56,7 +56,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_what_is_written_is_t
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {name: t.clone() for name, t in optimizer_tensors(model, optimizer).items()}
     with CheckpointSaver(run_dir, config, WORDS, ALONE) as saver:
-        saver.save(1, model, optimizer, {"a": 1}, is_best=True)
+        saver.save(1, model, optimizer, {"a": 1}, best_step=1)
         assert not (run_dir / "checkpoints" / "latest").exists()
         take_step(model, optimizer)
         slow_writer.set()
@@ -72,10 +72,10 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_what_is_written_is_t
 def test_a_save_waits_for_the_one_before_it(parts, slow_writer):
     config, model, optimizer = parts
     with CheckpointSaver(Path(config.out_dir), config, WORDS, ALONE) as saver:
-        saver.save(1, model, optimizer, {}, is_best=False)
+        saver.save(1, model, optimizer, {}, best_step=None)
         threading.Timer(0.2, slow_writer.set).start()
         began = time.perf_counter()
-        saver.save(2, model, optimizer, {}, is_best=False)
+        saver.save(2, model, optimizer, {}, best_step=None)
         assert time.perf_counter() - began > 0.15
     assert find_checkpoint(Path(config.out_dir), "latest").step == 2
 
@@ -88,7 +88,7 @@ def test_what_a_save_failed_with_reaches_the_loop_and_ends_the_run(parts, monkey
 
     monkeypatch.setattr(saver_module, "save_checkpoint", full)
     saver = CheckpointSaver(Path(config.out_dir), config, WORDS, ALONE)
-    saver.save(1, model, optimizer, {}, is_best=False)
+    saver.save(1, model, optimizer, {}, best_step=None)
     for _ in range(1000):
         if saver.has_failed:
             break
@@ -120,7 +120,7 @@ def test_an_error_elsewhere_lets_the_save_finish_but_a_second_ctrl_c_does_not_wa
 
     def interrupted():
         with CheckpointSaver(Path(config.out_dir), config, WORDS, ALONE) as saver:
-            saver.save(1, model, optimizer, {}, is_best=False)
+            saver.save(1, model, optimizer, {}, best_step=None)
             if error is not KeyboardInterrupt:
                 slow_writer.set()
             raise error

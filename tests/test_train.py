@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from difftrain import checkpoint as checkpoint_module
 from difftrain import loss as loss_module
 from difftrain import run as run_module
+from difftrain import run_folder as run_folder_module
 from difftrain import runtime as runtime_module
 from difftrain.checkpoint import find_checkpoint
 from difftrain.config import UserError
@@ -579,10 +581,11 @@ def test_gpt2_mode_needs_one_token_more_than_block_size(tiny, tmp_path):
     train(tiny(data=str(tmp_path / "a.txt"), max_iters=1))
 
 
-@pytest.mark.parametrize("writer", ["save_file", "write_text"])
-def test_a_full_disk_says_so_and_leaves_no_half_checkpoint(tiny, tmp_path, writer):
-    # From the second checkpoint on no file may exceed 24 KiB: its moments, or its configuration, fail.
-    config = tiny(n_embd=32, max_iters=4, eval_interval=2)
+@pytest.mark.parametrize(("writer", "limit"), [("save_file", 3 << 20), ("write_text", 16)])
+def test_a_full_disk_says_so_and_leaves_no_half_checkpoint(tiny, tmp_path, writer, limit):
+    # From the second checkpoint on no file may exceed the limit: its moments, or its configuration, fail.
+    # 3 MiB is less than the moments and leaves room for anything small.
+    config = tiny(n_embd=256, max_iters=4, eval_interval=2)
     (tmp_path / "c.toml").write_text(config.to_toml())
     code = f"""
 import resource, sys
@@ -592,8 +595,7 @@ holder = {{"save_file": checkpoint, "write_text": Path}}[{writer!r}]
 real = getattr(holder, {writer!r})
 def limited(*arguments, **options):
     if "step-00000002" in str(arguments):
-        size = 24 << 10 if {writer!r} == "save_file" else 16
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
     return real(*arguments, **options)
 setattr(holder, {writer!r}, limited)
 sys.exit(cli.main(["train", "--config", sys.argv[1]]))
@@ -611,6 +613,84 @@ sys.exit(cli.main(["train", "--config", sys.argv[1]]))
     left = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == ["best", "latest", "step-00000000"]
     assert find_checkpoint(tmp_path / "run", "latest").step == 0
+
+
+# What harm a resume survives --------------------------------------------------------------------------
+
+
+def test_the_best_pointer_is_put_right_by_a_resume_and_its_checkpoint_never_deleted(tiny):
+    config = tiny(max_iters=4, eval_interval=1, keep_checkpoints=1, learning_rate=0.5, min_lr=0.5)
+    train(config)
+    home = Path(config.out_dir) / "checkpoints"
+    best = find_checkpoint(Path(config.out_dir), "best").step
+    assert best < 4, "the case in which keeping the newest does not keep the best"
+    for harm in (lambda p: p.unlink(), lambda p: p.write_bytes(b"\0" * 30)):
+        harm(home / "best")
+        config = dataclasses.replace(config, max_iters=config.max_iters + 2)
+        train(config, resume=True)
+        evals = [r for r in records_of(config) if r["kind"] == "eval"]
+        best = min(evals, key=lambda r: r["loss_final"])["step"]
+        assert find_checkpoint(Path(config.out_dir), "best").step == best
+
+
+@pytest.mark.parametrize(
+    "harm", [b"\xff\xfe{", b'{"stop": 1, "kind": "eval"}\n', b"5\n", b"[" * 100_000 + b"\n", None]
+)
+def test_a_harmed_log_never_blocks_a_resume(tiny, harm):
+    config = tiny(max_iters=4)
+    train(config)
+    path = Path(config.out_dir) / "metrics.jsonl"
+    if harm is None:
+        path.write_bytes(bytes(path.stat().st_size))
+    else:
+        with path.open("ab") as file:
+            file.write(harm)
+    train(dataclasses.replace(config, max_iters=6), resume=True)
+    assert records_of(config)[-1]["step"] == 6
+
+
+def test_what_a_resume_changes_is_said(tiny, capsys):
+    config = tiny(max_iters=2)
+    train(config)
+    train(dataclasses.replace(config, max_iters=4, learning_rate=2e-2), resume=True)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert notes == [
+        "note: max_iters was 2 in step-00000002 and is 4 from here on",
+        "note: learning_rate was 0.01 in step-00000002 and is 0.02 from here on",
+    ]
+
+
+def test_two_runs_never_write_one_folder(tiny, monkeypatch):
+    config = tiny()
+    real, told = run_module.Run.gradients, []
+
+    def starts_another(self, *arguments, **options):
+        if self.step == 5:  # the first checkpoint is there
+            told.append(1)
+            with pytest.raises(UserError, match="is in use by another process"):
+                train(config, resume=True)
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(run_module.Run, "gradients", starts_another)
+    train(config)
+    assert told
+    train(dataclasses.replace(config, max_iters=13), resume=True)
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", '{"scaler": 5}', "[" * 100_000])
+def test_a_state_that_fits_its_digest_but_no_run_is_refused_in_one_line(tiny, state):
+    config = tiny(max_iters=2)
+    train(config)
+    folder = Path(config.out_dir) / "checkpoints" / "step-00000002"
+    (folder / "state.json").write_text(state)
+    digests = json.loads((folder / "digests.json").read_text())
+    digests["state.json"] = checkpoint_module._digest(folder / "state.json")
+    (folder / "digests.json").write_text(json.dumps(digests))
+    if len(state) > 100:  # no JSON that can be read: as good as damaged
+        train(config, resume=True)
+        return
+    with pytest.raises(UserError, match="does not fit this version of difftrain"):
+        train(config, resume=True)
 
 
 # Which loss runs ------------------------------------------------------------------------------------
@@ -694,11 +774,11 @@ def test_a_disk_that_fills_while_resuming_leaves_the_old_configuration(tiny, tmp
     train(config)
     before = contents(config.out_dir)
 
-    def full(self, *arguments, **options):
+    def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(run_folder_module.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             train(dataclasses.replace(config, max_iters=4), resume=True)
     assert contents(config.out_dir) == before
