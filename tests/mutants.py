@@ -169,6 +169,8 @@ def survives(file: str, fault: str, text: str, replacement: str) -> str:
                 [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *stage],
                 cwd=copy, capture_output=True, text=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
             )  # fmt: skip
+            if run.returncode in (3, 4):  # pytest itself did not run: that kills nothing
+                raise RuntimeError(run.stdout[-500:] + run.stderr[-500:])
             if run.returncode not in (0, 5):  # 5: no test has that name
                 failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
                 return failed[0].split(" - ")[0].split("::")[-1] if failed else f"exit {run.returncode}"
