@@ -10,7 +10,12 @@ RESUME = ["tests/test_resume.py", "-k", "float32 or samples"]
 LOOP = ["tests/test_train.py", "-k", "not full_disk"]
 # In this order; a fault is killed by the first stage that fails.
 STAGES = {
-    CHECKPOINT: (["tests/test_checkpoint.py"], ["tests/test_kills.py"], LOOP),
+    CHECKPOINT: (
+        ["tests/test_checkpoint.py"],
+        ["tests/test_train.py", "-k", "full_disk"],
+        ["tests/test_kills.py"],
+        LOOP,
+    ),
     SAVER: (["tests/test_saver.py"], LOOP),
     RUN: (LOOP, RESUME, ["tests/test_resume.py"], ["tests/test_distributed.py"]),
     TRAIN: (LOOP, RESUME),
