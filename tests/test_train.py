@@ -626,6 +626,8 @@ def test_the_best_pointer_is_put_right_by_a_resume_and_its_checkpoint_never_dele
     assert best < 4, "the case in which keeping the newest does not keep the best"
     for harm in (lambda p: p.unlink(), lambda p: p.write_bytes(b"\0" * 30)):
         harm(home / "best")
+        train(config, resume=True)  # a finished run saves nothing more
+        assert find_checkpoint(Path(config.out_dir), "best").step == best
         config = dataclasses.replace(config, max_iters=config.max_iters + 2)
         train(config, resume=True)
         evals = [r for r in records_of(config) if r["kind"] == "eval"]
