@@ -10,6 +10,7 @@ survives, or if its text is no longer there.
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,24 +18,27 @@ import tempfile
 import time
 from pathlib import Path
 
-import trainer_mutants
-
 ROOT = Path(__file__).resolve().parent.parent
+TRAINER = runpy.run_path(str(ROOT / "tests/difftrain/faults.py"))
 KERNELS = "kernels/difftrain_kernels/triton_kernels.py"
 LOSS = "kernels/difftrain_kernels/logits_loss.py"
 PARALLEL = "kernels/difftrain_kernels/parallel_loss.py"
 # In this order; a fault is killed by the first stage that fails. Hypothesis is late: it shrinks.
 STAGES = {
     KERNELS: (
-        ["tests/test_triton_kernels.py", "-k", "written or label or 2_31 or weights or certain or range"],
-        ["tests/test_triton_kernels.py", "-k", "not rows_match_the_oracle"],
-        ["tests/test_logits_loss.py"],
-        ["tests/test_codegen.py"],
-        ["tests/test_triton_kernels.py", "-k", "rows_match_the_oracle"],
+        [
+            "tests/kernels/test_triton_kernels.py",
+            "-k",
+            "written or label or 2_31 or weights or certain or range",
+        ],
+        ["tests/kernels/test_triton_kernels.py", "-k", "not rows_match_the_oracle"],
+        ["tests/kernels/test_logits_loss.py"],
+        ["tests/kernels/test_codegen.py"],
+        ["tests/kernels/test_triton_kernels.py", "-k", "rows_match_the_oracle"],
     ),
-    LOSS: (["tests/test_logits_loss.py"], ["tests/test_triton_kernels.py"]),
-    PARALLEL: (["tests/test_parallel_loss.py", "-k", "not kernels"],),
-    **trainer_mutants.STAGES,
+    LOSS: (["tests/kernels/test_logits_loss.py"], ["tests/kernels/test_triton_kernels.py"]),
+    PARALLEL: (["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],),
+    **TRAINER["STAGES"],
 }
 # The test that should notice, where it is not among the first; all tests follow if it does not.
 HINTS = {
@@ -150,7 +154,7 @@ MUTANTS = [
     (PARALLEL, "sum's gradient divided by N", "divisor = max(1, len(y)) if self.reduction == \"mean\" else 1", "divisor = max(1, len(y))"),
     (PARALLEL, "slice starts one late", "sum(sizes[:rank]), group", "sum(sizes[:rank]) + 1, group"),
     (PARALLEL, "DTensor split evenly", "[max(0, min(widest, vocab_size - i * widest)) for i in range(len(ranks))]", "[vocab_size // len(ranks)] * len(ranks)"),
-    *trainer_mutants.MUTANTS,
+    *TRAINER["MUTANTS"],
 ]  # fmt: skip
 
 

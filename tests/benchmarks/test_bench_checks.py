@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
 
 import contenders
 import entries
@@ -115,7 +115,7 @@ print(json.dumps(figures))
 
 
 def test_the_plain_kernel_compiles_to_the_losss_own_loops_without_the_predictions_share():
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent.parent
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE_PLAIN, str(root / "benchmarks"), str(root / "kernels")],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "bench_codegen.py"
+BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "bench_codegen.py"
 KEYS = {
     "kernel", "target", "dtype", "vocab_size", "aligned", "registers", "spill_instructions", "wide_accesses",
     "narrow_accesses_in_loops", "fp64_instructions", "slots_scan", "slots_grad",

@@ -1,6 +1,6 @@
 """The loss in Hugging Face's Trainer: a subclass with its own compute_loss. Needs transformers[torch].
 
-    python benchmarks/examples/hf_trainer.py          # after make install, with .venv/bin/python
+    python examples/hf_trainer.py          # after make install, with .venv/bin/python
 
 A tiny BERT with random weights learns counting sequences, in seconds on a CPU; nothing is downloaded.
 """

@@ -1,4 +1,4 @@
-"""The examples under benchmarks/examples: each trains, and its loss is the eager formula at every step."""
+"""The examples under examples: each trains, and its loss is the eager formula at every step."""
 
 import importlib.util
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-FOLDER = Path(__file__).parent.parent / "benchmarks" / "examples"
+FOLDER = Path(__file__).parent.parent.parent / "examples"
 
 
 def example(name):

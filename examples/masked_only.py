@@ -1,6 +1,6 @@
 """Masked-only training, as LLaDA and MDLM do it: only [MASK] positions count, and nothing is replaced.
 
-    python benchmarks/examples/masked_only.py          # after make install, with .venv/bin/python
+    python examples/masked_only.py          # after make install, with .venv/bin/python
 
 Each sequence has its own share t of masked positions. Intact positions carry ``ignore_index``;
 both penalties are 1, so that every weight is 1. With N all positions of the batch, intact ones too:

@@ -11,8 +11,8 @@ from difftrain.config import UserError
 from difftrain.model import Transformer, make_optimizer, optimizer_tensors
 from difftrain.train import train
 from difftrain.vocabulary import Characters
-from launch import run
-from test_resume import digests_of
+from launch import SUPPORT, run
+from run_digests import digests_of
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -22,7 +22,7 @@ def test_kills_during_saves_cost_at_most_one_interval_and_leave_nothing_behind(t
         max_iters=10**6, lr_decay_iters=10**6, eval_interval=1, eval_iters=2, batch_size=4, n_embd=64
     )
     (tmp_path / "c.toml").write_text(endless.to_toml())
-    script = Path(__file__).with_name("kill_runs.py")
+    script = SUPPORT / "kill_runs.py"
     code, out, err = run(script, tmp_path / "c.toml", kills, 1, timeout=20 * kills)
     assert code == 0, out + err
     counts = json.loads(out)

@@ -1,6 +1,4 @@
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 
 import pytest
@@ -9,30 +7,19 @@ from safetensors.torch import load_file
 
 from difftrain.checkpoint import find_checkpoint
 from difftrain.data import open_corpus, sample_indices
-from difftrain.metrics import read_metrics
 from difftrain.run import _make_batch
 from difftrain.runtime import Runtime
 from difftrain.train import train
 from launch import run, train_all
 from resume_runs import train_with_stop
+from run_digests import digests_of
 
-TIMES = ("tokens_per_second", "peak_memory_mib")
 # Evaluations and saves at 0, 5, 10 and 13; the penalties' warmup ends at 6: stops lie before, at and after each.
 STOPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 SCHEDULE = {"max_iters": 13, "eval_interval": 5, "masking_warmup_iters": 6, "dropout": 0.1, "batch_size": 2}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def digests_of(config):
-    """SHA-256 of a finished run's weights, optimiser state, bookkeeping and metrics without times."""
-    folder = find_checkpoint(Path(config.out_dir), "latest").folder
-    assert folder.name == f"step-{config.max_iters:08d}"
-    files = ["model.safetensors", "state.json", "optimizer/optimizer.safetensors"]
-    digests = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in files}
-    records = [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(Path(config.out_dir))]
-    return digests | {"metrics": hashlib.sha256(json.dumps(records).encode()).hexdigest()}
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

@@ -14,7 +14,7 @@ from difftrain.checkpoint import find_checkpoint
 from difftrain.metrics import read_metrics
 from difftrain.train import train
 from launch import finish, run, start, train_all
-from test_resume import TIMES, digests_of
+from run_digests import TIMES, digests_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

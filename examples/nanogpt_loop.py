@@ -1,6 +1,6 @@
 """The loss in a training script as nanoGPT has it: one function is replaced, the loop stays.
 
-    python benchmarks/examples/nanogpt_loop.py          # after make install, with .venv/bin/python
+    python examples/nanogpt_loop.py          # after make install, with .venv/bin/python
 
 A character model reads its own source text, in seconds on a CPU.
 """

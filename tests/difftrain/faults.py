@@ -6,24 +6,24 @@ CHECKPOINT, SAVER, RUN, TRAIN, RUNTIME, METRICS, SCHEDULE, DATA, CORRUPTION = (
         "checkpoint", "saver", "run", "train", "runtime", "metrics", "schedule", "data", "corruption",
     )
 )  # fmt: skip
-RESUME = ["tests/test_resume.py", "-k", "float32 or samples"]
-LOOP = ["tests/test_train.py", "-k", "not full_disk"]
+RESUME = ["tests/difftrain/test_resume.py", "-k", "float32 or samples"]
+LOOP = ["tests/difftrain/test_train.py", "-k", "not full_disk"]
 # In this order; a fault is killed by the first stage that fails.
 STAGES = {
     CHECKPOINT: (
-        ["tests/test_checkpoint.py"],
-        ["tests/test_train.py", "-k", "full_disk"],
-        ["tests/test_kills.py"],
+        ["tests/difftrain/test_checkpoint.py"],
+        ["tests/difftrain/test_train.py", "-k", "full_disk"],
+        ["tests/difftrain/test_kills.py"],
         LOOP,
     ),
-    SAVER: (["tests/test_saver.py"], LOOP),
-    RUN: (LOOP, RESUME, ["tests/test_resume.py"], ["tests/test_distributed.py"]),
+    SAVER: (["tests/difftrain/test_saver.py"], LOOP),
+    RUN: (LOOP, RESUME, ["tests/difftrain/test_resume.py"], ["tests/difftrain/test_distributed.py"]),
     TRAIN: (LOOP, RESUME),
-    RUNTIME: (LOOP, ["tests/test_distributed.py"]),
-    METRICS: (["tests/test_metrics.py"], RESUME),
-    SCHEDULE: (["tests/test_schedule.py"],),
-    DATA: (["tests/test_data.py"], RESUME),
-    CORRUPTION: (["tests/test_corruption.py"],),
+    RUNTIME: (LOOP, ["tests/difftrain/test_distributed.py"]),
+    METRICS: (["tests/difftrain/test_metrics.py"], RESUME),
+    SCHEDULE: (["tests/difftrain/test_schedule.py"],),
+    DATA: (["tests/difftrain/test_data.py"], RESUME),
+    CORRUPTION: (["tests/difftrain/test_corruption.py"],),
 }
 # (file, what is wrong, text, replacement); all occurrences are replaced.
 MUTANTS = [

@@ -11,7 +11,7 @@ import pytest
 
 from difftrain.hf_kernel import BACKENDS, export_kernel
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 LOAD = """
 import sys

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+SUPPORT = Path(__file__).parent  # where the programs that tests start lie
+
 
 def start(*arguments, processes=1, **options):
     """A running ``python ARGUMENTS`` or, with more processes, ``torchrun ARGUMENTS``; one thread each."""
@@ -43,6 +45,6 @@ def train_all(runs, processes, folder):
     """Train [configuration, stop or None] pairs, as resume_runs.py does, in one start of several processes."""
     job = folder / "runs.json"
     job.write_text(json.dumps([[dataclasses.asdict(config), stop_at] for config, stop_at in runs]))
-    script = Path(__file__).with_name("resume_runs.py")
+    script = SUPPORT / "resume_runs.py"
     code, out, err = run(script, job, processes=processes, timeout=300)
     assert code == 0, out + err

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 STDLIB = sys.stdlib_module_names
 
 # What a file may import besides the standard library.
@@ -174,7 +174,7 @@ def test_every_row_of_the_readmes_works_with_names_its_test():
     ]
     for setting in settings:
         assert any(setting in row.split("|")[1] for row in rows), f"no row says how {setting} is tested"
-    tests = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py")}
+    tests = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob("test_*.py")}
     for row in rows:
         file = re.search(r"(test_\w+\.py)::", row)[1]
         for name in re.findall(r"::(test_\w+)", row):
@@ -194,7 +194,8 @@ def test_every_row_of_works_with_names_a_test_that_exists():
         names = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
         assert names, f"no test in {row}"
         for file, name in names:
-            assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+            (path,) = (ROOT / "tests").rglob(file)
+            assert f"def {name}(" in path.read_text(encoding="utf-8"), name
 
 
 def run(code, **options):

@@ -490,7 +490,7 @@ def test_a_whole_curriculum_of_numbers_is_one_triton_kernel(vocab_size, device, 
 
 
 def test_the_readmes_compiled_step_runs(monkeypatch):
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
     section = readme.split("## torch.compile and CUDA graphs")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     plain = torch.compile

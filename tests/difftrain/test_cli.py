@@ -170,5 +170,5 @@ def test_ctrl_c_in_a_real_process_saves_and_exits_with_0(words, tmp_path):
 
 
 def test_the_readme_holds_the_generated_options_table():
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
     assert options_table() in readme
