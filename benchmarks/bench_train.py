@@ -22,15 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from difftrain.checkpoint import find_newest_good
+from difftrain.checkpoints.reading import find_newest_good
+from difftrain.checkpoints.saver import CheckpointSaver
 from difftrain.config import Config
-from difftrain.corruption import corrupt
-from difftrain.data import Corpus, sample_indices
+from difftrain.data import Corpus, corrupt, sample_indices
+from difftrain.data.vocabulary import Ids
 from difftrain.model import Transformer, make_optimizer, restore_optimizer
 from difftrain.runtime import Runtime, start_runtime
-from difftrain.saver import CheckpointSaver
 from difftrain.schedule import masking_penalties
-from difftrain.vocabulary import Ids
 from difftrain_kernels import fused_diffusion_loss
 
 PARTS = ("data", "corruption", "forward", "loss", "backward", "optimizer")

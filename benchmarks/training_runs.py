@@ -24,8 +24,8 @@ import numpy as np
 from commands import run_command
 
 from difftrain.config import Config
-from difftrain.data import GPT2_WORDS
-from difftrain.metrics import FILE
+from difftrain.data.opening import GPT2_WORDS
+from difftrain.reporting.log import FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPLEMENTATIONS = ("reference", "logits", "linear")

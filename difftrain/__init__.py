@@ -1,15 +1,58 @@
-"""difftrain: training masked-diffusion language models under a curriculum of masking penalties."""
+"""difftrain: training masked-diffusion language models under a curriculum of masking penalties.
+
+Every public name is loaded on first use, so that ``import difftrain`` does not import torch.
+"""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from difftrain.config import Config
+    from difftrain.errors import UserError
+    from difftrain.schedule import PenaltyTensors, learning_rate, masking_penalties
+    from difftrain_kernels import (
+        CaseTable,
+        diffusion_loss_reference,
+        fused_diffusion_loss,
+        fused_linear_diffusion_loss,
+        vocab_parallel_diffusion_loss,
+    )
 
 __version__ = "0.1.0"
 
-_LOSSES = ("fused_diffusion_loss", "fused_linear_diffusion_loss")
-__all__ = ["__version__", *_LOSSES]
+__all__ = [
+    "CaseTable",
+    "Config",
+    "PenaltyTensors",
+    "UserError",
+    "__version__",
+    "diffusion_loss_reference",
+    "fused_diffusion_loss",
+    "fused_linear_diffusion_loss",
+    "learning_rate",
+    "masking_penalties",
+    "vocab_parallel_diffusion_loss",
+]
+
+_HOMES = {
+    "CaseTable": "difftrain_kernels",
+    "Config": "difftrain.config",
+    "PenaltyTensors": "difftrain.schedule",
+    "UserError": "difftrain.errors",
+    "diffusion_loss_reference": "difftrain_kernels",
+    "fused_diffusion_loss": "difftrain_kernels",
+    "fused_linear_diffusion_loss": "difftrain_kernels",
+    "learning_rate": "difftrain.schedule",
+    "masking_penalties": "difftrain.schedule",
+    "vocab_parallel_diffusion_loss": "difftrain_kernels",
+}
 
 
 def __getattr__(name: str):
-    """Load the loss on first use, so that ``import difftrain`` does not import torch."""
-    if name in _LOSSES:
-        return getattr(import_module("difftrain_kernels"), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'difftrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from difftrain.config import Config
-from difftrain.corruption import corrupt, mask_share
-from difftrain.data import Corpus
+from difftrain.data import Corpus, corrupt, mask_share
 from difftrain.loss import model_loss
 from difftrain.runtime import Runtime
 from difftrain_kernels import CaseTable

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from difftrain.config import Config, FailedElsewhere, UserError
+from difftrain.config import Config
+from difftrain.errors import FailedElsewhere, UserError
 
 DTYPES = {
     "float32": torch.float32,

@@ -221,7 +221,7 @@ TINY = {
 
 
 def in_process(config, seconds, seen=None):
-    from difftrain.train import train
+    from difftrain.training.loop import train
 
     train(config)
 

@@ -5,17 +5,14 @@ import json
 import pytest
 import torch
 
-from difftrain import checkpoint
-from difftrain.checkpoint import (
-    CONTENT,
-    find_checkpoint,
-    find_newest_good,
-    open_checkpoint,
-    save_checkpoint,
-)
-from difftrain.config import UserError
+from difftrain.checkpoints import folder as folder_names
+from difftrain.checkpoints import writing
+from difftrain.checkpoints.folder import CONTENT
+from difftrain.checkpoints.reading import find_checkpoint, find_newest_good, open_checkpoint
+from difftrain.checkpoints.writing import save_checkpoint
+from difftrain.data.vocabulary import Characters
+from difftrain.errors import UserError
 from difftrain.model import Transformer
-from difftrain.vocabulary import Characters
 
 WORDS = Characters(tuple("abcdef"))
 
@@ -97,7 +94,7 @@ def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_found(run, na
 def test_harmed_digests_are_refused(run):
     run_dir, save = run
     save(1)
-    path = run_dir / "checkpoints" / "step-00000001" / checkpoint.DIGESTS
+    path = run_dir / "checkpoints" / "step-00000001" / folder_names.DIGESTS
     for content in ("", "[]", "{}", json.dumps({"model.safetensors": "0"})):
         path.write_text(content)
         with pytest.raises(UserError, match="damaged"):
@@ -111,7 +108,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_leftovers(run, monkeypatch
     def no_space(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    monkeypatch.setattr(writing, "save_file", no_space)
     with pytest.raises(OSError, match="No space"):
         save(2)
     assert names(run_dir) == ["latest", "step-00000001"]
@@ -133,16 +130,16 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_of_it_under_it
         save(step)
 
     def killed(folder):
-        (folder / checkpoint.WEIGHTS).unlink(missing_ok=True)
+        (folder / folder_names.WEIGHTS).unlink(missing_ok=True)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        patch.setattr(writing.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             save(3)
     for folder in (run_dir / "checkpoints").glob("step-*"):
         open_checkpoint(folder)
-    checkpoint.remove_leftovers(run_dir)
+    writing.remove_leftovers(run_dir)
     assert names(run_dir) == ["latest", "step-00000002", "step-00000003"]
 
 
@@ -179,9 +176,9 @@ def test_a_hostile_pickle_in_any_file_is_refused_unexecuted(run, capsys, name):
     _, moments, _ = save(1)
     folder = run_dir / "checkpoints" / "step-00000001"
     torch.save({"x": _Hostile()}, folder / name)
-    digests = json.loads((folder / checkpoint.DIGESTS).read_text())
-    digests[name] = checkpoint._digest(folder / name)
-    (folder / checkpoint.DIGESTS).write_text(json.dumps(digests))
+    digests = json.loads((folder / folder_names.DIGESTS).read_text())
+    digests[name] = folder_names.digest_of(folder / name)
+    (folder / folder_names.DIGESTS).write_text(json.dumps(digests))
 
     def load_all():
         opened = open_checkpoint(folder)
@@ -224,27 +221,27 @@ def test_everything_is_flushed_before_the_name_appears(run, monkeypatch):
     home = run_dir / "checkpoints"
     flushed = []
     monkeypatch.setattr(
-        checkpoint, "_flush", lambda path: flushed.append((path.name, (home / "step-00000001").exists()))
+        writing, "_flush", lambda path: flushed.append((path.name, (home / "step-00000001").exists()))
     )
     save(1)
     before = [name for name, is_there in flushed if not is_there]
     files = [*CONTENT, "optimizer.safetensors"]
     assert sorted(before[: len(files)]) == sorted(files)
-    assert before[len(files) :] == [checkpoint.DIGESTS, "optimizer", ".writing-step-00000001"]
+    assert before[len(files) :] == [folder_names.DIGESTS, "optimizer", ".writing-step-00000001"]
     assert ("checkpoints", True) in flushed
 
 
 def test_a_checkpoint_that_does_not_read_back_never_appears(run, monkeypatch):
     run_dir, save = run
     save(1)
-    real = checkpoint._flush
+    real = writing._flush
 
     def harms(path):
-        if path.name == checkpoint.STATE:
+        if path.name == folder_names.STATE:
             path.write_bytes(path.read_bytes()[:-1])
         real(path)
 
-    monkeypatch.setattr(checkpoint, "_flush", harms)
+    monkeypatch.setattr(writing, "_flush", harms)
     with pytest.raises(UserError, match=r"state.json is damaged"):
         save(2)
     assert names(run_dir) == ["latest", "step-00000001"]

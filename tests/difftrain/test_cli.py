@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from difftrain.cli import main
-from difftrain.config import Config, options_table, preset_names
+from difftrain.config import Config
+from difftrain.config.options import options_table
+from difftrain.config.sources import preset_names
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 

@@ -3,12 +3,10 @@ import math
 
 import pytest
 
-from difftrain.config import (
-    GROUPS,
+from difftrain.config import Config
+from difftrain.config.options import GROUPS, options_table
+from difftrain.config.sources import (
     LARGEST_TOML,
-    Config,
-    UserError,
-    options_table,
     parse_word,
     preset_names,
     preset_summary,
@@ -16,6 +14,7 @@ from difftrain.config import (
     read_toml,
     resolve_config,
 )
+from difftrain.errors import UserError
 
 
 def test_defaults_are_the_specifications():

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from difftrain.corruption import corrupt, mask_share
-from difftrain.philox import random_words, uniform
+from difftrain.data import corrupt, mask_share
+from difftrain.data.philox import random_words, uniform
 
 V, MASK_ID = 11, 10  # ten words and [MASK]
 KEYS = {"seed": 1337, "split": "train", "vocab_size": V}

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from difftrain.config import Config, UserError
-from difftrain.data import open_corpus, prepare, read_folder, read_plain_pickle, sample_indices
+from difftrain.config import Config
+from difftrain.data import open_corpus, prepare, read_folder, sample_indices
+from difftrain.data.opening import read_plain_pickle
+from difftrain.errors import UserError
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 40
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from difftrain.checkpoint import find_checkpoint
-from difftrain.metrics import read_metrics
-from difftrain.train import train
+from difftrain.checkpoints.reading import find_checkpoint
+from difftrain.reporting.log import read_metrics
+from difftrain.training.loop import train
 from launch import finish, run, start, train_all
 from run_digests import TIMES, digests_of
 

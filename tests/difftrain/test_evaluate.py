@@ -3,8 +3,8 @@ import torch
 
 from difftrain.data import open_corpus
 from difftrain.evaluate import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
-from difftrain.metrics import loss_metrics
 from difftrain.model import Transformer
+from difftrain.reporting.records import loss_metrics
 from difftrain.runtime import Runtime
 from difftrain_kernels import fused_diffusion_loss
 

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftrain.checkpoint import find_checkpoint, open_checkpoint, read_pointer, save_checkpoint
-from difftrain.config import UserError
+from difftrain.checkpoints.folder import read_pointer
+from difftrain.checkpoints.reading import find_checkpoint, open_checkpoint
+from difftrain.checkpoints.writing import save_checkpoint
+from difftrain.data.vocabulary import Characters
+from difftrain.errors import UserError
 from difftrain.model import Transformer, make_optimizer, optimizer_tensors
-from difftrain.train import train
-from difftrain.vocabulary import Characters
+from difftrain.training.loop import train
 from launch import SUPPORT, run
 from run_digests import digests_of
 

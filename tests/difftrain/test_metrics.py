@@ -2,15 +2,10 @@ import math
 
 import pytest
 
-from difftrain.config import Config, UserError
-from difftrain.metrics import (
-    MetricsLog,
-    console_line,
-    drop_records_after,
-    health_warnings,
-    read_metrics,
-    summary_line,
-)
+from difftrain.config import Config
+from difftrain.errors import UserError
+from difftrain.reporting.log import MetricsLog, drop_records_after, read_metrics
+from difftrain.reporting.records import console_line, health_warnings, summary_line
 
 
 def record(step, kind="eval", masked=0.1, intact=0.1, gap=1.0, **changes):

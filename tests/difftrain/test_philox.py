@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from difftrain.philox import below, philox4x32, random_words, uniform
+from difftrain.data.philox import below, philox4x32, random_words, uniform
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from difftrain.config import UserError
-from difftrain.metrics import FILE
-from difftrain.plot import plot_run
-from difftrain.train import train
+from difftrain.errors import UserError
+from difftrain.reporting.log import FILE
+from difftrain.reporting.plot import plot_run
+from difftrain.training.loop import train
 
 
 def size_of(png):

@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from difftrain.checkpoint import find_checkpoint
+from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.data import open_corpus, sample_indices
-from difftrain.run import _make_batch
 from difftrain.runtime import Runtime
-from difftrain.train import train
+from difftrain.training.loop import train
+from difftrain.training.step import _make_batch
 from launch import run, train_all
 from resume_runs import train_with_stop
 from run_digests import digests_of

@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftrain.config import UserError
-from difftrain.sample import SampleRequest, continue_causal, encode_template, fill, sample_run
-from difftrain.train import train
-from difftrain.vocabulary import Characters
+from difftrain.data.vocabulary import Characters
+from difftrain.errors import UserError
+from difftrain.sampling.fill import continue_causal, fill
+from difftrain.sampling.texts import SampleRequest, encode_template, sample_run
+from difftrain.training.loop import train
 
 MASK_ID = 4
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftrain import saver as saver_module
-from difftrain.checkpoint import find_checkpoint
+from difftrain.checkpoints import saver as saver_module
+from difftrain.checkpoints.reading import find_checkpoint
+from difftrain.checkpoints.saver import CheckpointSaver
+from difftrain.data.vocabulary import Characters
 from difftrain.model import Transformer, make_optimizer, optimizer_tensors
 from difftrain.runtime import Runtime
-from difftrain.saver import CheckpointSaver
-from difftrain.vocabulary import Characters
 
 WORDS = Characters(tuple("abcdef"))
 ALONE = Runtime(torch.device("cpu"), torch.float32, rank=0, world_size=1)
@@ -98,8 +98,8 @@ def test_what_a_save_failed_with_reaches_the_loop_and_ends_the_run(parts, monkey
 
 
 def test_a_run_in_which_a_save_fails_ends_within_a_few_steps(tiny, monkeypatch):
-    from difftrain.run import Run
-    from difftrain.train import train
+    from difftrain.training.loop import train
+    from difftrain.training.step import Run
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")

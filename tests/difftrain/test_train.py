@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftrain import checkpoint as checkpoint_module
 from difftrain import loss as loss_module
-from difftrain import run as run_module
-from difftrain import run_folder as run_folder_module
 from difftrain import runtime as runtime_module
-from difftrain.checkpoint import find_checkpoint
-from difftrain.config import UserError
-from difftrain.metrics import read_metrics
+from difftrain.checkpoints.folder import digest_of
+from difftrain.checkpoints.reading import find_checkpoint
+from difftrain.errors import UserError
+from difftrain.reporting.log import read_metrics
 from difftrain.schedule import learning_rate, masking_penalties
-from difftrain.train import TrainingFailed, train
+from difftrain.training import run_folder as run_folder_module
+from difftrain.training import step as step_module
+from difftrain.training.loop import TrainingFailed, train
 
 TIMES = ("tokens_per_second", "peak_memory_mib")
 
@@ -96,7 +96,7 @@ def test_a_resumed_run_ends_in_the_same_weights_and_metrics(tiny, dropout, monke
     broken = dataclasses.replace(straight, out_dir=straight.out_dir + "-broken")
     # A run that dies in its tenth step has saved step 8 and logged beyond it.
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_make_batch", _dies_at(10, run_module._make_batch))
+        patch.setattr(step_module, "_make_batch", _dies_at(10, step_module._make_batch))
         with pytest.raises(RuntimeError, match="killed"):
             train(broken)
     assert records_of(broken)[-1]["step"] == 8
@@ -124,7 +124,7 @@ def test_a_stop_signal_finishes_the_step_saves_and_the_run_goes_on_as_if_never_s
     straight = tiny()
     train(straight)
     stopped = dataclasses.replace(straight, out_dir=straight.out_dir + "-stopped")
-    real = run_module._make_batch
+    real = step_module._make_batch
     calls = []
 
     def signals(*arguments):
@@ -134,7 +134,7 @@ def test_a_stop_signal_finishes_the_step_saves_and_the_run_goes_on_as_if_never_s
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_make_batch", signals)
+        patch.setattr(step_module, "_make_batch", signals)
         train(stopped)
     assert (
         "stopped after 6 steps; go on with: difftrain train --resume --out_dir" in capsys.readouterr().out
@@ -325,7 +325,8 @@ def test_metrics_are_valid_json_whatever_happens(tiny):
 
 
 def test_the_saved_configuration_is_the_run(tiny):
-    from difftrain.config import Config, read_toml
+    from difftrain.config import Config
+    from difftrain.config.sources import read_toml
 
     config = tiny(max_iters=1)
     train(config)
@@ -406,10 +407,10 @@ def test_gpt2_mode_has_no_weights_even_where_mask_is_answered(tiny, spied):
 def test_dropout_differs_by_step_and_rank_and_repeats(tiny):
     draws = {}
     for key in ((1, 0, 0), (1, 1, 0), (1, 0, 1), (2, 0, 0)):
-        run_module._seed_dropout(*key)
+        step_module._seed_dropout(*key)
         draws[key] = torch.rand(4).tolist()
     assert len({tuple(d) for d in draws.values()}) == 4
-    run_module._seed_dropout(1, 0, 0)
+    step_module._seed_dropout(1, 0, 0)
     assert torch.rand(4).tolist() == draws[1, 0, 0]
 
 
@@ -427,7 +428,7 @@ def test_bad_steps_count_only_in_a_row(tiny, monkeypatch, capsys):
 
 
 def test_a_spike_is_left_out_and_a_lasting_change_is_accepted(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(run_module, "SPIKE_MEMORY", 4)
+    monkeypatch.setattr(step_module, "SPIKE_MEMORY", 4)
     real, calls = loss_module.fused_diffusion_loss, []
 
     def steep(logits, *arguments, **options):
@@ -590,8 +591,9 @@ def test_a_full_disk_says_so_and_leaves_no_half_checkpoint(tiny, tmp_path, write
     code = f"""
 import resource, sys
 from pathlib import Path
-from difftrain import checkpoint, cli
-holder = {{"save_file": checkpoint, "write_text": Path}}[{writer!r}]
+from difftrain import cli
+from difftrain.checkpoints import writing
+holder = {{"save_file": writing, "write_text": Path}}[{writer!r}]
 real = getattr(holder, {writer!r})
 def limited(*arguments, **options):
     if "step-00000002" in str(arguments):
@@ -664,7 +666,7 @@ def test_what_a_resume_changes_is_said(tiny, capsys):
 
 def test_two_runs_never_write_one_folder(tiny, monkeypatch):
     config = tiny()
-    real, told = run_module.Run.gradients, []
+    real, told = step_module.Run.gradients, []
 
     def starts_another(self, *arguments, **options):
         if self.step == 5:  # the first checkpoint is there
@@ -673,7 +675,7 @@ def test_two_runs_never_write_one_folder(tiny, monkeypatch):
                 train(config, resume=True)
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(run_module.Run, "gradients", starts_another)
+    monkeypatch.setattr(step_module.Run, "gradients", starts_another)
     train(config)
     assert told
     train(dataclasses.replace(config, max_iters=13), resume=True)
@@ -686,7 +688,7 @@ def test_a_state_that_fits_its_digest_but_no_run_is_refused_in_one_line(tiny, st
     folder = Path(config.out_dir) / "checkpoints" / "step-00000002"
     (folder / "state.json").write_text(state)
     digests = json.loads((folder / "digests.json").read_text())
-    digests["state.json"] = checkpoint_module._digest(folder / "state.json")
+    digests["state.json"] = digest_of(folder / "state.json")
     (folder / "digests.json").write_text(json.dumps(digests))
     if len(state) > 100:  # no JSON that can be read: as good as damaged
         train(config, resume=True)
@@ -736,13 +738,13 @@ def test_a_compiled_run_trains_the_same_model_and_its_curriculum_compiles_nothin
 
     usual = tiny(loss_impl=impl, max_iters=12, log_interval=5, gradient_accumulation_steps=2)
     train(usual)
-    monkeypatch.setattr(run_module.torch, "compile", compile_without_code)
+    monkeypatch.setattr(step_module.torch, "compile", compile_without_code)
     torch._dynamo.reset()
     other = dataclasses.replace(usual, compile=how, out_dir=usual.out_dir + "-compiled")
     counts = []
-    real_update = run_module.Run.update
+    real_update = step_module.Run.update
     monkeypatch.setattr(
-        run_module.Run, "update", lambda self, *a: (counts.append(len(compiled)), real_update(self, *a))[1]
+        step_module.Run, "update", lambda self, *a: (counts.append(len(compiled)), real_update(self, *a))[1]
     )
     train(other)
     torch._dynamo.reset()

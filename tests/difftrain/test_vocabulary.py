@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from difftrain.config import UserError
-from difftrain.vocabulary import Characters, Ids, Tokenizer, from_meta, make_vocabulary
+from difftrain.data.vocabulary import Characters, Ids, Tokenizer, from_meta, make_vocabulary
+from difftrain.errors import UserError
 
 
 def test_characters_round_trip_and_show_mask():

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from difftrain import run as run_module
-from difftrain.checkpoint import find_newest_good, open_checkpoint
-from difftrain.config import Config, read_toml
-from difftrain.train import train
+from difftrain.checkpoints.reading import find_newest_good, open_checkpoint
+from difftrain.config import Config
+from difftrain.config.sources import read_toml
+from difftrain.training import step as step_module
+from difftrain.training.loop import train
 
 
 def start(config: Config, resume: bool, progress: Path) -> int:
@@ -27,13 +28,13 @@ def start(config: Config, resume: bool, progress: Path) -> int:
     child = os.fork()
     if child:
         return child
-    real = run_module._make_batch
+    real = step_module._make_batch
 
     def make_batch(corpus, samples, *rest):
         progress.write_text(str(int(samples[0]) // config.global_batch_size))
         return real(corpus, samples, *rest)
 
-    run_module._make_batch = make_batch
+    step_module._make_batch = make_batch
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         train(config, resume=resume, overwrite=not resume)
     os._exit(0)

@@ -12,8 +12,8 @@ import sys
 import torch
 
 from difftrain.config import Config
-from difftrain.run import Run
-from difftrain.train import train
+from difftrain.training.loop import train
+from difftrain.training.step import Run
 
 
 def train_with_stop(config: Config, stop_at: int | None) -> None:

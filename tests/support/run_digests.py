@@ -4,8 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from difftrain.checkpoint import find_checkpoint
-from difftrain.metrics import read_metrics
+from difftrain.checkpoints.reading import find_checkpoint
+from difftrain.reporting.log import read_metrics
 
 TIMES = ("tokens_per_second", "peak_memory_mib")  # what differs between equal runs
 

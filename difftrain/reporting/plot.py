@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from difftrain.config import UserError
-from difftrain.metrics import read_metrics
+from difftrain.errors import UserError
+from difftrain.reporting.log import read_metrics
 
 COLOURS = {"loss": "#1f77b4", "loss_final": "#d62728", "nll": "#555555"}
 LABELS = {"loss": "at the step's penalties", "loss_final": "at the final penalties", "nll": "no weights"}

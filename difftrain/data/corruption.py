@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from difftrain.philox import below, random_words, uniform
+from difftrain.data.philox import below, random_words, uniform
 
 STREAMS = {"train": 1, "val": 2}  # Philox streams; those of the text windows are in data.py
 

@@ -1,35 +1,16 @@
-"""The configuration: one frozen dataclass; defaults < TOML file < command line."""
+"""Every option: one frozen dataclass, with each one's meaning, unit and range."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import errno
 import json
 import math
-import sys
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from difftrain.errors import UserError
 
 TOML_HEADER = "# difftrain: the configuration of a run"  # by which a run's folder is known
-CONFIG_FILE = "config.toml"
 LARGEST_INT = 2**31 - 1
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LARGEST_TOML = 1 << 20  # bytes; a configuration is a page, anything larger is a mistake
-
-
-class UserError(ValueError):
-    """A mistake of the user's: the command line shows its message alone, in one line."""
-
-
-class FailedElsewhere(UserError):
-    """Another process failed and says why; this one ends without a word."""
 
 
 def option(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
@@ -197,7 +178,6 @@ class Config:
 
 
 TYPES = get_type_hints(Config)
-_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def _checked_type(name: str, value: Any) -> Any:
@@ -226,111 +206,6 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
         high = LARGEST_INT
     if high is not None and value > high:
         raise UserError(f"{field.name} must be at most {high}, got {value}")
-
-
-def parse_word(name: str, word: str) -> Any:
-    """A command-line word as the value of option ``name``; raises UserError."""
-    expected = TYPES[name]
-    try:
-        if expected is bool:
-            return _WORDS[word.lower()]
-        return expected(word) if expected in (int, float) else word
-    except (KeyError, ValueError):
-        kind = "true or false" if expected is bool else expected.__name__
-        raise UserError(f"{name} must be {kind}, got {word!r}") from None
-
-
-def near_matches(name: str, known: list[str]) -> str:
-    """'; did you mean a or b?', or nothing when no known name is like ``name``."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-def preset_names() -> list[str]:
-    """Names of the configurations that come with the package."""
-    folder = resources.files("difftrain") / "presets"
-    return sorted(p.name[: -len(".toml")] for p in folder.iterdir() if p.name.endswith(".toml"))
-
-
-def preset_summary(name: str) -> str:
-    """The first line of a preset's file, which says what it is for."""
-    return _preset_text(name).splitlines()[0].lstrip("# ")
-
-
-def _preset_text(name: str) -> str:
-    return (resources.files("difftrain") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
-
-
-def read_preset(name: str) -> dict[str, Any]:
-    """The keys a preset sets; raises UserError with near matches when there is none."""
-    if name not in preset_names():
-        known = preset_names()
-        hint = near_matches(name, known) or f"; there are {', '.join(known)}"
-        raise UserError(f"no preset named {name!r}{hint}")
-    return _parse_toml(_preset_text(name), f"preset {name}")
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """The keys a TOML file sets; raises UserError for a file that cannot be a configuration."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"configuration file not found: {path}")
-    if path.stat().st_size > LARGEST_TOML:
-        raise UserError(f"{path} is larger than {LARGEST_TOML} bytes, which no configuration is")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    return _parse_toml(text, str(path))
-
-
-def _parse_toml(text: str, origin: str) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{origin} is not valid TOML: {error}") from None
-    except RecursionError:
-        raise UserError(f"{origin} is nested too deep to be a configuration") from None
-    known = list(TYPES)
-    for key in values:
-        if key not in known:
-            raise UserError(f"{origin}: unknown option {key!r}{near_matches(key, known)}")
-    return values
-
-
-def resolve_config(
-    preset: str | None, file: str | None, words: dict[str, str], *, resume: bool = False
-) -> Config:
-    """Defaults < preset < TOML file < command line; a resumed run's own configuration replaces the preset.
-
-    Args:
-        preset: name of a preset.
-        file: path of a TOML file.
-        words: option names and their command-line words.
-        resume: start from the configuration that the run in ``out_dir`` was saved with.
-
-    Raises:
-        UserError: an unknown name, a wrong type or a value out of range.
-    """
-    base = read_preset(preset) if preset else {}
-    explicit = read_toml(file) if file else {}
-    explicit |= {name: parse_word(name, word) for name, word in words.items()}
-    if not resume:
-        return Config(**(base | explicit))
-    out_dir = str((base | explicit).get("out_dir", Config.out_dir))
-    saved = Path(out_dir) / CONFIG_FILE
-    if not is_run_folder(saved.parent):
-        raise UserError(f"cannot resume: {out_dir} is not a run folder")
-    return Config(**(read_toml(saved) | explicit | {"out_dir": out_dir}))
-
-
-def is_run_folder(folder: Path) -> bool:
-    """Whether a run was saved in this folder: its configuration begins with our header."""
-    try:
-        with (folder / CONFIG_FILE).open(encoding="utf-8") as file:
-            return file.readline().rstrip() == TOML_HEADER
-    except (OSError, UnicodeDecodeError):
-        return False
 
 
 def options_table() -> str:

@@ -9,10 +9,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from difftrain.checkpoint import Checkpoint, find_newest_good, remove_leftovers
-from difftrain.config import CONFIG_FILE, DISK_FULL, Config, UserError, is_run_folder
+from difftrain.checkpoints.reading import Checkpoint, find_newest_good
+from difftrain.checkpoints.writing import remove_leftovers
+from difftrain.config import Config
+from difftrain.config.sources import CONFIG_FILE, is_run_folder
 from difftrain.data import Corpus
-from difftrain.metrics import FILE
+from difftrain.errors import DISK_FULL, UserError
+from difftrain.reporting.log import FILE
 
 RUN_ENTRIES = (FILE, "checkpoints", "samples", "plots", "tensorboard", "wandb", CONFIG_FILE)
 LOCK = ".lock"

@@ -9,18 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from difftrain.checkpoint import (
-    complete_checkpoint,
-    folder_aside,
-    save_checkpoint,
-    write_shards,
-    writing_aside,
-)
+from difftrain.checkpoints.folder import folder_aside
+from difftrain.checkpoints.writing import complete_checkpoint, save_checkpoint, write_shards, writing_aside
 from difftrain.config import Config
+from difftrain.data.vocabulary import Vocabulary
 from difftrain.model import Transformer, optimizer_tensors
 from difftrain.parallel import is_sharded, reshard, whole
 from difftrain.runtime import Runtime
-from difftrain.vocabulary import Vocabulary
 
 
 class CheckpointSaver:

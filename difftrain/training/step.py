@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftrain.checkpoint import Checkpoint
-from difftrain.config import Config, UserError
-from difftrain.corruption import corrupt
-from difftrain.data import Corpus, sample_indices
+from difftrain.checkpoints.reading import Checkpoint
+from difftrain.config import Config
+from difftrain.data import Corpus, corrupt, sample_indices
+from difftrain.errors import UserError
 from difftrain.evaluate import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
 from difftrain.loss import choose_loss, model_loss
-from difftrain.metrics import console_line, loss_metrics
 from difftrain.model import Transformer, make_optimizer, restore_optimizer
 from difftrain.parallel import gradient_sync, replicate, reshard, shard, whole
+from difftrain.reporting.records import console_line, loss_metrics
 from difftrain.runtime import Runtime
 from difftrain.schedule import PenaltyTensors, learning_rate, masking_penalties
 from difftrain_kernels import CaseTable

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from difftrain.config import UserError
+from difftrain.errors import UserError
 
 
 class Vocabulary:

@@ -12,23 +12,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from difftrain.checkpoint import Checkpoint, point_to_best
-from difftrain.config import Config, FailedElsewhere
+from difftrain.checkpoints.reading import Checkpoint
+from difftrain.checkpoints.saver import CheckpointSaver
+from difftrain.checkpoints.writing import point_to_best
+from difftrain.config import Config
 from difftrain.data import Corpus, open_corpus
-from difftrain.metrics import (
-    MetricsLog,
-    check_trackers,
-    console_line,
-    drop_records_after,
-    health_warnings,
-    loss_metrics,
-    summary_line,
-)
-from difftrain.run import Run, TrainingFailed
-from difftrain.run_folder import check_run_dir, claim_run_dir, find_resume_point, locked
+from difftrain.errors import FailedElsewhere
+from difftrain.reporting.log import MetricsLog, check_trackers, drop_records_after
+from difftrain.reporting.records import console_line, health_warnings, loss_metrics, summary_line
 from difftrain.runtime import Runtime, is_lost_peer, start_runtime, stop_requests
-from difftrain.saver import CheckpointSaver
 from difftrain.schedule import learning_rate, masking_penalties
+from difftrain.training.run_folder import check_run_dir, claim_run_dir, find_resume_point, locked
+from difftrain.training.step import Run, TrainingFailed
 from difftrain_kernels import CaseTable
 
 

@@ -1,0 +1,176 @@
+"""Reading checkpoints: a folder is taken only when it is complete and unharmed."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_model
+from torch import Tensor, nn
+
+from difftrain.checkpoints.folder import (
+    CONFIG,
+    CONTENT,
+    DIGESTS,
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    digest_of,
+    files_below,
+    put_back_replaced,
+    read_pointer,
+    step_folders,
+    step_of,
+)
+from difftrain.config import Config
+from difftrain.config.sources import is_run_folder
+from difftrain.data.vocabulary import Vocabulary, from_meta
+from difftrain.errors import UserError
+from difftrain.model import Transformer
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder. Nothing in it can execute code: it holds safetensors and JSON.
+
+    Attributes:
+        folder: where it lies.
+        step: optimiser steps taken.
+        config: configuration of the run that wrote it.
+        vocabulary: vocabulary of its data.
+        state: what else the run needs to go on as if never stopped.
+    """
+
+    folder: Path
+    step: int
+    config: Config
+    vocabulary: Vocabulary
+    state: dict[str, Any]
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Copy the weights into ``model``; raises UserError where names or shapes differ."""
+        try:
+            load_model(model, self.folder / WEIGHTS)
+        except (RuntimeError, safetensors.SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.folder} does not fit this model: {reason[:200]}") from None
+
+    def read_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        """Fill tensors with the optimiser's saved ones of the same names; each process its own part.
+
+        Raises UserError where they do not fit.
+        """
+        from torch.distributed import checkpoint, is_initialized
+
+        saved: set[str] = set()
+        for file in (self.folder / OPTIMIZER).iterdir():
+            try:
+                with safetensors.safe_open(file, "pt") as content:
+                    saved |= set(content.keys())
+            except safetensors.SafetensorError as error:
+                raise UserError(f"{file} does not fit this model: {error}") from None
+        if saved != tensors.keys():
+            other = min(saved ^ tensors.keys())
+            raise UserError(
+                f"{self.folder / OPTIMIZER} does not fit this model: only one of them has {other}"
+            )
+        reader = checkpoint.HuggingFaceStorageReader(str(self.folder / OPTIMIZER))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            try:
+                checkpoint.load(tensors, storage_reader=reader, no_dist=not is_initialized())
+            except checkpoint.CheckpointException as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise UserError(f"{self.folder / OPTIMIZER} does not fit this model: {reason}") from None
+
+    def make_model(self, device: torch.device) -> Transformer:
+        """The model with these weights, in evaluation mode."""
+        model = Transformer(self.config, self.vocabulary.vocab_size)
+        self.load_weights(model)
+        return model.to(device).eval()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Verify a checkpoint folder and read its description.
+
+    Raises:
+        UserError: a file is missing or does not match its digest; the message names it, and what to do.
+    """
+    remedy = "train --resume goes on from the checkpoint before it, sample --checkpoint STEP takes another"
+    try:
+        _verify(folder)
+        description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if description["step"] != step_of(folder):
+            raise ValueError(f"step {description['step']}")
+        return Checkpoint(
+            folder,
+            description["step"],
+            Config(**description["config"]),
+            from_meta(description["vocabulary"], str(folder / CONFIG)),
+            dict(json.loads((folder / STATE).read_text(encoding="utf-8"))),
+        )
+    except _Damage as damage:
+        raise UserError(f"{damage}; {remedy}") from None
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG} does not fit this version of difftrain: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder} does not fit this version of difftrain: {error!r}") from None
+
+
+class _Damage(Exception):
+    """A file of a checkpoint is not as it was written."""
+
+
+def _verify(folder: Path) -> None:
+    """Raise _Damage unless every file is there and has its digest."""
+    try:
+        stored = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        if not isinstance(stored, dict) or not stored.keys() >= set(CONTENT):
+            raise ValueError
+    except FileNotFoundError:
+        raise _Damage(f"{folder / DIGESTS} is missing, so {folder.name} is no whole checkpoint") from None
+    except (ValueError, RecursionError):
+        raise _Damage(f"{folder / DIGESTS} is damaged") from None
+    for file in sorted({*stored, *files_below(folder)} - {DIGESTS}):
+        path = folder / file
+        if file not in stored:
+            raise _Damage(f"{path} is not among the files of {folder.name}")
+        if "\0" in file or not path.is_file():
+            raise _Damage(f"{path} is missing, so {folder.name} is no whole checkpoint")
+        if digest_of(path) != stored[file]:
+            raise _Damage(f"{path} is damaged: its digest does not match")
+
+
+def find_checkpoint(run_dir: Path, which: str) -> Checkpoint:
+    """The checkpoint of a run by name: "latest", "best" or a step's number.
+
+    Raises:
+        UserError: not a run folder, no such checkpoint, or a damaged one.
+    """
+    home = run_dir / "checkpoints"
+    if not is_run_folder(run_dir):
+        raise UserError(f"{run_dir} is not a run folder")
+    is_step = which.isascii() and which.isdecimal()
+    name = f"step-{int(which):08d}" if is_step else read_pointer(home, which)
+    if name is None or not (home / name).is_dir():
+        known = ", ".join(str(step_of(p)) for p in step_folders(home)) or "none"
+        raise UserError(f"{run_dir} has no checkpoint {which!r}; steps there: {known}")
+    return open_checkpoint(home / name)
+
+
+def find_newest_good(run_dir: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest unharmed checkpoint of a run, and why each newer one was passed over."""
+    problems: list[str] = []
+    put_back_replaced(run_dir / "checkpoints")
+    for folder in reversed(step_folders(run_dir / "checkpoints")):
+        try:
+            return open_checkpoint(folder), problems
+        except UserError as error:
+            problems.append(str(error))
+    reason = f": {problems[0]}" if problems else ""
+    raise UserError(f"{run_dir} has no checkpoint to resume from{reason}")

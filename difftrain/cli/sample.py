@@ -1,0 +1,50 @@
+"""``difftrain sample``: text from a run's model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "sample",
+        help="write text with a trained model",
+        description="Write text with a trained model: from nothing, after a prompt, or into the gaps of a text.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--prompt", default="", metavar="TEXT", help="the text begins with this")
+    start.add_argument("--infill", metavar="TEXT", help="fill the gaps: ____ is four [MASK]s, _____ five")
+    start.add_argument(
+        "--held_out", action="store_true", help="mask and restore a piece of the validation text"
+    )
+    parser.add_argument("--share", type=float, default=0.15, help="share masked with --held_out [0.15]")
+    parser.add_argument("--length", type=int, default=0, metavar="N", help="tokens a text [block_size]")
+    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts, in one batch [1]")
+    parser.add_argument("--max_steps", type=int, default=64, metavar="N", help="passes of the model [64]")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="divides the logits; 0: greedy [0.8]"
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=0, metavar="N", help="sample among the best N; 0: all [0]"
+    )
+    parser.add_argument(
+        "--by_confidence", action="store_true", help="fill the most certain positions first"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the held-out piece [0]")
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="WHICH", help="best, latest or a step [best]"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
+    parser.set_defaults(command=_run, parser=parser)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from difftrain.sampling.texts import SampleRequest, sample_run
+
+    names = {field.name for field in dataclasses.fields(SampleRequest)}
+    request = SampleRequest(**{name: value for name, value in vars(args).items() if name in names})
+    print(sample_run(args.run, request))

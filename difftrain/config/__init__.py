@@ -1,0 +1,7 @@
+"""The configuration: defaults < preset < TOML file < command line."""
+
+from difftrain.config.options import Config, options_table
+from difftrain.config.sources import resolve_config
+from difftrain.errors import UserError
+
+__all__ = ["Config", "UserError", "options_table", "resolve_config"]

@@ -1,0 +1,77 @@
+"""A corpus: clean tokens (B, T), each window fixed by its sample index."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from difftrain.config import Config
+from difftrain.data.philox import random_words
+from difftrain.data.vocabulary import Vocabulary
+from difftrain.errors import UserError
+
+STREAMS = {"train": 3, "val": 4}  # Philox streams; those of the corruption are in corruption.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Two token files and their vocabulary.
+
+    Attributes:
+        train, val: 1-d arrays of token ids (uint16 or uint32), mapped from their files.
+        vocabulary: words of the ids.
+        folder: where the files lie.
+    """
+
+    train: np.ndarray
+    val: np.ndarray
+    vocabulary: Vocabulary
+    folder: Path
+
+    def windows(self, split: str, samples: Tensor, *, seed: int, length: int) -> Tensor:
+        """Clean tokens of the given samples: (B, length) int64 on the CPU.
+
+        Window b starts at a place drawn uniformly, a pure function of (seed, split, samples[b]).
+
+        Args:
+            split: "train" or "val".
+            samples: (B,) int64 sample indices, on the CPU.
+            seed: run seed.
+            length: tokens a window.
+        """
+        tokens = getattr(self, split)
+        words = random_words(seed, STREAMS[split], samples, 2)
+        # 62 random bits, so that the remainder favours no start, however long the file.
+        draw = (words[:, 0] & 0x3FFFFFFF) << 32 | words[:, 1]
+        starts = (draw % (len(tokens) - length + 1)).numpy()
+        return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
+
+    def unigram_entropy(self) -> float:
+        """Entropy of the validation file's words in nats: what guessing by frequency costs."""
+        counts = np.bincount(self.val)
+        share = counts[counts > 0] / len(self.val)
+        return float(-(share * np.log(share)).sum())
+
+    def check_length(self, length: int) -> None:
+        """Raise UserError unless both splits hold a window of ``length`` tokens."""
+        for split in ("train", "val"):
+            n = len(getattr(self, split))
+            if n < length:
+                raise UserError(
+                    f"the {split} split of {self.folder} has {n} tokens, and block_size asks for {length} at a time"
+                )
+
+
+def sample_indices(step: int, micro_step: int, rank: int, world_size: int, config: Config) -> Tensor:
+    """Which training samples one process takes in one micro-batch: (sequences,) int64.
+
+    Step s takes the samples from s * global_batch_size on, so the samples of a step are the same
+    for every number of processes and every split into micro-batches.
+    """
+    micro_steps, sequences = config.micro_batches(world_size)
+    first = step * config.global_batch_size + (rank * micro_steps + micro_step) * sequences
+    return torch.arange(first, first + sequences)

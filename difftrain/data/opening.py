@@ -1,0 +1,86 @@
+"""Opening a corpus: a folder of token files in nanoGPT's format, or a text that is prepared first."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from difftrain.data.corpus import Corpus
+from difftrain.data.preparing import prepare
+from difftrain.data.vocabulary import Ids, from_meta
+from difftrain.errors import UserError
+
+GPT2_WORDS = 50257  # nanoGPT's folders without meta data hold GPT-2's byte-pair encoding
+
+
+def open_corpus(name: str) -> Corpus:
+    """The corpus that the option ``data`` names; a text is prepared on first use.
+
+    Args:
+        name: "stdlib", a text file, a folder with ``train.bin`` and ``val.bin``, or any other
+            folder, whose text files are taken.
+
+    Raises:
+        UserError: nothing usable is there.
+    """
+    path = Path(name)
+    if name != "stdlib" and path.is_dir() and (path / "train.bin").exists():
+        return read_folder(path)
+    return read_folder(prepare(name))
+
+
+def read_folder(folder: Path) -> Corpus:
+    """A folder in nanoGPT's format: ``train.bin``, ``val.bin`` and ``meta.json`` or ``meta.pkl``."""
+    meta: dict[str, Any] = {}
+    if (folder / "meta.json").exists():
+        meta = _read_json(folder / "meta.json")
+        vocabulary = from_meta(meta, str(folder / "meta.json"))
+    elif (folder / "meta.pkl").exists():
+        meta = read_plain_pickle(folder / "meta.pkl")
+        vocabulary = from_meta(meta, str(folder / "meta.pkl"))
+    else:
+        vocabulary = Ids(GPT2_WORDS)
+    dtype = meta.get("dtype", "uint16")
+    if dtype not in ("uint16", "uint32"):
+        raise UserError(f"{folder}: dtype must be uint16 or uint32, got {dtype!r}")
+    splits = [_map_tokens(folder / f"{split}.bin", dtype, vocabulary.n_words) for split in ("train", "val")]
+    return Corpus(*splits, vocabulary, folder)
+
+
+def _map_tokens(path: Path, dtype: str, n_words: int) -> np.ndarray:
+    if not path.is_file() or path.stat().st_size == 0:
+        raise UserError(f"{path} is missing or empty")
+    if path.stat().st_size % np.dtype(dtype).itemsize:
+        raise UserError(f"{path} is no file of {dtype}: its size is {path.stat().st_size} bytes")
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    largest = int(tokens[: 1 << 24].max())  # a look at the start finds a wrong vocabulary or dtype
+    if largest >= n_words:
+        raise UserError(f"{path} holds the id {largest}, but its vocabulary has {n_words} words")
+    return tokens
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits what needs no class: containers, strings and numbers."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def read_plain_pickle(path: Path) -> Any:
+    """A pickle of plain containers, strings and numbers; anything else raises UserError unexecuted."""
+    try:
+        with path.open("rb") as file:
+            return _PlainUnpickler(file).load()
+    except Exception as error:  # a hostile pickle can raise anything
+        raise UserError(f"{path} is refused: it must hold plain data only ({error})") from None

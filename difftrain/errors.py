@@ -1,0 +1,22 @@
+"""The form of a user's mistake, and of a failure told elsewhere."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the command line shows its message alone, in one line."""
+
+
+class FailedElsewhere(UserError):
+    """Another process failed and says why; this one ends without a word."""
+
+
+def near_matches(name: str, known: list[str]) -> str:
+    """'; did you mean a or b?', or nothing when no known name is like ``name``."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,0 +1,1 @@
+"""What a run tells: records, where they go, and pictures of them."""
