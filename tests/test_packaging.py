@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +21,6 @@ KERNELS = {
     "cases": {"torch"},
     "validation": {"torch"},
     "reference": {"torch", "cases", "validation"},
-    "triton_kernels": {"torch", "triton"},
     "implementation": {"torch", "reference", "triton_kernels"},
     "chunks": {"torch", "cases", "implementation", "triton_kernels"},
     "operators": {
@@ -51,6 +51,40 @@ KERNELS = {
         "triton_kernels",
     },
     "parallel_loss": {"torch", "cases", "implementation", "reference", "validation", "triton_kernels"},
+}
+# The folder triton_kernels: each file also torch and triton, and nothing outside the folder.
+TRITON_KERNELS = {
+    "__init__": {
+        "case_sums",
+        "device",
+        "gradient",
+        "loss",
+        "rescale",
+        "row_statistics",
+        "slices",
+        "tiles",
+    },
+    "tiles": set(),
+    "weights": set(),
+    "device": {"weights"},
+    "row_statistics": {"weights"},
+    "blocks": set(),
+    "streamed_rows": {"blocks", "row_statistics", "weights"},
+    "small_rows": {"row_statistics", "weights"},
+    "gradient": {"blocks", "device", "row_statistics", "small_rows", "streamed_rows", "tiles", "weights"},
+    "loss": {
+        "blocks",
+        "device",
+        "gradient",
+        "row_statistics",
+        "small_rows",
+        "streamed_rows",
+        "tiles",
+        "weights",
+    },
+    "slices": {"blocks", "device", "row_statistics", "small_rows", "streamed_rows", "tiles", "weights"},
+    "case_sums": {"device", "row_statistics", "weights"},
+    "rescale": {"device", "tiles"},
 }
 LEAF = {"torch", "numpy", "safetensors", "difftrain.config", "difftrain.philox", "difftrain.vocabulary"}
 TRAINER = {
@@ -123,10 +157,25 @@ def test_the_trainer_follows_the_import_table(path):
     assert {n for n in imports_of(path) if not allowed(n, TRAINER[path.stem]) and n != "difftrain"} == set()
 
 
-def test_triton_is_imported_by_one_file_and_that_file_late():
-    """The Triton file and the reference never meet: a shared mistake would hide itself."""
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "kernels/difftrain_kernels/triton_kernels").rglob("*.py")), ids=lambda p: p.stem
+)
+def test_the_triton_folder_follows_its_import_table(path):
+    """The kernels and the reference never meet: a shared mistake would hide itself."""
+    assert path.stem in TRITON_KERNELS, "a new file needs its row in the table"
+    permitted = TRITON_KERNELS[path.stem] | {"torch", "triton"}
+    assert {n for n in imports_of(path) if not allowed(n, permitted)} == set()
+
+
+@pytest.mark.parametrize("table", [KERNELS, TRITON_KERNELS], ids=["package", "triton_kernels"])
+def test_imports_run_in_no_circle(table):
+    TopologicalSorter(table).prepare()
+
+
+def test_triton_is_imported_in_one_folder_alone_and_late():
     folder = ROOT / "kernels/difftrain_kernels"
-    assert [p.stem for p in folder.glob("*.py") if "triton" in imports_of(p)] == ["triton_kernels"]
+    importers = [p.relative_to(folder) for p in folder.rglob("*.py") if "triton" in imports_of(p)]
+    assert {p.parts[0] for p in importers} == {"triton_kernels"}
     for path in folder.glob("*.py"):
         top_level = ast.parse(path.read_text(encoding="utf-8")).body
         names = {
@@ -326,4 +375,5 @@ def test_a_built_wheel_holds_both_packages_and_the_presets_and_nothing_else(tmp_
     expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "difftrain").rglob("*.py")}
     expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "difftrain/presets").glob("*.toml")}
     expected |= {p.relative_to(ROOT / "kernels").as_posix() for p in (ROOT / "kernels").rglob("*.py")}
+    assert "difftrain_kernels/triton_kernels/__init__.py" in expected
     assert built == expected
