@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["difftrain", "difftrain.*"]) + find_packages("kernels"),
     package_dir={"difftrain_kernels": "kernels/difftrain_kernels"},
-    package_data={"difftrain": ["presets/*.toml"]},
+    package_data={"difftrain": ["presets/*.toml", "py.typed"], "difftrain_kernels": ["py.typed"]},
     entry_points={"console_scripts": ["difftrain = difftrain.cli:main"]},
     install_requires=[
         "torch>=2.11",
