@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .cases import CaseTable
+from .terms import PLAIN, Terms
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
@@ -43,7 +46,8 @@ def _obstacle_to_triton(dtype: torch.dtype, device: torch.device) -> str:
 
 def as_rows(logits: Tensor) -> Tensor:
     """(N, V) with last stride 1; a view wherever the rows are evenly spaced, else a copy."""
-    rows = logits.detach().reshape(-1, logits.shape[-1])
+    # Not -1, which has no answer where a slice of a vocabulary holds no column.
+    rows = logits.detach().reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
     if rows.shape[1] == 1:
         return rows.as_strided(rows.shape, (rows.stride(0), 1))  # any stride does for one column
     return rows if rows.stride(1) == 1 else rows.contiguous()
@@ -51,42 +55,62 @@ def as_rows(logits: Tensor) -> Tensor:
 
 # Row statistics, a pair (case (N,), columns (n, N)): what one pass over logits (N, V) leaves of each
 # row, for the case table and for the gradient. The first column is the row's loss; the number and
-# the sense of the others are each implementation's own.
+# the sense of the others are each implementation's own, and follow from the terms.
 
 
-def score_rows(uses_triton: bool, logits: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    """The statistics of rows; ``arguments`` are y (N,), x (N,), mask_id, pk, pm, ignore_index."""
+def score_rows(uses_triton: bool, logits: Tensor, *labels, terms: Terms = PLAIN) -> tuple[Tensor, Tensor]:
+    """The statistics of rows; ``labels`` are y (N,), x (N,), mask_id, pk, pm, ignore_index."""
     if not uses_triton:
-        return reference.score_rows(logits, *arguments)
+        return reference.score_rows(logits, *labels, terms)
     from . import triton_kernels
 
-    return triton_kernels.launch_loss(logits, *arguments)
+    return triton_kernels.launch_loss(logits, *labels, terms=terms)
 
 
 def row_gradients(
     uses_triton: bool, logits: Tensor, y: Tensor, statistics: tuple[Tensor, Tensor], upstream: Tensor,
-    *, divisor: float, overwrite: bool = False,
+    *, divisor: float, mask_id: int, terms: Terms = PLAIN, overwrite: bool = False,
 ) -> Tensor:  # fmt: skip
     """The gradient of sum(row losses * upstream) / divisor; where Triton runs, over the logits if asked."""
     if not uses_triton:
-        return reference.row_gradients(logits, y, statistics, upstream, divisor)
+        return reference.row_gradients(
+            logits, y, statistics, upstream, divisor, mask_id=mask_id, terms=terms
+        )
     from . import triton_kernels
 
     statistics = triton_kernels.RowStatistics(*statistics)
     return triton_kernels.launch_gradient(
-        logits, y, statistics, upstream, divisor=divisor, gradient_out=logits if overwrite else None
-    )
+        logits, y, statistics, upstream, divisor=divisor, mask_id=mask_id, terms=terms,
+        gradient_out=logits if overwrite else None,
+    )  # fmt: skip
 
 
-def sum_cases(uses_triton: bool, statistics: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts (3, 3), nll sums (3, 3) and gap sums (3,) of the case table."""
+def sum_cases(uses_triton: bool, statistics: tuple[Tensor, Tensor], terms: Terms = PLAIN) -> tuple:
+    """What :class:`CaseTable` holds but ``n_positions``, in its order; None for what the terms do not have."""
     if uses_triton:
         from . import triton_kernels
 
-        return triton_kernels.launch_case_sums(triton_kernels.RowStatistics(*statistics))
-    case, columns = statistics
-    table = reference.tabulate_cases(case, columns[1], columns[2])
-    return table.counts, table.nll, table.gap
+        return triton_kernels.launch_case_sums(triton_kernels.RowStatistics(*statistics), terms=terms)
+    table = reference.tabulate_cases(reference.scores_of(statistics, terms), terms)
+    weighted = table.weighted if terms.has_own_sums else None
+    return table.counts, table.nll, table.gap, weighted, table.smoothing, table.z_loss
+
+
+def make_table(sums: tuple, n_positions: int) -> CaseTable:
+    """The table of what :func:`sum_cases` returned."""
+    counts, nll, gap, *others = sums
+    return CaseTable(counts, nll, gap, n_positions, *others)
+
+
+def row_values(
+    uses_triton: bool, statistics: tuple[Tensor, Tensor], terms: Terms
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The case of each row, and the fields of :class:`RowOutputs` by name, (N,) each."""
+    if uses_triton:
+        from . import triton_kernels
+
+        return triton_kernels.row_values(triton_kernels.RowStatistics(*statistics), terms)
+    return reference.row_values(reference.scores_of(statistics, terms), terms)
 
 
 def reduce_rows(row_loss: Tensor, reduction: str) -> Tensor:

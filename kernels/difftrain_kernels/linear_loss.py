@@ -13,24 +13,25 @@ count). Matrix products of N*D*V multiplications each, and what is kept until ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .cases import CaseTable
+from .calls import Result, prepare_call
 from .chunks import DEFAULT_WORKSPACE_MIB, ChunkedLoss
-from .implementation import IMPLEMENTATIONS, forbid_second_derivative, reduce_rows, uses_triton
-from .operators import compiled_linear_diffusion_loss
-from .validation import (
-    Penalty,
-    check_choice,
-    check_label_values,
-    check_linear_arguments,
-    check_positive,
-    check_targets,
-    check_upstream_scale,
+from .implementation import (
+    IMPLEMENTATIONS,
+    forbid_second_derivative,
+    make_table,
+    reduce_rows,
+    row_values,
+    sum_cases,
+    uses_triton,
 )
+from .operators import compiled_linear_diffusion_loss
+from .validation import Penalty, check_choice, check_linear_arguments, check_positive, check_upstream_scale
 
 
 def fused_linear_diffusion_loss(
@@ -39,8 +40,8 @@ def fused_linear_diffusion_loss(
     y: Tensor,
     x: Tensor,
     mask_id: int,
-    pk: Penalty,
-    pm: Penalty,
+    pk: Penalty | None = None,
+    pm: Penalty | None = None,
     *,
     bias: Tensor | None = None,
     ignore_index: int = -1,
@@ -51,7 +52,19 @@ def fused_linear_diffusion_loss(
     chunk_tokens: int | None = None,
     workspace_mib: float = DEFAULT_WORKSPACE_MIB,
     upstream_scale: float | None = None,
-) -> Tensor | tuple[Tensor, CaseTable]:
+    token_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    case_weights: Tensor | Sequence[Sequence[float]] | None = None,
+    gate: str = "argmax",
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    forbid_mask: bool = False,
+    logit_scale: float | Tensor | None = None,
+    return_rows: bool = False,
+    entropy: bool = False,
+    shift: int = 0,
+) -> Result:
     """The loss of ``hidden @ weight.T + bias`` without an N x V tensor, in memory or in the graph.
 
     The formula is that of :func:`difftrain_kernels.diffusion_loss_reference`, and so are the
@@ -97,10 +110,14 @@ def fused_linear_diffusion_loss(
         upstream_scale: the gradient that will reach this loss, where it is known. Not needed for
             speed: it spares the gradients of ``hidden`` a second rounding where the factor is not
             a power of two. Changes nothing for "none" and in fp16.
+        token_weights, normalizer, case_weights, gate, softcap, label_smoothing, z_loss, forbid_mask,
+            logit_scale, return_rows, entropy, shift: as in :func:`fused_diffusion_loss`. A position of
+            token weight 0 may hold NaN in its hidden state, like an ignored one.
 
     Returns:
         The loss, fp32 (fp64 for fp64): 0-d, or of y's shape for "none". An empty batch gives NaN
-        for "mean" and 0 for "sum". With ``return_cases``, the pair (loss, CaseTable).
+        for "mean" and 0 for "sum". With ``return_cases`` or ``return_rows`` a tuple, as in
+        :func:`fused_diffusion_loss`.
 
     Raises:
         TypeError: an argument of the wrong Python type.
@@ -115,7 +132,13 @@ def fused_linear_diffusion_loss(
     is_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     check_linear_arguments(hidden, weight, bias, is_autocast)
     vocab_size, device = weight.shape[0], hidden.device
-    check_targets(hidden.shape[:-1], vocab_size, device, y, x, mask_id, pk, pm, ignore_index, reduction)
+    call = prepare_call(
+        hidden.shape[:-1], vocab_size, device, y, x, mask_id, pk, pm,
+        ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, shift=shift,
+        return_cases=return_cases, return_rows=return_rows, entropy=entropy, token_weights=token_weights,
+        case_weights=case_weights, gate=gate, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss,
+        forbid_mask=forbid_mask, logit_scale=logit_scale,
+    )  # fmt: skip
     check_choice("impl", impl, IMPLEMENTATIONS)
     check_upstream_scale(upstream_scale)
     check_positive("workspace_mib", workspace_mib)
@@ -129,31 +152,39 @@ def fused_linear_diffusion_loss(
     workspace_bytes = int(min(workspace_mib * 2**20, 2**62))
     if torch.compiler.is_compiling():
         return compiled_linear_diffusion_loss(
-            hidden, weight, bias, y, x, mask_id, pk, pm,
-            ignore_index=ignore_index, reduction=reduction, uses_triton=is_fused,
-            return_cases=return_cases, check_labels=check_labels, dtype=dtype,
+            hidden, weight, bias, call, uses_triton=is_fused, check_labels=check_labels, dtype=dtype,
             chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
         )  # fmt: skip
     if check_labels:
-        check_label_values(y, vocab_size, ignore_index)
-    pk, pm = (p.detach() if isinstance(p, Tensor) else float(p) for p in (pk, pm))
+        call.check_label_values()
     chunked = ChunkedLoss.plan(
-        vocab_size, y.reshape(-1), int(ignore_index), reduction, dtype, is_fused,
-        chunk_tokens, workspace_bytes, upstream_scale,
+        vocab_size, call.terms, call.y, call.mask_id, call.ignore_index, call.reduction, dtype, is_fused,
+        chunk_tokens, workspace_bytes, call.stated(upstream_scale),
     )  # fmt: skip
-    weighting = (x.reshape(-1), int(mask_id), pk, pm)
-    head = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    pk, pm = (p if isinstance(p, Tensor) else float(p) for p in (call.pk, call.pm))
+    weighting, head = (call.x, pk, pm), (_flat(hidden), weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
         loss, *statistics = _LinearLoss.apply(*head, chunked, weighting)
     else:
         statistics, _ = chunked.run(*head, weighting=weighting)
-        loss = reduce_rows(statistics[1][0], reduction)
-    loss = loss.view(y.shape) if reduction == "none" else loss
-    return (loss, chunked.table(statistics)) if return_cases else loss
+        loss = reduce_rows(statistics[1][0], call.reduction)
+    return call.result(
+        loss,
+        lambda: make_table(sum_cases(is_fused, statistics, call.terms), call.y.numel()),
+        lambda: row_values(is_fused, statistics, call.terms),
+    )
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    """(N, D) where that is a view; a slice of sequences stays as it is, and its chunks are copied one by one."""
+    try:
+        return hidden.view(-1, hidden.shape[-1])
+    except RuntimeError:
+        return hidden
 
 
 class _LinearLoss(torch.autograd.Function):
-    """(hidden (N, D), weight, bias, ...) -> (loss, *statistics); the statistics have no gradient."""
+    """(hidden (..., D), weight, bias, ...) -> (loss, *statistics); the statistics have no gradient."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, chunked, weighting):
@@ -162,6 +193,7 @@ class _LinearLoss(torch.autograd.Function):
         statistics, gradients = chunked.run(hidden, weight, bias, needs, weighting=weighting)
         ctx.chunked, ctx.made = chunked, gradients if is_made_now else None
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.shape = hidden.shape
         ctx.save_for_backward(hidden, weight, bias, chunked.y, *statistics)
         ctx.mark_non_differentiable(*statistics)
         return reduce_rows(statistics[1][0], chunked.reduction), *statistics
@@ -169,7 +201,8 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         with torch.no_grad():
-            gradients = _LinearLoss._gradients(ctx, upstream)
+            of_hidden, *others = _LinearLoss._gradients(ctx, upstream)
+            gradients = [None if of_hidden is None else of_hidden.view(ctx.shape), *others]
         if torch.is_grad_enabled():
             gradients = forbid_second_derivative(gradients)
         return *gradients, None, None

@@ -20,18 +20,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cases import IGNORED, MASK, OTHER, TARGET, CaseTable, tabulate
-from .implementation import IMPLEMENTATIONS, forbid_second_derivative, reduce_rows, uses_triton
-from .reference import kind_and_weight
-from .validation import (
-    LOGITS_DTYPES,
-    Penalty,
-    check_choice,
-    check_label_values,
-    check_targets,
-    check_tensor,
-    is_dtensor,
+from . import reference, sliced_reference
+from .calls import LossCall, Result, prepare_call
+from .cases import CaseTable
+from .implementation import (
+    IMPLEMENTATIONS,
+    as_rows,
+    forbid_second_derivative,
+    make_table,
+    reduce_rows,
+    row_values,
+    sum_cases,
+    uses_triton,
 )
+from .validation import LOGITS_DTYPES, Penalty, check_choice, check_tensor, is_dtensor
 
 
 def vocab_parallel_diffusion_loss(
@@ -39,8 +41,8 @@ def vocab_parallel_diffusion_loss(
     y: Tensor,
     x: Tensor,
     mask_id: int,
-    pk: Penalty,
-    pm: Penalty,
+    pk: Penalty | None = None,
+    pm: Penalty | None = None,
     *,
     slice_sizes: Sequence[int] | None = None,
     group: dist.ProcessGroup | None = None,
@@ -49,7 +51,19 @@ def vocab_parallel_diffusion_loss(
     impl: str = "auto",
     return_cases: bool = False,
     check_labels: bool = False,
-) -> Tensor | tuple[Tensor, CaseTable]:
+    token_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    case_weights: Tensor | Sequence[Sequence[float]] | None = None,
+    gate: str = "argmax",
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    forbid_mask: bool = False,
+    logit_scale: float | Tensor | None = None,
+    return_rows: bool = False,
+    entropy: bool = False,
+    shift: int = 0,
+) -> Result:
     """The loss of logits of which each process holds some columns: a head split over the vocabulary.
 
     The formula is that of :func:`difftrain_kernels.diffusion_loss_reference` for the whole rows, and
@@ -82,11 +96,14 @@ def vocab_parallel_diffusion_loss(
         return_cases: also return the :class:`CaseTable` of this batch.
         check_labels: look for labels outside [0, V) and raise; waits for a GPU. Without it, such
             a label makes its own row's loss and gradient NaN.
+        token_weights, normalizer, case_weights, gate, softcap, label_smoothing, z_loss, forbid_mask,
+            logit_scale, return_rows, entropy, shift: as in :func:`fused_diffusion_loss`; equal on all
+            processes. Smoothing adds two numbers a row to the all-gather, entropy one.
 
     Returns:
         The loss, fp32 (fp64 for fp64 logits), a plain tensor: 0-d, or of y's shape for "none". An
-        empty batch gives NaN for "mean" and 0 for "sum". With ``return_cases``, the pair (loss,
-        CaseTable).
+        empty batch gives NaN for "mean" and 0 for "sum". With ``return_cases`` or ``return_rows`` a
+        tuple, as in :func:`fused_diffusion_loss`.
 
     Raises:
         TypeError: an argument of the wrong Python type.
@@ -102,20 +119,19 @@ def vocab_parallel_diffusion_loss(
         raise ValueError("logits must have shape (..., V_r), got ()")
     rank, sizes = _check_slices(logits.shape[-1], slice_sizes, group)
     vocab_size = sum(sizes)
-    check_targets(
-        logits.shape[:-1], vocab_size, logits.device, y, x, mask_id, pk, pm, ignore_index, reduction
-    )
+    call = prepare_call(
+        logits.shape[:-1], vocab_size, logits.device, y, x, mask_id, pk, pm,
+        ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, shift=shift,
+        return_cases=return_cases, return_rows=return_rows, entropy=entropy, token_weights=token_weights,
+        case_weights=case_weights, gate=gate, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss,
+        forbid_mask=forbid_mask, logit_scale=logit_scale,
+    )  # fmt: skip
     check_choice("impl", impl, IMPLEMENTATIONS)
     if check_labels:
-        check_label_values(y, vocab_size, ignore_index)
-    pk, pm = (p.detach() if isinstance(p, Tensor) else float(p) for p in (pk, pm))
-    share = _Share(
-        x.reshape(-1), int(mask_id), pk, pm, int(ignore_index), sizes, sum(sizes[:rank]), group,
-        reduction, uses_triton(impl, logits),
-    )  # fmt: skip
-    loss, *statistics = _ParallelLoss.apply(logits, y.reshape(-1), share)
-    loss = loss.view(y.shape) if reduction == "none" else loss
-    return (loss, share.table(statistics)) if return_cases else loss
+        call.check_label_values()
+    share = _Share(call, sizes, sum(sizes[:rank]), group, uses_triton(impl, logits))
+    loss, *statistics = _ParallelLoss.apply(logits, call.y, share)
+    return call.result(loss, lambda: share.table(statistics), lambda: share.row_values(statistics))
 
 
 def _from_dtensor(logits, slice_sizes, group) -> tuple[Tensor, list[int], dist.ProcessGroup]:
@@ -160,61 +176,55 @@ class _ParallelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, y, share):
-        statistics = share.statistics(_as_rows(logits, y), y)
+        statistics = share.statistics(as_rows(logits), y)
         ctx.share = share
         ctx.save_for_backward(logits, y, *statistics)
         ctx.mark_non_differentiable(*statistics)
-        return reduce_rows(statistics[1][0], share.reduction), *statistics
+        return reduce_rows(statistics[1][0], share.call.reduction), *statistics
 
     @staticmethod
     def backward(ctx, upstream, *_):
         with torch.no_grad():
             logits, y, *statistics = ctx.saved_tensors
             upstream = upstream.reshape(-1) if upstream.dim() else upstream
-            gradient = ctx.share.gradient(_as_rows(logits, y), y, statistics, upstream).view(logits.shape)
+            gradient = ctx.share.gradient(as_rows(logits), y, statistics, upstream).view(logits.shape)
         if torch.is_grad_enabled():
             (gradient,) = forbid_second_derivative([gradient])
         return gradient, None, None
-
-
-def _as_rows(logits: Tensor, y: Tensor) -> Tensor:
-    """(N, V_r) with last stride 1; a view wherever the rows are evenly spaced, else a copy."""
-    rows = logits.detach().reshape(len(y), logits.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 @dataclass(frozen=True)
 class _Share:
     """One process's share of the vocabulary, and what all processes have in common."""
 
-    x: Tensor
-    mask_id: int
-    pk: Penalty
-    pm: Penalty
-    ignore_index: int
+    call: LossCall
     sizes: list[int]
     start: int  # the slice's first column in the whole vocabulary
     group: dist.ProcessGroup | None
-    reduction: str
     uses_triton: bool
 
     def statistics(self, rows: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(case (N,), columns (6, N)) of the whole rows, as in the kernels' ``RowStatistics``."""
+        """(case (N,), columns (n, N)) of the whole rows."""
         if self.uses_triton:
             from . import triton_kernels as kernels
 
+        call, terms = self.call, self.call.terms
         if rows.shape[1] == 0:
-            message = rows.new_zeros(5, len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
+            size = kernels.message_size(terms) if self.uses_triton else sliced_reference.message_size(terms)
+            dtype = torch.promote_types(rows.dtype, torch.float32)
+            message = torch.zeros(size, len(rows), dtype=dtype, device=rows.device)
         elif self.uses_triton:
-            message = kernels.launch_slice(rows, y, self.mask_id, self.ignore_index, start=self.start)
+            message = kernels.launch_slice(
+                rows, y, call.mask_id, call.ignore_index, start=self.start, terms=terms
+            )
         else:
-            message = _describe_slice(rows, y, self.mask_id, start=self.start)
-        labels = (y, self.x, self.mask_id, self.pk, self.pm, self.ignore_index)
-        combine = kernels.launch_combine if self.uses_triton else _combine
-        return combine(self._exchange(message), *labels, vocab_size=sum(self.sizes))
+            message = sliced_reference.describe_slice(rows, y, call.mask_id, start=self.start, terms=terms)
+        combine = kernels.launch_combine if self.uses_triton else sliced_reference.combine_slices
+        labels = (y, *call.labels[1:])
+        return combine(self._exchange(message), *labels, vocab_size=call.vocab_size, terms=terms)
 
     def _exchange(self, message: Tensor) -> Tensor:
-        """The messages of all slices that have columns, (slices, 5, N), in the vocabulary's order."""
+        """The messages of all slices that have columns, (slices, n, N), in the vocabulary's order."""
         messages = message.new_empty(len(self.sizes), *message.shape)
         if len(self.sizes) == 1 or message.numel() == 0:
             messages.copy_(message)
@@ -228,91 +238,28 @@ class _Share:
 
     def gradient(self, rows: Tensor, y: Tensor, statistics: Sequence[Tensor], upstream: Tensor) -> Tensor:
         """The gradient of this slice, (N, V_r) in the logits' dtype."""
-        divisor = max(1, len(y)) if self.reduction == "mean" else 1
+        call = self.call
+        options = {
+            "divisor": max(1, len(y)) if call.reduction == "mean" else 1,
+            "mask_id": call.mask_id - self.start,
+            "vocab_size": call.vocab_size,
+            "terms": call.terms,
+        }
         if not self.uses_triton or rows.shape[1] == 0:
-            return _slice_gradient(rows, y - self.start, *statistics, upstream / divisor)
+            return sliced_reference.slice_gradients(rows, y - self.start, statistics, upstream, **options)
         from . import triton_kernels
 
         statistics = triton_kernels.RowStatistics(*statistics)
-        return triton_kernels.launch_gradient(rows, y - self.start, statistics, upstream, divisor=divisor)
+        return triton_kernels.launch_gradient(rows, y - self.start, statistics, upstream, **options)
 
     def table(self, statistics: Sequence[Tensor]) -> CaseTable:
-        case, columns = statistics
-        if not self.uses_triton:
-            return tabulate(case // 3, case % 3, case != IGNORED, columns[1], columns[2])
-        from . import triton_kernels
+        if self.uses_triton:
+            return make_table(sum_cases(True, statistics, self.call.terms), self.call.y.numel())
+        scores = sliced_reference.sliced_scores(statistics, self.call.terms)
+        return reference.tabulate_cases(scores, self.call.terms)
 
-        return CaseTable(
-            *triton_kernels.launch_case_sums(triton_kernels.RowStatistics(case, columns)), len(case)
-        )
-
-
-# The same in eager PyTorch, in fp32 (fp64 for fp64). exp(l - top) where the kernel has
-# exp2(l * log2e - shift): without a fused product the subtraction must come first to be exact.
-
-
-def _describe_slice(rows: Tensor, y: Tensor, mask_id: int, *, start: int) -> Tensor:
-    """What a slice tells of each row, (5, N): largest logit, sum of exp without the target on that
-    logit's scale, answer (1 [MASK] + 2 target), target's and [MASK]'s logit (0 in other slices)."""
-    wide, size = rows.to(torch.promote_types(rows.dtype, torch.float32)), rows.shape[1]
-    target, mask = y - start, mask_id - start
-    has_target, has_mask = (target >= 0) & (target < size), 0 <= mask < size
-    target = torch.where(has_target, target, 0)[:, None].long()
-
-    predicted = wide.argmax(1)
-    top = wide.gather(1, predicted[:, None])
-    exps = torch.exp(wide - _finite(top))
-    exps.scatter_(1, target, torch.where(has_target[:, None], 0.0, exps.gather(1, target)))
-    answer = (has_target & (predicted == target[:, 0])) * 2 + (predicted == mask) * has_mask
-    message = [
-        top[:, 0],
-        exps.sum(1),
-        answer,
-        torch.where(has_target, wide.gather(1, target)[:, 0], 0.0),
-        wide[:, mask] if has_mask else torch.zeros_like(top[:, 0]),
-    ]
-    return torch.stack([part.to(wide.dtype) for part in message])
-
-
-def _finite(top: Tensor) -> Tensor:
-    """-inf to the lowest number: (-inf) - (-inf) would be NaN. NaN and +inf stay, and make NaN."""
-    return top.clamp(min=torch.finfo(top.dtype).min)
-
-
-def _combine(messages, y, x, mask_id, pk, pm, ignore_index, *, vocab_size) -> tuple[Tensor, Tensor]:
-    """Row statistics from the messages of all slices; what :func:`_slice_gradient` needs among them."""
-    tops, rests, answers, target_logits, mask_logits = messages.unbind(1)  # (slices, N) each
-    first = tops.argmax(0, keepdim=True)  # the first maximum, NaN counting as one, as within a row
-    top, answer = tops.gather(0, first)[0], answers.gather(0, first)[0]
-    shift = _finite(top)
-    rest = (rests * torch.exp(_finite(tops) - shift)).sum(0)
-
-    is_label = (y >= 0) & (y < vocab_size)
-    log_p = target_logits.sum(0) - shift
-    total = rest + torch.exp(log_p)
-    poison = torch.where(is_label, 1.0, torch.nan).to(total.dtype)
-    nll = (torch.log(total) - log_p) * poison
-
-    says_mask = (answer == 1) | (answer == 3)
-    kind, weight = kind_and_weight(x.long(), y.long(), says_mask, mask_id, pk, pm, nll.dtype)
-    answer = torch.where(says_mask, MASK, torch.where(answer == 2, TARGET, OTHER))
-    case = torch.where(y == ignore_index, IGNORED, kind * 3 + answer)
-    gap = top - mask_logits.sum(0)
-    columns = torch.stack([weight * nll, nll, gap, shift, weight * poison / total, rest])
-    return case, columns.masked_fill(y == ignore_index, 0.0)
-
-
-def _slice_gradient(rows: Tensor, target: Tensor, case, columns, upstream: Tensor) -> Tensor:
-    """softmax minus one-hot, times weight and upstream, for the columns of this slice."""
-    size = rows.shape[1]
-    if size == 0:
-        return torch.empty_like(rows)
-    shift, per_total, rest = columns[3:]
-    factor = per_total * upstream
-    gradient = torch.exp(rows.to(columns.dtype) - shift[:, None]) * factor[:, None]
-    has_target = ((target >= 0) & (target < size))[:, None]
-    target = target[:, None].long().clamp(0, size - 1)
-    # 1 - p is the sum of the others, which loses nothing as p -> 1.
-    at_target = torch.where(has_target, -(rest * factor)[:, None], gradient.gather(1, target))
-    gradient.scatter_(1, target, at_target)
-    return gradient.masked_fill_((case == IGNORED)[:, None], 0.0).to(rows.dtype)
+    def row_values(self, statistics: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.uses_triton:
+            return row_values(True, statistics, self.call.terms)
+        scores = sliced_reference.sliced_scores(statistics, self.call.terms)
+        return reference.row_values(scores, self.call.terms)

@@ -104,23 +104,11 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_loss_arguments(
-    logits: Tensor,
-    y: Tensor,
-    x: Tensor,
-    mask_id: int,
-    pk: Penalty,
-    pm: Penalty,
-    ignore_index: int,
-    reduction: str,
-) -> None:
-    """Check every argument that both implementations of the loss share; see the loss's Raises."""
+def check_logits(logits: Tensor) -> None:
+    """Raise unless ``logits`` is a tensor (..., V) of a dtype that the losses take."""
     check_tensor("logits", logits, LOGITS_DTYPES)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
-    check_targets(
-        logits.shape[:-1], logits.shape[-1], logits.device, y, x, mask_id, pk, pm, ignore_index, reduction
-    )
 
 
 def check_targets(
@@ -181,16 +169,139 @@ def check_positive(name: str, value: object, *, integer: bool = False) -> None:
         raise ValueError(f"{name} must be finite and > 0, got {value}")
 
 
-def check_label_values(y: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Raise ValueError naming the first label outside [0, V) that is not ``ignore_index``.
+def check_label_values(
+    y: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    *,
+    forbidden: int | None = None,
+    token_weights: Tensor | None = None,
+    shift: int = 0,
+) -> None:
+    """Raise ValueError naming the first label outside [0, V) of a position that counts.
 
     Reads the labels back to the host, so it waits for a GPU; meant for debugging.
+
+    Args:
+        forbidden: a word that no position may have for its label either.
+        token_weights: of y's shape; a position of weight 0 does not count.
+        shift: how far y was moved before, which the position named does not show.
     """
-    bad = ((y < 0) | (y >= vocab_size)) & (y != ignore_index)
+    bad = (y < 0) | (y >= vocab_size)
+    bad = (bad if forbidden is None else bad | (y == forbidden)) & (y != ignore_index)
+    if token_weights is not None:
+        bad &= token_weights != 0
     if bad.any():
         first = bad.nonzero()[0]
-        position = tuple(first.tolist())
+        *before, last = first.tolist() if y.dim() else (None,)
+        position = () if last is None else (*before, last + shift)
+        without = "" if forbidden is None else f" without {forbidden}, which is forbidden,"
         raise ValueError(
-            f"y must be in [0, {vocab_size}) or ignore_index {ignore_index}, "
+            f"y must be in [0, {vocab_size}){without} or ignore_index {ignore_index}, "
             f"got {int(y[tuple(first)])} at position {position} ({int(bad.sum())} bad in all)"
         )
+
+
+# Options beyond the two penalties.
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> float:
+    """A finite number within fp32 and the bounds, as a float; raises otherwise."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    value = float(value)
+    bounds = [
+        text
+        for bound, text in ((low, f">= {low}"), (above, f"> {above}"), (below, f"< {below}"))
+        if bound is not None
+    ]
+    fits = (
+        (low is None or value >= low)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
+    if not fits or not abs(value) <= FP32.max:
+        raise ValueError(f"{name} must be finite{''.join(f' and {text}' for text in bounds)}, got {value}")
+    return value
+
+
+def check_constant(name: str, value: Tensor, device: torch.device, shape: tuple[int, ...] = ()) -> None:
+    """Raise ValueError unless ``value`` is a floating-point tensor of this shape on ``device``, and a constant."""
+    if tuple(value.shape) != shape or not value.is_floating_point():
+        what = f"of shape {shape}" if shape else "of no dimension"
+        raise ValueError(
+            f"{name} must be a floating-point tensor {what}, got shape {tuple(value.shape)} and dtype {value.dtype}"
+        )
+    if value.device != device:
+        raise ValueError(f"{name} must be on device {device}, got {value.device}")
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} must not require a gradient: it is a constant of the loss; pass {name}.detach()"
+        )
+
+
+def check_token_weights(value: object, shape: torch.Size, device: torch.device) -> None:
+    """Raise unless ``value`` is a real tensor on ``device`` that broadcasts to ``shape``, and a constant."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"token_weights must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_complex():
+        raise ValueError(f"token_weights must have a real dtype, got {value.dtype}")
+    try:
+        fits = torch.broadcast_shapes(value.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"token_weights must broadcast to y's shape {tuple(shape)}, got {tuple(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(f"token_weights must be on device {device}, got {value.device}")
+    if value.requires_grad:
+        raise ValueError(
+            "token_weights must not require a gradient: they are constants of the loss; pass token_weights.detach()"
+        )
+
+
+def check_case_weights(value: object, device: torch.device) -> tuple[float, ...] | Tensor:
+    """The nine weights, row by row, as floats; or the (3, 3) tensor that holds them. Raises otherwise."""
+    if isinstance(value, Tensor):
+        check_constant("case_weights", value, device, (3, 3))
+        return value.detach()
+    try:
+        rows = [list(row) for row in value]
+    except TypeError:
+        raise TypeError(
+            f"case_weights must be three rows of three numbers or a (3, 3) tensor, got {type(value).__name__}"
+        ) from None
+    if [len(row) for row in rows] != [3, 3, 3]:
+        raise ValueError(
+            f"case_weights must have shape (3, 3), got rows of {[len(row) for row in rows]} numbers"
+        )
+    return tuple(
+        check_number(f"case_weights[{i}][{j}]", weight, low=0.0)
+        for i, row in enumerate(rows)
+        for j, weight in enumerate(row)
+    )
+
+
+def check_normalizer(value: object, reduction: str, device: torch.device) -> None:
+    """Raise unless ``value`` is None, a number >= 0, or a 0-d real tensor on ``device``; and there is a sum to divide."""
+    if value is None:
+        return
+    if reduction == "none":
+        raise ValueError('normalizer must be None for reduction "none", which has no sum to divide')
+    if not isinstance(value, Tensor):
+        check_number("normalizer", value, low=0.0)
+    elif value.dim() or value.is_complex():
+        raise ValueError(
+            f"normalizer must be a 0-d real tensor, got shape {tuple(value.shape)} and dtype {value.dtype}"
+        )
+    elif value.device != device:
+        raise ValueError(f"normalizer must be on device {device}, got {value.device}")

@@ -12,42 +12,32 @@ PACKAGE = ROOT / "difftrain"
 
 # What a file of the losses may import besides the standard library.
 KERNELS = {
-    "__init__": {"cases", "linear_loss", "logits_loss", "parallel_loss", "reference"},
+    "__init__": {"cases", "linear_loss", "logits_loss", "parallel_loss", "recipes", "reference", "rows"},
     "cases": {"torch"},
-    "terms": {"torch"},
     "validation": {"torch"},
-    "reference": {"torch", "cases", "validation"},
-    "implementation": {"torch", "reference", "triton_kernels"},
-    "chunks": {"torch", "cases", "implementation", "triton_kernels"},
+    "terms": {"torch", "validation"},
+    "rows": {"torch", "cases"},
+    "recipes": {"torch", "validation"},
+    "calls": {"torch", "cases", "rows", "terms", "validation"},
+    "reference": {"torch", "calls", "cases", "terms", "validation"},
+    "sliced_reference": {"torch", "cases", "reference", "terms", "validation"},
+    "triton_kernels": {"torch", "triton"},
+    "implementation": {"torch", "cases", "reference", "terms", "triton_kernels"},
+    "chunks": {"torch", "implementation", "terms", "triton_kernels"},
     "operators": {
-        "torch",
-        "cases",
-        "chunks",
-        "implementation",
-        "reference",
-        "validation",
-        "triton_kernels",
+        "torch", "calls", "chunks", "implementation", "reference", "terms", "validation", "triton_kernels",
     },
     "logits_loss": {
-        "torch",
-        "cases",
-        "implementation",
-        "operators",
-        "reference",
-        "validation",
-        "triton_kernels",
+        "torch", "calls", "implementation", "operators", "reference", "validation", "triton_kernels",
     },
     "linear_loss": {
-        "torch",
-        "cases",
-        "chunks",
-        "implementation",
-        "operators",
-        "validation",
+        "torch", "calls", "chunks", "implementation", "operators", "validation", "triton_kernels",
+    },
+    "parallel_loss": {
+        "torch", "calls", "cases", "implementation", "reference", "sliced_reference", "validation",
         "triton_kernels",
     },
-    "parallel_loss": {"torch", "cases", "implementation", "reference", "validation", "triton_kernels"},
-}
+}  # fmt: skip
 # The folder triton_kernels: each file also torch, triton and the terms; nothing else outside the folder.
 TRITON_KERNELS = {
     "__init__": {
