@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from difftrain.config.paths import expand_path
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
@@ -24,7 +26,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> None:
     from difftrain.data import prepare, read_folder
 
-    corpus = read_folder(prepare(args.source, tokenizer=args.tokenizer, out=args.out))
+    corpus = read_folder(
+        prepare(expand_path(args.source), tokenizer=expand_path(args.tokenizer), out=args.out)
+    )
     print(
         f"{corpus.folder}: {len(corpus.train):,} training and {len(corpus.val):,} validation tokens, "
         f"{corpus.vocabulary.n_words} words; train with --data {corpus.folder}"

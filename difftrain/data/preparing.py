@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from difftrain.config.paths import expand_path
 from difftrain.data.vocabulary import make_vocabulary
 from difftrain.errors import UserError
 
@@ -59,9 +60,8 @@ def prepare(name: str, *, tokenizer: str = "char", out: Path | None = None) -> P
 
 def cache_folder() -> Path:
     """Where prepared texts are kept: $DIFFTRAIN_CACHE, else difftrain in the user's cache."""
-    if "DIFFTRAIN_CACHE" in os.environ:
-        return Path(os.environ["DIFFTRAIN_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "difftrain"
+    own = os.environ.get("DIFFTRAIN_CACHE")
+    return Path(expand_path(own or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/difftrain"))
 
 
 def _stdlib_files() -> list[Path]:
