@@ -30,6 +30,7 @@ class SampleRequest:
     prompt: str = ""
     infill: str | None = None
     held_out: bool = False
+    allow_changed_data: bool = False
     share: float = 0.15
     length: int = 0
     num_samples: int = 1
@@ -124,6 +125,12 @@ def _held_out(checkpoint: Checkpoint, request: SampleRequest) -> tuple[Tensor, T
     corpus = open_corpus(config.data)
     if corpus.vocabulary.to_meta() != vocabulary.to_meta():
         raise UserError(f"the data {config.data} has another vocabulary than the checkpoint")
+    changed = set(checkpoint.changed_data(corpus)) - {"train.bin"}  # of which nothing is shown
+    if changed and not request.allow_changed_data:
+        raise UserError(
+            f"the data {config.data} has changed since {checkpoint.folder.name}: {', '.join(sorted(changed))} in "
+            f"{corpus.folder}, so this text may not be held out; --allow_changed_data takes it nevertheless"
+        )
     n_windows = max(1, min(HELD_OUT_WINDOWS, len(corpus.val) // config.block_size))
     index = torch.tensor([request.seed])
     tokens = corpus.windows("val", index, seed=config.seed, length=n_windows * config.block_size)
