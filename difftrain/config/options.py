@@ -64,7 +64,7 @@ class Config:
 
     data: str = option(
         "stdlib",
-        "stdlib (the running Python's own source), a text file, or a folder",
+        "stdlib (the running Python's own source), a text (UTF-8; CRLF is read as LF), or a folder",
         is_path=True,
     )
     block_size: int = option(256, "tokens a sequence", low=1)

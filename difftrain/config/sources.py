@@ -66,7 +66,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     if path.stat().st_size > LARGEST_TOML:
         raise UserError(f"{path} is larger than {LARGEST_TOML} bytes, which no configuration is")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin with a byte-order mark
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     return _parse_toml(text, str(path))

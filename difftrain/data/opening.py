@@ -26,7 +26,7 @@ def open_corpus(name: str, say: Callable[[str], None] | None = None) -> Corpus:
     Args:
         name: "stdlib", a text file, a folder with ``train.bin`` and ``val.bin``, or any other
             folder, whose text files are taken.
-        say: is told of what takes long.
+        say: is told what is taken from a folder of texts, and of what takes long.
 
     Raises:
         UserError: nothing usable is there.
@@ -34,7 +34,7 @@ def open_corpus(name: str, say: Callable[[str], None] | None = None) -> Corpus:
     path = Path(name)
     if name != "stdlib" and path.is_dir() and (path / "train.bin").exists():
         return read_folder(path, say)
-    return read_folder(prepare(name), say)
+    return read_folder(prepare(name, say=say), say)
 
 
 def read_folder(folder: Path, say: Callable[[str], None] | None = None) -> Corpus:
@@ -79,7 +79,7 @@ def _check_size(path: Path, dtype: str) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
