@@ -39,11 +39,15 @@ def reads(monkeypatch):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-@pytest.mark.parametrize("where", [0, (1 << 24) + 5, -1], ids=["first", "beyond the 16 millionth", "last"])
+@pytest.mark.parametrize(
+    "where",
+    [0, BLOCK // 2 - 1, (1 << 24) + 5, -1],
+    ids=["first", "last of a block", "beyond the 16 millionth", "last"],
+)
 def test_one_bad_id_anywhere_is_found_and_its_place_said(tmp_path, name, dtype, where):
     folder = nanogpt_folder(tmp_path / "d", dtype=dtype, meta={"vocab_size": 3, "dtype": dtype})
     ids = np.zeros((1 << 24) + 9, dtype)
-    ids[[where, -1]] = 3, max(3, 7 * (where != -1))
+    ids[where] = 3
     ids.tofile(folder / name)
     position = where % len(ids)
     with pytest.raises(UserError) as caught:
