@@ -59,12 +59,11 @@ def read_folder(folder: Path, say: Callable[[str], None] | None = None) -> Corpu
     record = {"dtype": dtype}
     for name, content in zip(FILES, contents_of(folder, FILES, dtype, say), strict=True):
         record[name] = content.sha256
-        if content.largest >= vocabulary.n_words:
-            found = find_above(folder / name, dtype, vocabulary.n_words)
-            bad, position = found or (content.largest, "unknown")
+        n_words = vocabulary.n_words
+        if content.largest >= n_words and (found := find_above(folder / name, dtype, n_words)):
             raise UserError(
-                f"{folder / name} holds the id {bad} at position {position}, "
-                f"but its vocabulary has {vocabulary.n_words} words"
+                f"{folder / name} holds the id {found[0]} at position {found[1]}, "
+                f"but its vocabulary has {n_words} words"
             )
     splits = [np.memmap(folder / name, dtype=dtype, mode="r") for name in FILES]
     return Corpus(*splits, vocabulary, folder, record)

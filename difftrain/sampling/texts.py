@@ -30,7 +30,6 @@ class SampleRequest:
     prompt: str = ""
     infill: str | None = None
     held_out: bool = False
-    allow_changed_data: bool = False
     share: float = 0.15
     length: int = 0
     num_samples: int = 1
@@ -41,6 +40,7 @@ class SampleRequest:
     seed: int = 0
     checkpoint: str = "best"
     device: str = "auto"
+    allow_changed_data: bool = False
 
     def __post_init__(self) -> None:
         lowest = {"length": 0, "num_samples": 1, "max_steps": 1, "temperature": 0, "top_k": 0, "seed": 0}

@@ -122,7 +122,7 @@ MUTANTS = [
     (CONTENTS, "a file just changed is trusted to stay", "began - SETTLED:", "began:"),
     (CONTENTS, "the type of ids is no mark", '        "dtype": dtype, "size"', '        "size"'),
     (CONTENTS, "a memo that cannot be written is an error", "with contextlib.suppress(OSError):", "with contextlib.nullcontext():"),
-    (OPENING, "[MASK]'s id passes in the data", "if content.largest >= vocabulary.n_words:", "if content.largest > vocabulary.n_words:"),
+    (OPENING, "[MASK]'s id passes in the data", "if content.largest >= n_words and", "if content.largest > n_words and"),
     (READING, "changed data goes on unseen", "if recorded.get(key, value) != value]", "if not recorded.get(key, value)]"),
     (READING, "other words go on unseen", 'return [*changed, "vocabulary"] if has_other_words else changed', "return changed"),
     (STEP, "the data is not recorded", '            "data": self.corpus.record,\n', ""),
