@@ -104,7 +104,7 @@ TRAINER = {
         "reporting", "checkpoints", "difftrain_kernels", "torch", "tqdm",
     },
     "cli": {"errors", "config", "data", "reporting", "sampling", "training"},
-    "hf_kernel": set(),
+    "hf_kernel": {"errors", "config"},
     "__init__": {"errors", "config", "schedule", "difftrain_kernels"},
     "__main__": {"cli"},
 }  # fmt: skip
