@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +44,8 @@ def _obstacle_to_triton(dtype: torch.dtype, device: torch.device) -> str:
 
 def as_rows(logits: Tensor) -> Tensor:
     """(N, V) with last stride 1; a view wherever the rows are evenly spaced, else a copy."""
-    rows = logits.detach().reshape(-1, logits.shape[-1])
+    # Not -1, which has no answer where a slice of a vocabulary holds no column.
+    rows = logits.detach().reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
     if rows.shape[1] == 1:
         return rows.as_strided(rows.shape, (rows.stride(0), 1))  # any stride does for one column
     return rows if rows.stride(1) == 1 else rows.contiguous()

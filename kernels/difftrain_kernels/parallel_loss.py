@@ -20,9 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cases import IGNORED, MASK, OTHER, TARGET, CaseTable, tabulate
-from .implementation import IMPLEMENTATIONS, forbid_second_derivative, reduce_rows, uses_triton
-from .reference import kind_and_weight
+from . import reference
+from .cases import CaseTable
+from .implementation import (
+    IMPLEMENTATIONS,
+    as_rows,
+    forbid_second_derivative,
+    reduce_rows,
+    sum_cases,
+    uses_triton,
+)
 from .validation import (
     LOGITS_DTYPES,
     Penalty,
@@ -160,7 +167,7 @@ class _ParallelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, y, share):
-        statistics = share.statistics(_as_rows(logits, y), y)
+        statistics = share.statistics(as_rows(logits), y)
         ctx.share = share
         ctx.save_for_backward(logits, y, *statistics)
         ctx.mark_non_differentiable(*statistics)
@@ -171,16 +178,10 @@ class _ParallelLoss(torch.autograd.Function):
         with torch.no_grad():
             logits, y, *statistics = ctx.saved_tensors
             upstream = upstream.reshape(-1) if upstream.dim() else upstream
-            gradient = ctx.share.gradient(_as_rows(logits, y), y, statistics, upstream).view(logits.shape)
+            gradient = ctx.share.gradient(as_rows(logits), y, statistics, upstream).view(logits.shape)
         if torch.is_grad_enabled():
             (gradient,) = forbid_second_derivative([gradient])
         return gradient, None, None
-
-
-def _as_rows(logits: Tensor, y: Tensor) -> Tensor:
-    """(N, V_r) with last stride 1; a view wherever the rows are evenly spaced, else a copy."""
-    rows = logits.detach().reshape(len(y), logits.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,9 @@ class _Share:
         elif self.uses_triton:
             message = kernels.launch_slice(rows, y, self.mask_id, self.ignore_index, start=self.start)
         else:
-            message = _describe_slice(rows, y, self.mask_id, start=self.start)
+            message = reference.describe_slice(rows, y, self.mask_id, start=self.start)
         labels = (y, self.x, self.mask_id, self.pk, self.pm, self.ignore_index)
-        combine = kernels.launch_combine if self.uses_triton else _combine
+        combine = kernels.launch_combine if self.uses_triton else reference.combine_slices
         return combine(self._exchange(message), *labels, vocab_size=sum(self.sizes))
 
     def _exchange(self, message: Tensor) -> Tensor:
@@ -230,89 +231,11 @@ class _Share:
         """The gradient of this slice, (N, V_r) in the logits' dtype."""
         divisor = max(1, len(y)) if self.reduction == "mean" else 1
         if not self.uses_triton or rows.shape[1] == 0:
-            return _slice_gradient(rows, y - self.start, *statistics, upstream / divisor)
+            return reference.slice_gradients(rows, y - self.start, statistics, upstream, divisor)
         from . import triton_kernels
 
         statistics = triton_kernels.RowStatistics(*statistics)
         return triton_kernels.launch_gradient(rows, y - self.start, statistics, upstream, divisor=divisor)
 
     def table(self, statistics: Sequence[Tensor]) -> CaseTable:
-        case, columns = statistics
-        if not self.uses_triton:
-            return tabulate(case // 3, case % 3, case != IGNORED, columns[1], columns[2])
-        from . import triton_kernels
-
-        return CaseTable(
-            *triton_kernels.launch_case_sums(triton_kernels.RowStatistics(case, columns)), len(case)
-        )
-
-
-# The same in eager PyTorch, in fp32 (fp64 for fp64). exp(l - top) where the kernel has
-# exp2(l * log2e - shift): without a fused product the subtraction must come first to be exact.
-
-
-def _describe_slice(rows: Tensor, y: Tensor, mask_id: int, *, start: int) -> Tensor:
-    """What a slice tells of each row, (5, N): largest logit, sum of exp without the target on that
-    logit's scale, answer (1 [MASK] + 2 target), target's and [MASK]'s logit (0 in other slices)."""
-    wide, size = rows.to(torch.promote_types(rows.dtype, torch.float32)), rows.shape[1]
-    target, mask = y - start, mask_id - start
-    has_target, has_mask = (target >= 0) & (target < size), 0 <= mask < size
-    target = torch.where(has_target, target, 0)[:, None].long()
-
-    predicted = wide.argmax(1)
-    top = wide.gather(1, predicted[:, None])
-    exps = torch.exp(wide - _finite(top))
-    exps.scatter_(1, target, torch.where(has_target[:, None], 0.0, exps.gather(1, target)))
-    answer = (has_target & (predicted == target[:, 0])) * 2 + (predicted == mask) * has_mask
-    message = [
-        top[:, 0],
-        exps.sum(1),
-        answer,
-        torch.where(has_target, wide.gather(1, target)[:, 0], 0.0),
-        wide[:, mask] if has_mask else torch.zeros_like(top[:, 0]),
-    ]
-    return torch.stack([part.to(wide.dtype) for part in message])
-
-
-def _finite(top: Tensor) -> Tensor:
-    """-inf to the lowest number: (-inf) - (-inf) would be NaN. NaN and +inf stay, and make NaN."""
-    return top.clamp(min=torch.finfo(top.dtype).min)
-
-
-def _combine(messages, y, x, mask_id, pk, pm, ignore_index, *, vocab_size) -> tuple[Tensor, Tensor]:
-    """Row statistics from the messages of all slices; what :func:`_slice_gradient` needs among them."""
-    tops, rests, answers, target_logits, mask_logits = messages.unbind(1)  # (slices, N) each
-    first = tops.argmax(0, keepdim=True)  # the first maximum, NaN counting as one, as within a row
-    top, answer = tops.gather(0, first)[0], answers.gather(0, first)[0]
-    shift = _finite(top)
-    rest = (rests * torch.exp(_finite(tops) - shift)).sum(0)
-
-    is_label = (y >= 0) & (y < vocab_size)
-    log_p = target_logits.sum(0) - shift
-    total = rest + torch.exp(log_p)
-    poison = torch.where(is_label, 1.0, torch.nan).to(total.dtype)
-    nll = (torch.log(total) - log_p) * poison
-
-    says_mask = (answer == 1) | (answer == 3)
-    kind, weight = kind_and_weight(x.long(), y.long(), says_mask, mask_id, pk, pm, nll.dtype)
-    answer = torch.where(says_mask, MASK, torch.where(answer == 2, TARGET, OTHER))
-    case = torch.where(y == ignore_index, IGNORED, kind * 3 + answer)
-    gap = top - mask_logits.sum(0)
-    columns = torch.stack([weight * nll, nll, gap, shift, weight * poison / total, rest])
-    return case, columns.masked_fill(y == ignore_index, 0.0)
-
-
-def _slice_gradient(rows: Tensor, target: Tensor, case, columns, upstream: Tensor) -> Tensor:
-    """softmax minus one-hot, times weight and upstream, for the columns of this slice."""
-    size = rows.shape[1]
-    if size == 0:
-        return torch.empty_like(rows)
-    shift, per_total, rest = columns[3:]
-    factor = per_total * upstream
-    gradient = torch.exp(rows.to(columns.dtype) - shift[:, None]) * factor[:, None]
-    has_target = ((target >= 0) & (target < size))[:, None]
-    target = target[:, None].long().clamp(0, size - 1)
-    # 1 - p is the sum of the others, which loses nothing as p -> 1.
-    at_target = torch.where(has_target, -(rest * factor)[:, None], gradient.gather(1, target))
-    gradient.scatter_(1, target, at_target)
-    return gradient.masked_fill_((case == IGNORED)[:, None], 0.0).to(rows.dtype)
+        return CaseTable(*sum_cases(self.uses_triton, statistics), len(self.x))
