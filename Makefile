@@ -24,13 +24,13 @@ install: .venv/.plot
 	$(PIP) install --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
-# The README's table of options, written from the configuration.
+# The table of options, written from the configuration.
 options: install
 	$(BIN)/python -c "import re, pathlib; from difftrain.config import options_table as table; \
-	p = pathlib.Path('README.md'); mark = r'(?s)(<!-- options -->\n).*(<!-- end of options -->)'; \
+	p = pathlib.Path('docs/options.md'); mark = r'(?s)(<!-- options -->\n).*(<!-- end of options -->)'; \
 	p.write_text(re.sub(mark, lambda m: m[1] + table() + '\n' + m[2], p.read_text()))"
 
-# The README's GPU figures and their picture, written from the newest results file.
+# The GPU figures and their picture, written from the newest results file.
 report: install
 	$(BIN)/python benchmarks/report.py
 
