@@ -1,10 +1,10 @@
 # make demo: install, train a small model, plot, restore a held-out text.  make test: ruff and pytest.
-# make install: only their common set-up. Nothing is installed twice.
+# make install: only their common set-up. make docs: the site, into site/. Nothing is installed twice.
 PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test install options report clean
+.PHONY: demo test install docs options report clean
 
 demo: install
 	$(BIN)/difftrain train demo --overwrite
@@ -19,10 +19,14 @@ test: .venv/.test
 install: .venv/.plot
 
 # One stamp a set of extras, made anew when what is to be installed changes.
-.venv/.plot .venv/.test: .venv/.%: setup.py constraints.txt pyproject.toml
+.venv/.plot .venv/.test .venv/.docs: .venv/.%: setup.py constraints.txt pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	$(PIP) install --constraint constraints.txt --editable ".[$*]"
+	$(PIP) install --no-compile --constraint constraints.txt --editable ".[$*]"
 	touch $@
+
+# The site from README.md, docs/ and the docstrings; a broken link, or a page that would fetch something, fails.
+docs: .venv/.docs
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build
 
 # The table of options, written from the configuration.
 options: install
@@ -35,4 +39,4 @@ report: install
 	$(BIN)/python benchmarks/report.py
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build site *.egg-info .pytest_cache .ruff_cache .hypothesis
