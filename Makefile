@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test install docs options report clean
+.PHONY: demo test install docs options tree report clean
 
 demo: install
 	$(BIN)/difftrain train demo --overwrite
@@ -33,6 +33,10 @@ options: install
 	$(BIN)/python -c "import re, pathlib; from difftrain.config import options_table as table; \
 	p = pathlib.Path('docs/options.md'); mark = r'(?s)(<!-- options -->\n).*(<!-- end of options -->)'; \
 	p.write_text(re.sub(mark, lambda m: m[1] + table() + '\n' + m[2], p.read_text()))"
+
+# The tree on docs/architecture.md, written from git and the files' first lines.
+tree:
+	$(PYTHON) docs/tree.py
 
 # The GPU figures and their picture, written from the newest results file.
 report: install

@@ -4,10 +4,12 @@ The folder ``kernels/`` is a source root, not a package: the import name ``kerne
 another distribution.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
 PLOT = ["matplotlib>=3.7"]
 # ruff formats the signatures in the API page.
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.9"]
@@ -15,9 +17,9 @@ TEST = [*PLOT, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9
 
 setup(
     name="difftrain",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "difftrain/__init__.py").read_text())[1],
     description="A fused loss and a small trainer for masked-diffusion language models",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

@@ -1,7 +1,7 @@
 """A plain cross-entropy from the loss's own row loops: what the weights cost is the difference to it.
 
 No x, no [MASK], no prediction, no case and no weight: a row is scanned, its nll stored, and its
-gradient written by the same functions, with the same tiles, as in ``triton_kernels.py``. The block
+gradient written by the same functions, with the same tiles, as in ``triton_kernels/``. The block
 in which a maximum came first is computed there for the prediction; here nothing uses it, and the
 compiler drops it. Streamed rows alone (V > 4096).
 """
@@ -13,16 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from difftrain_kernels import triton_kernels
-from difftrain_kernels.triton_kernels import (
-    LN2,
-    LOG2E,
-    _head_size,
-    _row,
-    _scan_row,
-    _write_gradient_row,
-    _zero_row,
-)
+from difftrain_kernels.triton_kernels import SMALL_VOCAB, empty_gradient_like, launch_rescale
+from difftrain_kernels.triton_kernels.blocks import head_size, row_pointer
+from difftrain_kernels.triton_kernels.device import on_device
+from difftrain_kernels.triton_kernels.row_statistics import LN2, LOG2E
+from difftrain_kernels.triton_kernels.streamed_rows import scan_row, write_gradient_row, zero_row
+from difftrain_kernels.triton_kernels.tiles import choose_tile, tile_arguments
 
 
 @triton.jit
@@ -33,8 +29,8 @@ def _plain_row(
     """Store the nll of one row; what its gradient needs."""
     target = y.to(tl.int32)
     target_logit = tl.load(row_ptr + target).to(tl.float32)
-    head = _head_size(row_ptr, vocab_size, VECTOR, ALIGNED)
-    _top, shift, rest, _block = _scan_row(row_ptr, head, target, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)
+    head = head_size(row_ptr, vocab_size, VECTOR, ALIGNED)
+    _top, shift, rest, _block = scan_row(row_ptr, head, target, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)
     log2_p = tl.fma(target_logit, LOG2E, -shift)
     total = rest + tl.exp2(log2_p)
     tl.store(loss_ptr + row, (tl.log2(total) - log2_p) * LN2)
@@ -51,7 +47,7 @@ def _plain_loss_kernel(
     if y == ignore_index:
         tl.store(loss_ptr + row, 0.0)
     else:
-        row_ptr = _row(logits_ptr, row, logits_stride, ALIGNED)
+        row_ptr = row_pointer(logits_ptr, row, logits_stride, ALIGNED)
         _plain_row(row_ptr, loss_ptr, row, y, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)
 
 
@@ -63,16 +59,16 @@ def _plain_loss_and_gradient_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(y_ptr + row).to(tl.int64)
-    gradient_row_ptr = _row(gradient_ptr, row, gradient_stride, ALIGNED)
+    gradient_row_ptr = row_pointer(gradient_ptr, row, gradient_stride, ALIGNED)
     if y == ignore_index:
         tl.store(loss_ptr + row, 0.0)
-        _zero_row(gradient_row_ptr, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)
+        zero_row(gradient_row_ptr, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)
     else:
-        row_ptr = _row(logits_ptr, row, logits_stride, ALIGNED)
+        row_ptr = row_pointer(logits_ptr, row, logits_stride, ALIGNED)
         target, shift, rest, total = _plain_row(
             row_ptr, loss_ptr, row, y, vocab_size, REPEAT, LANES, VECTOR, ALIGNED
         )
-        _write_gradient_row(
+        write_gradient_row(
             row_ptr, gradient_row_ptr, target, shift, rest, upstream / divisor / total, vocab_size,
             REPEAT, LANES, VECTOR, ALIGNED,
         )  # fmt: skip
@@ -81,7 +77,7 @@ def _plain_loss_and_gradient_kernel(
 class _PlainLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, y, ignore_index, upstream_scale):
-        gradient = triton_kernels.empty_gradient_like(logits)
+        gradient = empty_gradient_like(logits)
         loss = _launch(
             _plain_loss_and_gradient_kernel, logits, y, ignore_index, gradient_ptr=gradient,
             upstream=float(upstream_scale), divisor=float(len(y)), gradient_stride=gradient.stride(0),
@@ -92,7 +88,7 @@ class _PlainLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         # The check on the device that the loss with a stated upstream gradient makes too.
-        triton_kernels.launch_rescale(ctx.gradient, upstream, stated=ctx.stated)
+        launch_rescale(ctx.gradient, upstream, stated=ctx.stated)
         return ctx.gradient, None, None, None
 
 
@@ -105,7 +101,7 @@ def plain_cross_entropy(logits: Tensor, y: Tensor, ignore_index: int, *, upstrea
     Raises:
         NotImplementedError: V is too small for the streamed kernels.
     """
-    if logits.shape[1] <= triton_kernels.SMALL_VOCAB:
+    if logits.shape[1] <= SMALL_VOCAB:
         raise NotImplementedError("streamed rows alone")
     if torch.is_grad_enabled() and logits.requires_grad:
         return _PlainLoss.apply(logits, y, ignore_index, upstream_scale)
@@ -115,8 +111,8 @@ def plain_cross_entropy(logits: Tensor, y: Tensor, ignore_index: int, *, upstrea
 def _launch(kernel, logits: Tensor, y: Tensor, ignore_index: int, **more) -> Tensor:
     n, vocab_size = logits.shape
     row_loss = torch.empty(n, dtype=torch.float32, device=logits.device)
-    tile = triton_kernels._tile_arguments(logits, triton_kernels.choose_tile(vocab_size))
-    with triton_kernels._on_device(logits):
+    tile = tile_arguments(logits, choose_tile(vocab_size))
+    with on_device(logits):
         kernel[(n,)](
             logits_ptr=logits, y_ptr=y, loss_ptr=row_loss, ignore_index=ignore_index,
             vocab_size=vocab_size, logits_stride=logits.stride(0), **more, **tile,

@@ -29,15 +29,13 @@ def export_kernel(folder: Path) -> list[Path]:
     files, so that two versions can be loaded side by side.
     """
     source = Path(importlib.util.find_spec("difftrain_kernels").origin).parent
-    files = sorted(source.glob("*.py"))
+    files = sorted(source.rglob("*.py"))
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]
     variants = []
     for backend in BACKENDS:
         variant = Path(folder) / "build" / f"torch-{backend}"
         shutil.rmtree(variant, ignore_errors=True)
-        variant.mkdir(parents=True)
-        for file in files:
-            shutil.copy(file, variant)
+        shutil.copytree(source, variant, ignore=shutil.ignore_patterns("__pycache__"))
         metadata = {
             "name": "difftrain-kernels",
             "id": f"_difftrain_kernels_{backend}_{digest}",

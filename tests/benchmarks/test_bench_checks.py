@@ -101,14 +101,14 @@ import json, sys
 sys.path[:0] = sys.argv[1:]
 import bench_codegen, plain_kernel, torch
 logits = torch.empty(3, 50304, dtype=torch.bfloat16)[:1]
-gradient = dict(gradient_ptr=logits, upstream=1.0, divisor=8.0, gradient_stride=logits.stride(0))
+y = torch.zeros(1, dtype=torch.int64)
+with bench_codegen.recorded_launches() as launches:
+    for wants_gradient in (False, True):
+        logits.requires_grad_(wants_gradient)
+        plain_kernel.plain_cross_entropy(logits, y, -1, upstream_scale=1.0)
 figures = []
-for name, more in (("_plain_loss_kernel", {}), ("_plain_loss_and_gradient_kernel", gradient)):
-    recorder = bench_codegen._Recorder()
-    plain_kernel._launch(recorder, logits, torch.zeros(1, dtype=torch.int64), -1, **more)
-    compiled = bench_codegen.compile_launch(
-        getattr(plain_kernel, name), recorder.launch, bench_codegen.TARGETS["sm_90"]
-    )
+for kernel, arguments in launches:
+    compiled = bench_codegen.compile_launch(kernel, arguments, bench_codegen.TARGETS["sm_90"])
     figures.append(bench_codegen.read_nvidia(compiled.asm["cubin"], 16, True))
 print(json.dumps(figures))
 """

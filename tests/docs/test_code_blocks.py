@@ -21,7 +21,8 @@ from pages import NAMES, ROOT, blocks_of, code_words_of
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 BLOCKS = [block for name in NAMES for block in blocks_of(name, TEXTS[name])]
 RUN = sorted({block.page for block in BLOCKS if block.mark == "run"})
-LANGUAGES = {"python", "sh", "toml", "text"}
+LANGUAGES = {"python", "sh", "toml", ""}
+PROGRAMS = ("difftrain", "make", "python", "torchrun")
 
 
 def at(block):
@@ -60,18 +61,18 @@ def test_every_block_has_a_language_and_every_python_block_runs_or_says_why_not(
 
 # Commands -----------------------------------------------------------------------------------------
 
+
+def commands_of(block):
+    """The commands of a block: each line of a shell block; where no language is given, what starts a program of ours."""
+    lines = [line for line in block.code.splitlines() if line and line[0] != "#"]
+    return [line for line in lines if block.language == "sh" or line.split()[0] in PROGRAMS]
+
+
 IN_BLOCKS = [
-    (at(block), line)
-    for block in BLOCKS
-    if block.language == "sh"
-    for line in block.code.splitlines()
-    if shlex.split(line, comments=True)
+    (at(block), line) for block in BLOCKS if block.language in ("sh", "") for line in commands_of(block)
 ]
 IN_PROSE = [
-    (name, words)
-    for name in NAMES
-    for words in code_words_of(TEXTS[name])
-    if words.split()[0] in ("difftrain", "make", "python", "torchrun")
+    (name, words) for name in NAMES for words in code_words_of(TEXTS[name]) if words.split()[0] in PROGRAMS
 ]
 TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 

@@ -1,4 +1,4 @@
-"""Who may import whom in the trainer: arrows point down the data's way, and never in a circle."""
+"""Who may import whom: arrows point one way, and never in a circle."""
 
 import ast
 import sys
@@ -10,7 +10,80 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "difftrain"
 
-# Rooms in the order of the data's way; each with the rooms below it and the libraries that it may import.
+# What a file of the losses may import besides the standard library.
+KERNELS = {
+    "__init__": {"cases", "linear_loss", "logits_loss", "parallel_loss", "reference"},
+    "cases": {"torch"},
+    "terms": {"torch"},
+    "validation": {"torch"},
+    "reference": {"torch", "cases", "validation"},
+    "implementation": {"torch", "reference", "triton_kernels"},
+    "chunks": {"torch", "cases", "implementation", "triton_kernels"},
+    "operators": {
+        "torch",
+        "cases",
+        "chunks",
+        "implementation",
+        "reference",
+        "validation",
+        "triton_kernels",
+    },
+    "logits_loss": {
+        "torch",
+        "cases",
+        "implementation",
+        "operators",
+        "reference",
+        "validation",
+        "triton_kernels",
+    },
+    "linear_loss": {
+        "torch",
+        "cases",
+        "chunks",
+        "implementation",
+        "operators",
+        "validation",
+        "triton_kernels",
+    },
+    "parallel_loss": {"torch", "cases", "implementation", "reference", "validation", "triton_kernels"},
+}
+# The folder triton_kernels: each file also torch, triton and the terms; nothing else outside the folder.
+TRITON_KERNELS = {
+    "__init__": {
+        "case_sums",
+        "device",
+        "gradient",
+        "loss",
+        "rescale",
+        "row_statistics",
+        "slices",
+        "tiles",
+    },
+    "tiles": set(),
+    "weights": set(),
+    "device": {"weights"},
+    "row_statistics": {"weights"},
+    "blocks": set(),
+    "streamed_rows": {"blocks", "row_statistics", "weights"},
+    "small_rows": {"row_statistics", "weights"},
+    "gradient": {"blocks", "device", "row_statistics", "small_rows", "streamed_rows", "tiles", "weights"},
+    "loss": {
+        "blocks",
+        "device",
+        "gradient",
+        "row_statistics",
+        "small_rows",
+        "streamed_rows",
+        "tiles",
+        "weights",
+    },
+    "slices": {"blocks", "device", "row_statistics", "small_rows", "streamed_rows", "tiles", "weights"},
+    "case_sums": {"device", "row_statistics", "weights"},
+    "rescale": {"device", "tiles"},
+}
+
+# The trainer's rooms in the order of the data's way; each with the rooms below it and the libraries that it may import.
 TRAINER = {
     "errors": set(),
     "config": {"errors", "tomli"},
@@ -35,6 +108,65 @@ TRAINER = {
     "__init__": {"errors", "config", "schedule", "difftrain_kernels"},
     "__main__": {"cli"},
 }  # fmt: skip
+
+
+def names_imported(path):
+    """Names a file of the losses imports, relative ones without their dot, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} if node.module else {alias.name for alias in node.names}
+    return names
+
+
+def allowed(name, permitted):
+    return name.split(".")[0] in sys.stdlib_module_names or any(
+        name == p or name.startswith(p + ".") for p in permitted
+    )
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "kernels/difftrain_kernels").glob("*.py")), ids=lambda p: p.stem
+)
+def test_kernels_follow_the_import_table(path):
+    assert path.stem in KERNELS, "a new file needs its row in the table"
+    assert {n for n in names_imported(path) if not allowed(n, KERNELS[path.stem])} == set()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "kernels/difftrain_kernels/triton_kernels").rglob("*.py")), ids=lambda p: p.stem
+)
+def test_the_triton_folder_follows_its_import_table(path):
+    """The kernels and the reference never meet: a shared mistake would hide itself."""
+    assert path.stem in TRITON_KERNELS, "a new file needs its row in the table"
+    permitted = TRITON_KERNELS[path.stem] | {"torch", "triton", "terms"}
+    assert {n for n in names_imported(path) if not allowed(n, permitted)} == set()
+
+
+@pytest.mark.parametrize("table", [KERNELS, TRITON_KERNELS], ids=["package", "triton_kernels"])
+def test_imports_run_in_no_circle(table):
+    TopologicalSorter(table).prepare()
+
+
+def test_triton_is_imported_in_one_folder_alone_and_late():
+    folder = ROOT / "kernels/difftrain_kernels"
+    importers = [p.relative_to(folder) for p in folder.rglob("*.py") if "triton" in names_imported(p)]
+    assert {p.parts[0] for p in importers} == {"triton_kernels"}
+    for path in folder.glob("*.py"):
+        top_level = ast.parse(path.read_text(encoding="utf-8")).body
+        names = {
+            alias.name for node in top_level if isinstance(node, ast.ImportFrom) for alias in node.names
+        }
+        assert "triton_kernels" not in names, path
+
+
+def test_nobody_imports_tests_or_benchmarks():
+    for folder in ("kernels", "difftrain", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            names = {n.split(".")[0] for n in names_imported(path)}
+            assert not names & {"tests", "benchmarks", "oracle", "conftest"}, path
 
 
 def module_of(path):

@@ -470,8 +470,8 @@ def test_a_whole_curriculum_of_numbers_is_one_triton_kernel(vocab_size, device, 
 
     family = "_small" if vocab_size == 66 else ""
     for name in (f"{family}_loss_kernel", f"{family}_loss_and_gradient_kernel"):
-        kernel = getattr(triton_kernels, name)
-        monkeypatch.setattr(triton_kernels, name, Recorder(kernel))
+        kernel = getattr(triton_kernels.loss, name)
+        monkeypatch.setattr(triton_kernels.loss, name, Recorder(kernel))
     logits = torch.zeros(8, vocab_size, device=device)
     y = torch.zeros(8, dtype=torch.int64, device=device)
     config = Config()

@@ -14,7 +14,7 @@ from difftrain.hf_kernel import BACKENDS, export_kernel
 ROOT = Path(__file__).parent.parent.parent
 
 LOAD = """
-import sys
+import importlib.util, sys
 from pathlib import Path
 import torch
 from kernels import get_local_kernel, get_loaded_kernels
@@ -26,6 +26,9 @@ assert loaded.fused_diffusion_loss is not difftrain_kernels.fused_diffusion_loss
 (about,) = get_loaded_kernels()
 assert str(about.metadata.name) == "difftrain-kernels" and about.metadata.license == "Apache-2.0"
 assert sorted(loaded.__all__) == sorted(difftrain_kernels.__all__)
+if importlib.util.find_spec("triton"):
+    kernels = importlib.import_module(loaded.__name__ + ".triton_kernels")
+    assert kernels.__file__.startswith(sys.argv[1]), kernels.__file__
 
 generator = torch.Generator().manual_seed(0)
 hidden = torch.randn(40, 8, generator=generator, dtype=torch.float64)
@@ -55,16 +58,23 @@ def test_every_variant_holds_the_package_and_its_metadata(tmp_path):
     stale.touch()
     variants = export_kernel(tmp_path)
     assert [variant.name for variant in variants] == [f"torch-{backend}" for backend in BACKENDS]
-    source = {p.name: p.read_bytes() for p in (ROOT / "kernels/difftrain_kernels").glob("*.py")}
+    source = files_in(ROOT / "kernels/difftrain_kernels")
+    assert "triton_kernels/loss.py" in source
     ids = set()
     for backend, variant in zip(BACKENDS, variants, strict=True):
-        found = {p.name: p.read_bytes() for p in variant.iterdir()}
+        found = files_in(variant)
         about = json.loads(found.pop("metadata.json"))
         assert found == source
         assert about["backend"] == {"type": backend}
         assert about["id"].isidentifier(), "it becomes the module's name"
         ids.add(about["id"])
     assert len(ids) == len(BACKENDS)
+
+
+def files_in(folder):
+    """Contents by path below the folder."""
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: p.read_bytes() for name, p in files.items() if "__pycache__" not in name}
 
 
 def test_the_kernels_package_loads_it_beside_the_installed_one(tmp_path):
@@ -82,7 +92,7 @@ def test_the_kernels_package_loads_it_beside_the_installed_one(tmp_path):
 
 
 TWO_COPIES = """
-import importlib.util, sys
+import importlib.util, os, sys
 import torch
 
 def load(name, folder):
@@ -110,12 +120,21 @@ for package in copies:
             call(*arguments(weight), y, y, 10, pk, pm).backward()
             gradients.append(weight.grad)
         torch.testing.assert_close(*gradients)
+    if importlib.util.find_spec("triton"):
+        kernels = importlib.import_module(package.__name__ + ".triton_kernels")
+        assert os.path.dirname(kernels.__file__) == os.path.join(os.path.dirname(package.__file__), "triton_kernels")
+        if kernels.is_interpreted():
+            losses = [
+                package.fused_diffusion_loss(hidden @ head.t(), y, y, 10, 0.25, 0.5, impl=impl)
+                for impl in ("triton", "reference")
+            ]
+            torch.testing.assert_close(*losses)
 print("compiled")
 """
 
 
 @pytest.mark.parametrize("order", [("installed", "copy"), ("copy", "installed"), ("copy", "other")])
-def test_every_copy_of_the_package_compiles_its_own_operators(tmp_path, order):
+def test_every_copy_of_the_package_has_its_own_operators_and_kernels(tmp_path, order):
     variants = export_kernel(tmp_path)
     folders = {"installed": "installed", "copy": str(variants[0]), "other": str(variants[1])}
     run = subprocess.run(

@@ -106,10 +106,10 @@ def test_errors_are_at_most_twice_those_of_eager(
     if rows == "streamed":
         if reduction != "mean":
             pytest.skip("rows are cut the same way for each reduction")
-        from difftrain_kernels import triton_kernels
+        from difftrain_kernels.triton_kernels import tiles
 
-        tile = triton_kernels.Tile(warps=1, repeat=2)
-        monkeypatch.setattr(triton_kernels, "choose_tile", lambda vocab_size: tile)
+        tile = tiles.Tile(warps=1, repeat=2)
+        monkeypatch.setattr(tiles, "choose_tile", lambda vocab_size: tile)
     problem = head_problem(n, vocab_size, dtype, device)
     upstream = torch.rand(n, device=device) if reduction == "none" else torch.tensor(0.3, device=device)
     found = value_and_gradients(

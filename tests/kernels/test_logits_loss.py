@@ -289,7 +289,7 @@ def test_new_penalties_neither_recompile_nor_leave_a_graph(problem):
     pk, pm = (torch.tensor(v, device=logits.device) for v in (0.25, 0.5))
     for value in (0.1, 0.2, 0.3):
         loss_and_gradient(logits.clone(), y, x, MASK_ID, value, value)
-    kernels = triton_kernels._small_loss_kernel.device_caches[logits.device.index or 0][0]
+    kernels = triton_kernels.loss._small_loss_kernel.device_caches[logits.device.index or 0][0]
     compiled = len(kernels)
     for value in (0.4, 0.0, 1.0):
         loss_and_gradient(logits.clone(), y, x, MASK_ID, value, value)

@@ -450,7 +450,7 @@ def test_rows_count_as_aligned_only_if_each_starts_on_16_bytes(vocab_size, dtype
             torch.zeros(4, vocab_size, dtype=dtype, device=device), padding=padding, phase=phase
         )
         aligned = all(row.data_ptr() % 16 == 0 for row in logits)
-        assert triton_kernels._tile_arguments(logits, tile)["ALIGNED"] == aligned
+        assert triton_kernels.tiles.tile_arguments(logits, tile)["ALIGNED"] == aligned
 
 
 def test_gradient_rows_start_at_the_phase_of_the_logits_rows(device):

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from difftrain_kernels import fused_diffusion_loss, triton_kernels
+from difftrain_kernels import fused_diffusion_loss
+from difftrain_kernels.triton_kernels import tiles
 
 NAN = math.nan
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,13 +26,13 @@ MODES = {
 @contextmanager
 def rows_are(family):
     """Choose how rows are cut: "small", or "streamed" with blocks small enough for short rows."""
-    choose = triton_kernels.choose_tile
+    choose = tiles.choose_tile
     if family == "streamed":
-        triton_kernels.choose_tile = lambda vocab_size: triton_kernels.Tile(warps=1, repeat=2)
+        tiles.choose_tile = lambda vocab_size: tiles.Tile(warps=1, repeat=2)
     try:
         yield
     finally:
-        triton_kernels.choose_tile = choose
+        tiles.choose_tile = choose
 
 
 def random_problem(n, vocab_size, mask_id, dtype, *, seed=0, spread=2.0, offset=0.0, tie_levels=0):
