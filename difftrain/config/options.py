@@ -21,7 +21,7 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# The groups of ``--help`` and of the README's table, by the first option of each.
+# The groups of ``--help`` and of the table in docs/options.md, by the first option of each.
 GROUPS = {
     "out_dir": "Run",
     "data": "Data",
@@ -219,7 +219,7 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
 
 
 def options_table() -> str:
-    """The options as a Markdown table, generated from the dataclass; the README holds it."""
+    """The options as a Markdown table, generated from the dataclass; docs/options.md holds it."""
     rows = ["| option | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:

@@ -1,4 +1,4 @@
-"""From a results file to the README, the picture and the goals; figures of the made-up sample alone."""
+"""From a results file to docs/gpu.md, the picture and the goals; figures of the made-up sample alone."""
 
 import json
 import re
@@ -174,7 +174,7 @@ def test_a_contender_that_was_wrong_or_absent_leaves_its_goals_not_measured():
     assert verdict("forward", (8192, 50304), other).value is None, "goals are for bf16"
 
 
-# README -------------------------------------------------------------------------------------------
+# The page -----------------------------------------------------------------------------------------
 
 
 def real(**stages):
@@ -185,21 +185,21 @@ def real(**stages):
     return document
 
 
-def test_a_sample_is_refused_for_the_readme():
+def test_a_sample_is_refused_for_the_page():
     with pytest.raises(ResultError, match="made.json is a sample: its figures are made up"):
-        report.readme_part(sample_result(), "made.json")
+        report.page_part(sample_result(), "made.json")
 
 
 def test_without_a_result_one_sentence_says_so():
-    part = report.readme_part(None)
+    part = report.page_part(None)
     assert part == "No GPU result exists yet: none of this has been timed on a GPU."
-    assert report.readme_part({"format": 1, "environment": {}, "stages": {}}) == part
+    assert report.page_part({"format": 1, "environment": {}, "stages": {}}) == part
 
 
 def test_the_table_shows_the_files_own_figures_and_its_source():
-    part = report.readme_part(real(), "made.json")
+    part = report.page_part(real(), "made.json")
     assert part.startswith("sample, no device (H100 in name alone), driver 0.0, torch 0.0, ")
-    assert "(benchmarks/results/made.json)" in part
+    assert "(../benchmarks/results/made.json)" in part
     # 2 * 8192 * 50304 bytes at 1000 GB/s, and 1.05 times that.
     assert f"| 8192 x 50304 | {1.05 * 0.824180736:.3f} (95 %) | {1.05 * 1.648361472:.3f} (95 %) |" in part
     assert "24 met, 2 missed, 0 not measured" in part
@@ -214,7 +214,7 @@ def test_what_was_not_timed_is_a_dash():
     entries = document["stages"]["loss"]["entries"]
     document["stages"]["loss"]["entries"] = [e for e in entries if e["contender"] != "eager reference"]
     row = next(
-        line for line in report.readme_part(document).splitlines() if line.startswith("| 8192 x 50304 |")
+        line for line in report.page_part(document).splitlines() if line.startswith("| 8192 x 50304 |")
     )
     assert row.endswith("| - |")
 
@@ -227,50 +227,51 @@ def test_trainings_and_checks_stand_below():
     }
     training = {"environment": facts, "what": "500 steps", "runs": runs}
     graphs = {"environment": facts, "summary": "5 of 5 losses replay bit for bit"}
-    part = report.readme_part(real(training=training, graphs=graphs))
+    part = report.page_part(real(training=training, graphs=graphs))
     assert "| reference | 1,000 | 2,000 | agrees: 0 % |" in part
     assert "| linear | RuntimeError: exit code 1 | - | - |" in part
     assert part.endswith("graphs: 5 of 5 losses replay bit for bit (commit none).")
 
 
 def test_only_what_stands_between_the_markers_changes():
-    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    new = report.updated(readme, "new")
+    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    new = report.updated(page, "new")
     assert new == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
     assert report.updated(new, "new") == new
     with pytest.raises(ResultError, match="lacks the markers"):
         report.updated("before", "new")
 
 
-def test_the_readme_is_what_the_newest_result_makes():
+def test_the_page_is_what_the_newest_result_makes():
     """`make report` keeps it so."""
     path = results.newest()
-    part = report.readme_part(results.read_result(path) if path else None, path.name if path else "")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.updated(readme, part) == readme
+    part = report.page_part(results.read_result(path) if path else None, path.name if path else "")
+    page = (ROOT / report.PAGE).read_text(encoding="utf-8")
+    assert report.updated(page, part) == page
     assert (path is not None and "loss" in results.read_result(path)["stages"]) == report.PICTURE.exists()
 
 
 @pytest.fixture
 def small_root(tmp_path, monkeypatch):
-    """A README and a folder of results of their own."""
-    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    """A page and a folder of results of their own."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / report.PAGE).write_text(f"{report.BEGIN}\n{report.END}\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "PICTURE", tmp_path / "loss.png")
     monkeypatch.setattr(report, "newest", lambda: results.newest(tmp_path))
     return tmp_path
 
 
-def test_the_command_writes_readme_and_picture(small_root, capsys):
+def test_the_command_writes_page_and_picture(small_root, capsys):
     assert report.main([]) == 0
-    assert report.NOTHING in (small_root / "README.md").read_text()
+    assert report.NOTHING in (small_root / report.PAGE).read_text()
     (small_root / "made.json").write_text(json.dumps(sample_result()))
     assert report.main([]) == 0
-    assert report.NOTHING in (small_root / "README.md").read_text(), "a sample does not count"
+    assert report.NOTHING in (small_root / report.PAGE).read_text(), "a sample does not count"
     assert not (small_root / "loss.png").exists()
     (small_root / "real.json").write_text(json.dumps(real()))
     assert report.main([]) == 0
-    assert "results/real.json" in (small_root / "README.md").read_text()
+    assert "results/real.json" in (small_root / report.PAGE).read_text()
     assert (small_root / "loss.png").exists()
 
 
