@@ -18,20 +18,18 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: the interpreter compiles nothing
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from difftrain_kernels import triton_kernels
 
 TARGETS = {

@@ -21,16 +21,16 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-
 import torch
-from contenders import CONTENDERS
-from entries import Entry
-from environment import environment
-from loss_worker import DTYPES, Job, work
-from plot_loss import plot_entries, pyplot
-from results import ResultError, save_stage
-from supervisor import run_jobs
+
+import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
+from comparison.contenders import CONTENDERS
+from comparison.entries import Entry
+from comparison.worker import DTYPES, Job, work
+from measuring.environment import environment
+from measuring.supervision import run_jobs
+from reporting.plot_loss import plot_entries, pyplot
+from reporting.result_files import ResultError, save_stage
 
 LOGITS_SHAPES = [(8192, v) for v in (50304, 50305, 128256, 151936, 262144)]
 LOGITS_SHAPES += [(262144, 66)]  # characters: many short rows

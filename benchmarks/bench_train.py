@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from difftrain.checkpoints.reading import find_newest_good
 from difftrain.checkpoints.saver import CheckpointSaver
 from difftrain.config import Config

@@ -18,35 +18,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-
 import torch
-from environment import environment
-from results import ResultError, default_path, read_result, save_stage
+
+import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
+from measuring.environment import environment
+from reporting.result_files import ResultError, default_path, read_result, save_stage
 
 QUICK_STEPS = 50
 
 
 def _suite(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    from suite import run_suite
+    from stages.suite import run_suite
 
     return run_suite(seconds, options.pytest.split() if options.pytest is not None else None)
 
 
 def _sanitizer(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    from sanitizer import run_sanitizer
+    from stages.sanitizer import run_sanitizer
 
     return run_sanitizer(seconds)
 
 
 def _graphs(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    from graph_replay import run_graphs
+    from stages.graph_replay import run_graphs
 
     return run_graphs()
 
 
 def _training(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    from training_runs import run_training
+    from stages.training_runs import run_training
 
     return run_training(seconds, {"max_iters": QUICK_STEPS} if options.quick else None)
 
@@ -54,7 +54,7 @@ def _training(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
 def _loss(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """bench_loss.py writes its stage itself, job by job; here only what it comes to is added."""
     import bench_loss
-    from goals import GOALS, evaluate
+    from reporting.goals import GOALS, evaluate
 
     minutes = min(seconds / 60, 1.0 if options.quick else 8.0)
     arguments = ["--json", str(options.json), "--minutes", f"{minutes:.3f}"]

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from entries import BOTH, FORWARD
-from goals import (
+from comparison.entries import BOTH, FORWARD
+from reporting.goals import (
     COMPILED,
     EAGER,
     GOALS,
@@ -25,8 +25,8 @@ from goals import (
     Table,
     evaluate,
 )
-from plot_loss import plot_entries
-from results import FOLDER, ResultError, newest, read_result
+from reporting.plot_loss import plot_entries
+from reporting.result_files import FOLDER, ResultError, newest, read_result
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- gpu results -->", "<!-- end of gpu results -->"
@@ -98,7 +98,7 @@ def _loss_part(stage: dict[str, Any], name: str) -> str:
     verdicts = evaluate(GOALS, stage["entries"])
     counts = [sum(test(v) for v in verdicts) for test in (_is_met, _is_missed, _is_open)]
     parts.append(
-        "Goals (`benchmarks/goals.py`, set for one H100): {} met, {} missed, {} not measured.".format(
+        "Goals (`benchmarks/reporting/goals.py`, set for one H100): {} met, {} missed, {} not measured.".format(
             *counts
         )
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from entries import ACCUMULATED, BOTH, FORWARD, LIBRARY, OURS, TIMED
+from comparison.entries import ACCUMULATED, BOTH, FORWARD, LIBRARY, OURS, TIMED
 
 LOSS = "ours"  # forward alone is the same in every mode
 LOSS_AND_GRADIENT = "ours, upstream stated"  # one pass: what the 4NV limit is about
