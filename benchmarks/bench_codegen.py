@@ -1,4 +1,6 @@
 """What the loss kernels compile to: registers, spills, access widths, instructions per logit. No GPU.
+Takes ten minutes of one CPU core for the whole table, seconds for one target, dtype and V. Prints the
+table, and writes it to the file that --json names.
 
     python benchmarks/bench_codegen.py [--json FILE] [--target sm_90 ...] [--dtype bf16 ...] [--vocab-size V ...]
 
@@ -253,7 +255,7 @@ def measure(targets: list[str], dtypes: list[str], vocab_sizes: list[int]) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--json", type=Path, help="write the table as a list of objects")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))

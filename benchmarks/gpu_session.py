@@ -1,4 +1,6 @@
 """Everything that only a CUDA GPU can show, into one results file.
+Takes 60 minutes at most; --minutes sets another end. Writes benchmarks/results/<gpu>-<date>.json, or the
+file that --json names.
 
     python benchmarks/gpu_session.py [--stages suite sanitizer graphs training loss] [--minutes M]
                                      [--json FILE] [--quick] [--commit TEXT]
@@ -115,7 +117,7 @@ def run_stages(
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="these alone")
     parser.add_argument("--minutes", type=float, default=60.0, help="for all stages together [60]")
     parser.add_argument(

@@ -1,4 +1,6 @@
 """Write the README's GPU figures from the newest results file, and hold a file against the goals.
+Takes seconds, and neither torch nor a GPU. Writes the README between its markers and
+benchmarks/results/loss.png; with --goals nothing.
 
     python benchmarks/report.py              # the README's part between its markers, and its picture
     python benchmarks/report.py --goals [FILE.json]
@@ -220,7 +222,7 @@ def goals_text(document: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument(
         "--goals",
         nargs="?",

@@ -80,6 +80,15 @@ def test_the_sanitizer_is_found_on_path_or_in_a_toolkit_or_said_to_be_missing(tm
     assert list(found["tools"]) == ["memcheck", "racecheck"]
 
 
+def test_what_the_sanitizer_is_given_starts(tmp_path):
+    path = tmp_path / "compute-sanitizer"
+    path.write_text('#!/bin/sh\nshift 4\nexec "$@"\n')  # the program by itself
+    path.chmod(0o755)
+    found = sanitizer.run_tool(str(path), "memcheck", 600.0)
+    said = "results checked" if torch.cuda.is_available() else "and torch finds none"
+    assert said in "\n".join(found["report"])
+
+
 def test_small_launches_are_checked_and_a_wrong_one_is_named(monkeypatch, device):
     impl = "auto" if device.type == "cuda" else "triton"
     for name in ("fused_diffusion_loss", "fused_linear_diffusion_loss"):
