@@ -39,6 +39,7 @@ import json, sys
 sys.path[:0] = sys.argv[1:]
 import bench_codegen, torch
 from comparison.plain_kernel import plain_cross_entropy
+from measuring.machine_code import read_nvidia
 logits = torch.empty(3, 50304, dtype=torch.bfloat16)[:1]
 y = torch.zeros(1, dtype=torch.int64)
 with bench_codegen.recorded_launches() as launches:
@@ -48,7 +49,7 @@ with bench_codegen.recorded_launches() as launches:
 figures = []
 for kernel, arguments in launches:
     compiled = bench_codegen.compile_launch(kernel, arguments, bench_codegen.TARGETS["sm_90"])
-    figures.append(bench_codegen.read_nvidia(compiled.asm["cubin"], 16, True))
+    figures.append(read_nvidia(compiled.asm["cubin"], 16, True))
 print(json.dumps(figures))
 """
 
