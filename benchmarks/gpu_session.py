@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def _training(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
 def _loss(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """bench_loss.py writes its stage itself, job by job; here only what it comes to is added."""
     import bench_loss
-    from reporting.goals import GOALS, evaluate
+    from reporting.goals import GOALS, MET, NOT_MEASURED, evaluate
 
     minutes = min(seconds / 60, 1.0 if options.quick else 8.0)
     arguments = ["--json", str(options.json), "--minutes", f"{minutes:.3f}"]
@@ -67,8 +68,8 @@ def _loss(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
         raise RuntimeError("bench_loss.py ended with an error")
     record = read_result(options.json)["stages"]["loss"]
     del record["environment"]
-    verdicts = evaluate(GOALS, record["entries"])
-    met, known = sum(v.is_met for v in verdicts), sum(v.value is not None for v in verdicts)
+    states = Counter(v.state for v in evaluate(GOALS, record["entries"]))
+    known = states.total() - states[NOT_MEASURED]
     wrong = [
         e["contender"]
         for e in record["entries"]
@@ -76,7 +77,7 @@ def _loss(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     ]
     return {
         "ok": not wrong,
-        "summary": f"{met} of {known} measured goals met, of {len(verdicts)}",
+        "summary": f"{states[MET]} of {known} measured goals met, of {states.total()}",
         **record,
     }
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from reporting.goals import (
     LINEAR,
     LOSS,
     LOSS_AND_GRADIENT,
+    STATES,
     NotMeasured,
     Table,
     evaluate,
@@ -98,28 +100,13 @@ def _loss_part(stage: dict[str, Any], name: str) -> str:
         ))  # fmt: skip
     parts.append(f"![time of every contender on every shape](benchmarks/results/{PICTURE.name})")
     verdicts = evaluate(GOALS, stage["entries"])
-    counts = [sum(test(v) for v in verdicts) for test in (_is_met, _is_missed, _is_open)]
-    parts.append(
-        "Goals (`benchmarks/reporting/goals.py`, set for one H100): {} met, {} missed, {} not measured.".format(
-            *counts
-        )
-    )
+    counts = Counter(v.state for v in verdicts)
+    counted = ", ".join(f"{counts[state]} {state}" for state in STATES)
+    parts.append(f"Goals (`benchmarks/reporting/goals.py`, set for one H100): {counted}.")
     parts.append(
         "\n".join(["| goal | outcome |", "|---|---|", *(f"| {v.goal} | {v.outcome} |" for v in verdicts)])
     )
     return "\n\n".join(parts)
-
-
-def _is_met(verdict: Any) -> bool:
-    return verdict.is_met
-
-
-def _is_missed(verdict: Any) -> bool:
-    return verdict.value is not None and not verdict.is_met
-
-
-def _is_open(verdict: Any) -> bool:
-    return verdict.value is None
 
 
 def _source(stage: dict[str, Any], name: str) -> str:
