@@ -22,7 +22,7 @@ def run_command(
     cwd: Path | None = None,
     environment: dict[str, str] | None = None,
 ) -> tuple[int | None, str]:
-    """Exit code (None: ended after ``seconds``) and what it printed until then, errors included.
+    """Exit code (None: ended after ``seconds``, with all that it started), and what it printed until then.
 
     Raises:
         OSError: it could not be started.
