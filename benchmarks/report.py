@@ -1,4 +1,6 @@
 """Write the GPU figures of docs/gpu.md from the newest results file, and hold a file against the goals.
+Takes seconds, and neither torch nor a GPU. Writes the page between its markers and
+benchmarks/results/loss.png; with --goals nothing.
 
     python benchmarks/report.py              # the page's part between its markers, and its picture
     python benchmarks/report.py --goals [FILE.json]
@@ -10,23 +12,25 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from entries import BOTH, FORWARD
-from goals import (
+from comparison.entries import BOTH, FORWARD
+from reporting.goals import (
     COMPILED,
     EAGER,
     GOALS,
     LINEAR,
     LOSS,
     LOSS_AND_GRADIENT,
+    STATES,
     NotMeasured,
     Table,
     evaluate,
 )
-from plot_loss import plot_entries
-from results import FOLDER, ResultError, newest, read_result
+from reporting.plot_loss import plot_entries
+from reporting.result_files import FOLDER, ResultError, newest, read_result
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- gpu results -->", "<!-- end of gpu results -->"
@@ -97,28 +101,13 @@ def _loss_part(stage: dict[str, Any], name: str) -> str:
         ))  # fmt: skip
     parts.append(f"![time of every contender on every shape](../benchmarks/results/{PICTURE.name})")
     verdicts = evaluate(GOALS, stage["entries"])
-    counts = [sum(test(v) for v in verdicts) for test in (_is_met, _is_missed, _is_open)]
-    parts.append(
-        "Goals (`benchmarks/goals.py`, set for one H100): {} met, {} missed, {} not measured.".format(
-            *counts
-        )
-    )
+    counts = Counter(v.state for v in verdicts)
+    counted = ", ".join(f"{counts[state]} {state}" for state in STATES)
+    parts.append(f"Goals (`benchmarks/reporting/goals.py`, set for one H100): {counted}.")
     parts.append(
         "\n".join(["| goal | outcome |", "|---|---|", *(f"| {v.goal} | {v.outcome} |" for v in verdicts)])
     )
     return "\n\n".join(parts)
-
-
-def _is_met(verdict: Any) -> bool:
-    return verdict.is_met
-
-
-def _is_missed(verdict: Any) -> bool:
-    return verdict.value is not None and not verdict.is_met
-
-
-def _is_open(verdict: Any) -> bool:
-    return verdict.value is None
 
 
 def _source(stage: dict[str, Any], name: str) -> str:
@@ -221,7 +210,7 @@ def goals_text(document: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument(
         "--goals",
         nargs="?",

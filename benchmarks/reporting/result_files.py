@@ -14,7 +14,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent / "results"
+from measuring.checkout import ROOT
+
+FOLDER = ROOT / "benchmarks" / "results"
 FORMAT = 1
 
 

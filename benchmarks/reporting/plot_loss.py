@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from entries import BOTH, FORWARD, LIBRARY, OURS, TORCH
-from results import ResultError
+from comparison.entries import BOTH, FORWARD, LIBRARY, OURS, TORCH
+from reporting.result_files import ResultError
 
 COLOURS = {OURS: "#1b7837", TORCH: "#5b7fa6", LIBRARY: "#c2702b"}
 ROW_INCHES = 0.27  # height of one contender

@@ -1,6 +1,6 @@
 """Launch every kernel of the loss on small shapes and check what it gives; for compute-sanitizer.
 
-compute-sanitizer --tool memcheck python benchmarks/small_launches.py
+cd benchmarks; compute-sanitizer --tool memcheck python -m stages.small_launches
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 
 import torch
-from contenders import CONTENDERS, NO_WEIGHTS
-from entries import OURS
-from loss_checks import Judge
-from problems import Problem, make_problem
 
+import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
+from comparison.checks import Judge
+from comparison.contenders import CONTENDERS, NO_WEIGHTS
+from comparison.entries import OURS
+from comparison.problems import Problem, make_problem
 from difftrain_kernels import fused_diffusion_loss
 
 # Rows held in registers; streamed rows of one full block and a tail, aligned and not.

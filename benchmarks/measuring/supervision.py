@@ -1,14 +1,49 @@
-"""Jobs done by another process, which may crash, hang or run out of time without ending the run."""
+"""Other processes, which may fail, crash, hang or run out of time without ending the run."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 RESTART = "restart"  # a worker's word that it goes, and that the next job wants a fresh process
+
+
+def run_command(
+    command: list[str],
+    seconds: float,
+    *,
+    cwd: Path | None = None,
+    environment: dict[str, str] | None = None,
+) -> tuple[int | None, str]:
+    """Exit code (None: ended after ``seconds``, with all that it started), and what it printed until then.
+
+    Raises:
+        OSError: it could not be started.
+    """
+    # Unbuffered, so that what was printed is there when a program must be ended.
+    changes = {"PYTHONUNBUFFERED": "1"} | (environment or {})
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, cwd=cwd, env=os.environ | changes, stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return code, output.read().decode(errors="replace")
 
 
 def run_jobs(

@@ -1,18 +1,13 @@
 """Whatever a worker does, every job gets one answer, in order, and the run ends in time."""
 
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
-
-import supervisor
 
 from fake_workers import obey
+from measuring import supervision
 
 
 def run(jobs, job_seconds=20.0, seconds=60.0):
-    return list(supervisor.run_jobs(obey, jobs, job_seconds=job_seconds, seconds=seconds))
+    return list(supervision.run_jobs(obey, jobs, job_seconds=job_seconds, seconds=seconds))
 
 
 def test_jobs_are_done_in_order_by_one_process():

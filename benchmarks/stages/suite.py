@@ -7,12 +7,11 @@ import re
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-from commands import run_command
+from measuring.checkout import ROOT
+from measuring.supervision import run_command
 
-ROOT = Path(__file__).resolve().parent.parent
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 # `tests/a.py::b PASSED [ 3%]`, or from several processes `[gw0] [ 3%] PASSED tests/a.py::b`.
 LINE = re.compile(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from problems import Problem
+from torch import Tensor
 
 FEWEST, MOST = 10, 200  # samples of one measurement
 LONGEST_SPIN_MS = 20.0
@@ -112,9 +112,9 @@ def copy_bandwidth(budget_ms: float) -> float:
     return 2 * 2**30 / (middle / 1e3)
 
 
-def product_ms(problem: Problem, budget_ms: float) -> dict[bool, float]:
+def product_ms(hidden: Tensor, weight: Tensor, budget_ms: float) -> dict[bool, float]:
     """Time of the plain products of a linear head: the logits alone, and with both gradients."""
-    hidden, weight = (t.detach() for t in problem.inputs)
+    hidden, weight = hidden.detach(), weight.detach()
     logits = hidden @ weight.t()
     alone = Call(lambda: torch.mm(hidden, weight.t(), out=logits))
     rest = Call(lambda: (logits @ weight, logits.t() @ hidden))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 
 import torch
-from contenders import CONTENDERS, NO_WEIGHTS, Contender, Loss
-from entries import MEASURES, TIMED, Entry, add_rates
-from loss_checks import Judge, failure, fitting_problem, verdict_on
-from problems import Problem, make_problem
-from supervisor import RESTART
-from timing import Call, copies_beyond_cache, copy_bandwidth, peak_mib, product_ms, quantiles, time_calls
+
+from comparison.checks import Judge, failure, fitting_problem, verdict_on
+from comparison.contenders import CONTENDERS, NO_WEIGHTS, Contender, Loss
+from comparison.entries import MEASURES, TIMED, Entry, add_rates
+from comparison.problems import Problem, make_problem
+from measuring.supervision import RESTART
+from measuring.timing import (
+    Call,
+    copies_beyond_cache,
+    copy_bandwidth,
+    peak_mib,
+    product_ms,
+    quantiles,
+    time_calls,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 UPSTREAMS = tuple(scale for scale in MEASURES.values() if scale is not None)
@@ -92,7 +97,7 @@ class ShapeBench:
         if verdict.objection:
             return [job.blank(verdict.objection)]
         if self.problem.kind == "linear" and not self.products:
-            self.products = product_ms(self.problem, job.budget_ms)
+            self.products = product_ms(*self.problem.inputs, job.budget_ms)
         found = self._timed(job, loss_of, verdict.overwrites)
         for entry in found:
             add_rates(entry, copy_gb_per_s, self.products)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-
 import torch
-from problems import Problem, make_problem
 from torch import Tensor
 
+from comparison.problems import Problem, make_problem
 from difftrain_kernels import fused_diffusion_loss, fused_linear_diffusion_loss
 
 # Rows in registers and streamed rows; hidden states, in two chunks of tokens.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from entries import ACCUMULATED, BOTH, FORWARD, LIBRARY, OURS, TIMED
+from comparison.entries import ACCUMULATED, BOTH, FORWARD, LIBRARY, OURS, TIMED
 
 LOSS = "ours"  # forward alone is the same in every mode
 LOSS_AND_GRADIENT = "ours, upstream stated"  # one pass: what the 4NV limit is about
@@ -20,6 +20,7 @@ PLAIN, EAGER, COMPILED = (
     "eager reference",
     "torch.compile, tensor penalties",
 )
+STATES = MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
 
 
 class NotMeasured(Exception):
@@ -90,15 +91,19 @@ class Verdict:
         return value is not None and (value >= goal.asked if goal.at_least else value <= goal.asked)
 
     @property
+    def state(self) -> str:
+        """One of STATES."""
+        return NOT_MEASURED if self.value is None else MET if self.is_met else MISSED
+
+    @property
     def outcome(self) -> str:
-        """met, missed by how much, or not measured; each with its figure or reason."""
+        """The state, missed by how much, and the figure or why there is none."""
         unit = self.goal.unit
         if self.value is None:
-            return f"not measured ({self.note})"
+            return f"{NOT_MEASURED} ({self.note})"
         note = f" ({self.note})" if self.note else ""
-        if self.is_met:
-            return f"met: {self.value:.3g}{unit}{note}"
-        return f"missed by {abs(self.value - self.goal.asked):.3g}{unit}: {self.value:.3g}{unit}{note}"
+        by = "" if self.is_met else f" by {abs(self.value - self.goal.asked):.3g}{unit}"
+        return f"{self.state}{by}: {self.value:.3g}{unit}{note}"
 
 
 def evaluate(goals: Iterable[Goal], entries: Iterable[dict[str, Any]]) -> list[Verdict]:

@@ -13,13 +13,13 @@ import shutil
 import sys
 import sysconfig
 import time
-from pathlib import Path
 from typing import Any
 
-from commands import run_command
+from measuring.checkout import ROOT
+from measuring.supervision import run_command
 
 TOOLS = ("memcheck", "racecheck")
-PROGRAM = Path(__file__).resolve().parent / "small_launches.py"
+PROGRAM = "stages.small_launches"
 KEPT_LINES = 60  # of a report with errors
 
 
@@ -52,11 +52,13 @@ def read_report(text: str) -> tuple[int | None, list[str]]:
 
 def run_tool(sanitizer: str, tool: str, seconds: float, program: list[str] | None = None) -> dict[str, Any]:
     """One tool over the small launches: its count, its report, and whether results were right."""
-    program = program or [sys.executable, str(PROGRAM)]
+    program = program or [sys.executable, "-m", PROGRAM]
     command = [sanitizer, "--tool", tool, "--print-limit", "20", *program]
     began = time.perf_counter()
     try:
-        code, text = run_command(command, seconds, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        code, text = run_command(
+            command, seconds, cwd=ROOT / "benchmarks", environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        )
     except OSError as error:
         return {"ok": False, "summary": f"could not be started: {error}"}
     if code is None:

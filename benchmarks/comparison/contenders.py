@@ -16,11 +16,11 @@ from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
-from entries import LIBRARY, OURS, TORCH
-from plain_kernel import plain_cross_entropy
-from problems import IGNORE_INDEX, Problem
 from torch import Tensor
 
+from comparison.entries import LIBRARY, OURS, TORCH
+from comparison.plain_kernel import plain_cross_entropy
+from comparison.problems import IGNORE_INDEX, Problem
 from difftrain_kernels import diffusion_loss_reference, fused_diffusion_loss, fused_linear_diffusion_loss
 
 # What a contender may lack.

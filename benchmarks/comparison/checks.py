@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from contenders import NARROW_LOSS, NO_WEIGHTS, Contender, Loss
-from problems import Problem
 
+from comparison.contenders import NARROW_LOSS, NO_WEIGHTS, Contender, Loss
+from comparison.problems import Problem
 from difftrain_kernels import diffusion_loss_reference
 
 CHUNK = 2**26  # logits to a chunk: 512 MiB in fp64

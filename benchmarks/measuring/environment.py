@@ -7,9 +7,10 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib import metadata
-from pathlib import Path
 
 import torch
+
+from measuring.checkout import ROOT
 
 PEERS = ("liger-kernel", "quack-kernels", "cut-cross-entropy")
 
@@ -50,9 +51,7 @@ def _commit() -> str:
 def _output(*command: str) -> str:
     """What a command prints, or "unknown"."""
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True
-        )
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()

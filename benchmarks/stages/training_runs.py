@@ -17,17 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
-from commands import run_command
 
 from difftrain.config import Config
 from difftrain.data.opening import GPT2_WORDS
 from difftrain.reporting.log import FILE
+from measuring.checkout import SOURCES
+from measuring.supervision import run_command
 
-ROOT = Path(__file__).resolve().parent.parent
 IMPLEMENTATIONS = ("reference", "logits", "linear")
 GPT2_SMALL = {
     "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32, "position": "learned",
@@ -66,7 +63,7 @@ def train_by_command(config: Config, seconds: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.toml"
         file.write_text(config.to_toml(), encoding="utf-8")
-        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        paths = [*SOURCES, os.environ.get("PYTHONPATH", "")]
         code, text = run_command(
             [sys.executable, "-m", "difftrain", "train", "--config", str(file)], seconds,
             environment={"PYTHONPATH": os.pathsep.join(p for p in paths if p)},
