@@ -11,6 +11,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 PLOT = ["matplotlib>=3.7"]
+# ruff formats the signatures in the API page.
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.9"]
 TEST = [*PLOT, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"]
 
 setup(
@@ -44,6 +46,7 @@ setup(
         "tok": ["tokenizers>=0.20", "tiktoken>=0.7"],
         "bench": [*PLOT, "liger-kernel>=0.5; platform_system == 'Linux'"],
         "examples": ["transformers>=5.0", "accelerate>=1.0", "kernels>=0.17"],
+        "docs": DOCS,
         "test": TEST,
         "dev": [*TEST, "pre-commit>=3.5"],
     },

@@ -1,4 +1,6 @@
 """Time and memory of the loss beside its peers, on a CUDA GPU.
+Takes 8 minutes at most, with --quick 1; --minutes sets another end. Prints a table as it goes, and writes
+the files that --json and --plot name.
 
     python benchmarks/bench_loss.py [--quick] [--vocab V ...] [--rows N] [--linear N,D,V ...] [--dtype bf16]
                                     [--only TEXT ...] [--json FILE] [--plot FILE]
@@ -11,7 +13,7 @@ device copy measured in the same process; for the linear loss, its matrix produc
 gradients).
 
 A worker process does the jobs. One that crashes, hangs or finds no memory is reported, and the run
-goes on. The run ends within --minutes; what torch.compile must compile comes last.
+goes on. What torch.compile must compile comes last.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-
 import torch
-from contenders import CONTENDERS
-from entries import Entry
-from environment import environment
-from loss_worker import DTYPES, Job, work
-from plot_loss import plot_entries, pyplot
-from results import ResultError, save_stage
-from supervisor import run_jobs
+
+import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
+from comparison.contenders import CONTENDERS
+from comparison.entries import Entry
+from comparison.worker import DTYPES, Job, work
+from measuring.environment import environment
+from measuring.supervision import run_jobs
+from reporting.plot_loss import plot_entries, pyplot
+from reporting.result_files import ResultError, save_stage
 
 LOGITS_SHAPES = [(8192, v) for v in (50304, 50305, 128256, 151936, 262144)]
 LOGITS_SHAPES += [(262144, 66)]  # characters: many short rows
@@ -99,7 +101,7 @@ def positive(text: str) -> int:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="one shape of each kind, shorter measurements")
     parser.add_argument(
         "--vocab", nargs="+", type=positive, metavar="V", help="these vocabulary sizes alone"

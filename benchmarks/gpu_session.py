@@ -1,4 +1,6 @@
 """Everything that only a CUDA GPU can show, into one results file.
+Takes 60 minutes at most; --minutes sets another end. Writes benchmarks/results/<gpu>-<date>.json, or the
+file that --json names.
 
     python benchmarks/gpu_session.py [--stages suite sanitizer graphs training loss] [--minutes M]
                                      [--json FILE] [--quick] [--commit TEXT]
@@ -14,39 +16,40 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-
 import torch
-from environment import environment
-from results import ResultError, default_path, read_result, save_stage
+
+import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
+from measuring.environment import environment
+from reporting.result_files import ResultError, default_path, read_result, save_stage
 
 QUICK_STEPS = 50
 
 
 def _suite(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    from suite import run_suite
+    from stages.suite import run_suite
 
     return run_suite(seconds, options.pytest.split() if options.pytest is not None else None)
 
 
 def _sanitizer(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    from sanitizer import run_sanitizer
+    from stages.sanitizer import run_sanitizer
 
     return run_sanitizer(seconds)
 
 
 def _graphs(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    from graph_replay import run_graphs
+    from stages.graph_replay import run_graphs
 
     return run_graphs()
 
 
 def _training(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    from training_runs import run_training
+    from stages.training_runs import run_training
 
     return run_training(seconds, {"max_iters": QUICK_STEPS} if options.quick else None)
 
@@ -54,7 +57,7 @@ def _training(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
 def _loss(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """bench_loss.py writes its stage itself, job by job; here only what it comes to is added."""
     import bench_loss
-    from goals import GOALS, evaluate
+    from reporting.goals import GOALS, MET, NOT_MEASURED, evaluate
 
     minutes = min(seconds / 60, 1.0 if options.quick else 8.0)
     arguments = ["--json", str(options.json), "--minutes", f"{minutes:.3f}"]
@@ -65,8 +68,8 @@ def _loss(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
         raise RuntimeError("bench_loss.py ended with an error")
     record = read_result(options.json)["stages"]["loss"]
     del record["environment"]
-    verdicts = evaluate(GOALS, record["entries"])
-    met, known = sum(v.is_met for v in verdicts), sum(v.value is not None for v in verdicts)
+    states = Counter(v.state for v in evaluate(GOALS, record["entries"]))
+    known = states.total() - states[NOT_MEASURED]
     wrong = [
         e["contender"]
         for e in record["entries"]
@@ -74,7 +77,7 @@ def _loss(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     ]
     return {
         "ok": not wrong,
-        "summary": f"{met} of {known} measured goals met, of {len(verdicts)}",
+        "summary": f"{states[MET]} of {known} measured goals met, of {states.total()}",
         **record,
     }
 
@@ -115,7 +118,7 @@ def run_stages(
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="these alone")
     parser.add_argument("--minutes", type=float, default=60.0, help="for all stages together [60]")
     parser.add_argument(

@@ -1,42 +1,47 @@
-"""Write the README's GPU figures from the newest results file, and hold a file against the goals.
+"""Write the GPU figures of docs/gpu.md from the newest results file, and hold a file against the goals.
+Takes seconds, and neither torch nor a GPU. Writes the page between its markers and
+benchmarks/results/loss.png; with --goals nothing.
 
-    python benchmarks/report.py              # the README's part between its markers, and its picture
+    python benchmarks/report.py              # the page's part between its markers, and its picture
     python benchmarks/report.py --goals [FILE.json]
 
-Nothing between the markers is written by hand. A sample is refused for the README.
+Nothing between the markers is written by hand. A sample is refused there.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from entries import BOTH, FORWARD
-from goals import (
+from comparison.entries import BOTH, FORWARD
+from reporting.goals import (
     COMPILED,
     EAGER,
     GOALS,
     LINEAR,
     LOSS,
     LOSS_AND_GRADIENT,
+    STATES,
     NotMeasured,
     Table,
     evaluate,
 )
-from plot_loss import plot_entries
-from results import FOLDER, ResultError, newest, read_result
+from reporting.plot_loss import plot_entries
+from reporting.result_files import FOLDER, ResultError, newest, read_result
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- gpu results -->", "<!-- end of gpu results -->"
+PAGE = Path("docs/gpu.md")
 PICTURE = FOLDER / "loss.png"
 NOTHING = "No GPU result exists yet: none of this has been timed on a GPU."
 MISSING = "-"
 
 
-def readme_part(document: dict[str, Any] | None, name: str = "") -> str:
-    """What stands between the README's markers.
+def page_part(document: dict[str, Any] | None, name: str = "") -> str:
+    """What stands between the page's markers.
 
     Args:
         document: a results file's; None where there is none.
@@ -48,7 +53,7 @@ def readme_part(document: dict[str, Any] | None, name: str = "") -> str:
     if document is None:
         return NOTHING
     if document.get("sample"):
-        raise ResultError(f"{name} is a sample: its figures are made up and not for the README")
+        raise ResultError(f"{name} is a sample: its figures are made up and not for {PAGE}")
     stages = document["stages"]
     blocks = [_loss_part(stages["loss"], name)] if "loss" in stages else []
     if "training" in stages:
@@ -94,37 +99,22 @@ def _loss_part(stage: dict[str, Any], name: str) -> str:
                 for s in linear
             ],
         ))  # fmt: skip
-    parts.append(f"![time of every contender on every shape](benchmarks/results/{PICTURE.name})")
+    parts.append(f"![time of every contender on every shape](../benchmarks/results/{PICTURE.name})")
     verdicts = evaluate(GOALS, stage["entries"])
-    counts = [sum(test(v) for v in verdicts) for test in (_is_met, _is_missed, _is_open)]
-    parts.append(
-        "Goals (`benchmarks/goals.py`, set for one H100): {} met, {} missed, {} not measured.".format(
-            *counts
-        )
-    )
+    counts = Counter(v.state for v in verdicts)
+    counted = ", ".join(f"{counts[state]} {state}" for state in STATES)
+    parts.append(f"Goals (`benchmarks/reporting/goals.py`, set for one H100): {counted}.")
     parts.append(
         "\n".join(["| goal | outcome |", "|---|---|", *(f"| {v.goal} | {v.outcome} |" for v in verdicts)])
     )
     return "\n\n".join(parts)
 
 
-def _is_met(verdict: Any) -> bool:
-    return verdict.is_met
-
-
-def _is_missed(verdict: Any) -> bool:
-    return verdict.value is not None and not verdict.is_met
-
-
-def _is_open(verdict: Any) -> bool:
-    return verdict.value is None
-
-
 def _source(stage: dict[str, Any], name: str) -> str:
     e = stage["environment"]
     return (
         f"{e['device']}, driver {e['driver']}, torch {e['torch']}, triton {e['triton']}, commit {e['commit']}, "
-        f"{e['date'][:10]}, bf16; `{e['command']}`, [all figures](benchmarks/results/{name})."
+        f"{e['date'][:10]}, bf16; `{e['command']}`, [all figures](../benchmarks/results/{name})."
     )
 
 
@@ -199,12 +189,12 @@ def _extra(table: Table, shape: tuple[int, ...], contender: str) -> str:
     return _cell(cell)
 
 
-def updated(readme: str, part: str) -> str:
-    """The README with ``part`` between its markers."""
-    before, begin, rest = readme.partition(BEGIN)
+def updated(page: str, part: str) -> str:
+    """The page with ``part`` between its markers."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ResultError(f"the README lacks the markers {BEGIN} and {END}")
+        raise ResultError(f"{PAGE} lacks the markers {BEGIN} and {END}")
     return f"{before}{begin}\n{part}\n{end}{after}"
 
 
@@ -220,7 +210,7 @@ def goals_text(document: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument(
         "--goals",
         nargs="?",
@@ -235,17 +225,17 @@ def main(arguments: list[str] | None = None) -> int:
         if options.goals is not None:
             print(goals_text(document) if document else NOTHING)
             return 0
-        readme = ROOT / "README.md"
-        part = readme_part(document, path.name if path else "")
+        page = ROOT / PAGE
+        part = page_part(document, path.name if path else "")
         if document and "loss" in document["stages"]:
             stage = document["stages"]["loss"]
             facts = stage["environment"]
             plot_entries(stage["entries"], PICTURE, f"{facts['device']}, {facts['date'][:10]}")
-        readme.write_text(updated(readme.read_text(encoding="utf-8"), part), encoding="utf-8")
+        page.write_text(updated(page.read_text(encoding="utf-8"), part), encoding="utf-8")
     except ResultError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"README.md: {path.name if path else NOTHING}")
+    print(f"{PAGE}: {path.name if path else NOTHING}")
     return 0
 
 

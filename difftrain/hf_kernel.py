@@ -17,6 +17,8 @@ import shutil
 from pathlib import Path
 
 from difftrain import __version__
+from difftrain.config.paths import expand_path
+from difftrain.errors import UserError
 
 # Where there is neither CUDA nor ROCm, the losses run in plain PyTorch.
 BACKENDS = ("cpu", "cuda", "rocm", "metal", "xpu")
@@ -52,7 +54,11 @@ def export_kernel(folder: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where build/ is written")
-    for variant in export_kernel(parser.parse_args().folder):
+    try:
+        folder = Path(expand_path(str(parser.parse_args().folder)))
+    except UserError as error:
+        parser.error(str(error))
+    for variant in export_kernel(folder):
         print(variant)
 
 

@@ -29,6 +29,7 @@ from difftrain.checkpoints.folder import (
 )
 from difftrain.config import Config
 from difftrain.config.sources import is_run_folder
+from difftrain.data import Corpus
 from difftrain.data.vocabulary import Vocabulary, from_meta
 from difftrain.errors import UserError
 from difftrain.model import Transformer
@@ -51,6 +52,18 @@ class Checkpoint:
     config: Config
     vocabulary: Vocabulary
     state: dict[str, Any]
+
+    @property
+    def has_data_record(self) -> bool:
+        """Whether it says what data it was trained on; those of earlier versions do not."""
+        return isinstance(self.state.get("data"), dict)
+
+    def changed_data(self, corpus: Corpus) -> list[str]:
+        """What of a corpus is not as its run has read it: files, "dtype" or "vocabulary"."""
+        recorded = self.state["data"] if self.has_data_record else {}
+        changed = [key for key, value in corpus.record.items() if recorded.get(key, value) != value]
+        has_other_words = corpus.vocabulary.to_meta() != self.vocabulary.to_meta()
+        return [*changed, "vocabulary"] if has_other_words else changed
 
     def load_weights(self, model: nn.Module) -> None:
         """Copy the weights into ``model``; raises UserError where names or shapes differ."""

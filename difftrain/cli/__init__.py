@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from difftrain import __version__
 from difftrain.cli import plot, prepare, sample, train
+from difftrain.config.paths import expand_path
 from difftrain.errors import DISK_FULL, FailedElsewhere, UserError, near_matches
 
 COMMANDS = (train, sample, plot, prepare)
@@ -69,4 +71,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         known = [word for action in args.parser._actions for word in action.option_strings]
         what = "unknown option" if name.startswith("-") else "unexpected argument"
         raise UserError(f"{what} {name}{near_matches(name, known)}")
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, Path(expand_path(str(value))))
     return args

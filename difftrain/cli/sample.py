@@ -21,6 +21,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     start.add_argument(
         "--held_out", action="store_true", help="mask and restore a piece of the validation text"
     )
+    parser.add_argument(
+        "--allow_changed_data", action="store_true", help="take it though the data is not what it was"
+    )
     parser.add_argument("--share", type=float, default=0.15, help="share masked with --held_out [0.15]")
     parser.add_argument("--length", type=int, default=0, metavar="N", help="tokens a text [block_size]")
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts, in one batch [1]")

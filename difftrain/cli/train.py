@@ -32,6 +32,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in out_dir")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in out_dir")
     parser.add_argument("--eval_only", action="store_true", help="evaluate once and write nothing")
+    parser.add_argument(
+        "--allow_changed_data", action="store_true", help="resume though the data is not what it was"
+    )
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:
             group = parser.add_argument_group(GROUPS[field.name])
@@ -61,4 +64,10 @@ def _run(args: argparse.Namespace) -> None:
         print(textwrap.fill(pairs, 100, break_long_words=False, break_on_hyphens=False))
     from difftrain.training.loop import train
 
-    train(config, resume=args.resume, overwrite=args.overwrite, eval_only=args.eval_only)
+    train(
+        config,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        eval_only=args.eval_only,
+        allow_changed_data=args.allow_changed_data,
+    )

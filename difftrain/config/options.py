@@ -13,12 +13,15 @@ TOML_HEADER = "# difftrain: the configuration of a run"  # by which a run's fold
 LARGEST_INT = 2**31 - 1
 
 
-def option(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A field with its default, its meaning with the unit, and the range it must lie in."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+def option(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, is_path: bool = False
+) -> Any:
+    """A field with its default, its meaning with the unit, the range it must lie in, and whether it is a path."""
+    metadata = {"help": help, "low": low, "high": high, "is_path": is_path}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-# The groups of ``--help`` and of the README's table, by the first option of each.
+# The groups of ``--help`` and of the table in docs/options.md, by the first option of each.
 GROUPS = {
     "out_dir": "Run",
     "data": "Data",
@@ -33,7 +36,9 @@ GROUPS = {
 class Config:
     """Everything that determines a run. Names are nanoGPT's and the specification's."""
 
-    out_dir: str = option("runs/default", "folder of the run: configuration, metrics, checkpoints, plots")
+    out_dir: str = option(
+        "runs/default", "folder of the run: configuration, metrics, checkpoints, plots", is_path=True
+    )
     seed: int = option(
         1337, "seed of initialisation, data order, corruption and dropout", low=0, high=2**63 - 1
     )
@@ -57,7 +62,11 @@ class Config:
         False, "one CPU thread and deterministic algorithms: equal runs give equal bits; slower"
     )
 
-    data: str = option("stdlib", "stdlib (the running Python's own source), a text file, or a folder")
+    data: str = option(
+        "stdlib",
+        "stdlib (the running Python's own source), a text (UTF-8; CRLF is read as LF), or a folder",
+        is_path=True,
+    )
     block_size: int = option(256, "tokens a sequence", low=1)
     batch_size: int = option(64, "sequences a micro-batch, at most", low=1)
     gradient_accumulation_steps: int = option(
@@ -178,6 +187,7 @@ class Config:
 
 
 TYPES = get_type_hints(Config)
+PATHS = [field.name for field in dataclasses.fields(Config) if field.metadata["is_path"]]
 
 
 def _checked_type(name: str, value: Any) -> Any:
@@ -209,7 +219,7 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
 
 
 def options_table() -> str:
-    """The options as a Markdown table, generated from the dataclass; the README holds it."""
+    """The options as a Markdown table, generated from the dataclass; docs/options.md holds it."""
     rows = ["| option | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:

@@ -7,7 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from difftrain.config.options import TOML_HEADER, TYPES, Config
+from difftrain.config.options import PATHS, TOML_HEADER, TYPES, Config
+from difftrain.config.paths import expand_path
 from difftrain.errors import UserError, near_matches
 
 if sys.version_info >= (3, 11):
@@ -65,7 +66,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     if path.stat().st_size > LARGEST_TOML:
         raise UserError(f"{path} is larger than {LARGEST_TOML} bytes, which no configuration is")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin with a byte-order mark
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     return _parse_toml(text, str(path))
@@ -90,6 +91,9 @@ def resolve_config(
 ) -> Config:
     """Defaults < preset < TOML file < command line; a resumed run's own configuration replaces the preset.
 
+    Paths are expanded, and so a run is saved with the places that it used: a resume finds them whatever
+    its environment. What a run was saved with is taken as it stands.
+
     Args:
         preset: name of a preset.
         file: path of a TOML file.
@@ -99,9 +103,9 @@ def resolve_config(
     Raises:
         UserError: an unknown name, a wrong type or a value out of range.
     """
-    base = read_preset(preset) if preset else {}
-    explicit = read_toml(file) if file else {}
-    explicit |= {name: parse_word(name, word) for name, word in words.items()}
+    base = _expanded(read_preset(preset)) if preset else {}
+    explicit = read_toml(expand_path(file)) if file else {}
+    explicit = _expanded(explicit | {name: parse_word(name, word) for name, word in words.items()})
     if not resume:
         return Config(**(base | explicit))
     out_dir = str((base | explicit).get("out_dir", Config.out_dir))
@@ -109,6 +113,12 @@ def resolve_config(
     if not is_run_folder(saved.parent):
         raise UserError(f"cannot resume: {out_dir} is not a run folder")
     return Config(**(read_toml(saved) | explicit | {"out_dir": out_dir}))
+
+
+def _expanded(values: dict[str, Any]) -> dict[str, Any]:
+    """These options, the paths among them expanded."""
+    paths = {name: values[name] for name in PATHS if isinstance(values.get(name), str)}
+    return values | {name: expand_path(text) for name, text in paths.items()}
 
 
 def is_run_folder(folder: Path) -> bool:

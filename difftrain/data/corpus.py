@@ -25,12 +25,15 @@ class Corpus:
         train, val: 1-d arrays of token ids (uint16 or uint32), mapped from their files.
         vocabulary: words of the ids.
         folder: where the files lie.
+        record: what a run keeps of them, to know them again: the digest of each file, and the
+            type of their ids.
     """
 
     train: np.ndarray
     val: np.ndarray
     vocabulary: Vocabulary
     folder: Path
+    record: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def windows(self, split: str, samples: Tensor, *, seed: int, length: int) -> Tensor:
         """Clean tokens of the given samples: (B, length) int64 on the CPU.

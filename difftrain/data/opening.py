@@ -4,37 +4,44 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from difftrain.data.contents import contents_of, find_above
 from difftrain.data.corpus import Corpus
 from difftrain.data.preparing import prepare
 from difftrain.data.vocabulary import Ids, from_meta
 from difftrain.errors import UserError
 
+FILES = ("train.bin", "val.bin")
 GPT2_WORDS = 50257  # nanoGPT's folders without meta data hold GPT-2's byte-pair encoding
 
 
-def open_corpus(name: str) -> Corpus:
+def open_corpus(name: str, say: Callable[[str], None] | None = None) -> Corpus:
     """The corpus that the option ``data`` names; a text is prepared on first use.
 
     Args:
         name: "stdlib", a text file, a folder with ``train.bin`` and ``val.bin``, or any other
             folder, whose text files are taken.
+        say: is told what is taken from a folder of texts, and of what takes long.
 
     Raises:
         UserError: nothing usable is there.
     """
     path = Path(name)
     if name != "stdlib" and path.is_dir() and (path / "train.bin").exists():
-        return read_folder(path)
-    return read_folder(prepare(name))
+        return read_folder(path, say)
+    return read_folder(prepare(name, say=say), say)
 
 
-def read_folder(folder: Path) -> Corpus:
-    """A folder in nanoGPT's format: ``train.bin``, ``val.bin`` and ``meta.json`` or ``meta.pkl``."""
+def read_folder(folder: Path, say: Callable[[str], None] | None = None) -> Corpus:
+    """A folder in nanoGPT's format: ``train.bin``, ``val.bin`` and ``meta.json`` or ``meta.pkl``.
+
+    The first time, every token is read, to check that it is an id of the vocabulary.
+    """
     meta: dict[str, Any] = {}
     if (folder / "meta.json").exists():
         meta = _read_json(folder / "meta.json")
@@ -47,25 +54,31 @@ def read_folder(folder: Path) -> Corpus:
     dtype = meta.get("dtype", "uint16")
     if dtype not in ("uint16", "uint32"):
         raise UserError(f"{folder}: dtype must be uint16 or uint32, got {dtype!r}")
-    splits = [_map_tokens(folder / f"{split}.bin", dtype, vocabulary.n_words) for split in ("train", "val")]
-    return Corpus(*splits, vocabulary, folder)
+    for name in FILES:
+        _check_size(folder / name, dtype)
+    record = {"dtype": dtype}
+    for name, content in zip(FILES, contents_of(folder, FILES, dtype, say), strict=True):
+        record[name] = content.sha256
+        n_words = vocabulary.n_words
+        if content.largest >= n_words and (found := find_above(folder / name, dtype, n_words)):
+            raise UserError(
+                f"{folder / name} holds the id {found[0]} at position {found[1]}, "
+                f"but its vocabulary has {n_words} words"
+            )
+    splits = [np.memmap(folder / name, dtype=dtype, mode="r") for name in FILES]
+    return Corpus(*splits, vocabulary, folder, record)
 
 
-def _map_tokens(path: Path, dtype: str, n_words: int) -> np.ndarray:
+def _check_size(path: Path, dtype: str) -> None:
     if not path.is_file() or path.stat().st_size == 0:
         raise UserError(f"{path} is missing or empty")
     if path.stat().st_size % np.dtype(dtype).itemsize:
         raise UserError(f"{path} is no file of {dtype}: its size is {path.stat().st_size} bytes")
-    tokens = np.memmap(path, dtype=dtype, mode="r")
-    largest = int(tokens[: 1 << 24].max())  # a look at the start finds a wrong vocabulary or dtype
-    if largest >= n_words:
-        raise UserError(f"{path} holds the id {largest}, but its vocabulary has {n_words} words")
-    return tokens
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 

@@ -5,22 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 import sysconfig
-import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from difftrain.data.vocabulary import make_vocabulary
+from difftrain.config.paths import expand_path
+from difftrain.data.texts import NEWLINES, NotText, read_text, read_texts
+from difftrain.data.vocabulary import make_vocabulary, read_tokenizer
 from difftrain.errors import UserError
 
 HELD_OUT = 10  # one file in ten, or the last tenth of a single text, is for validation
-FORMAT = 1  # part of the cache's key; raise it when the prepared files change
+FORMAT = 2  # part of the cache's key; raise it when the prepared files change
 
 
-def prepare(name: str, *, tokenizer: str = "char", out: Path | None = None) -> Path:
+def prepare(
+    name: str,
+    *,
+    tokenizer: str = "char",
+    out: Path | None = None,
+    patterns: Sequence[str] = (),
+    newline: str = "universal",
+    say: Callable[[str], None] | None = None,
+) -> Path:
     """Tokenise a text into a folder in nanoGPT's format, once; returns the folder.
 
     Args:
@@ -28,40 +39,49 @@ def prepare(name: str, *, tokenizer: str = "char", out: Path | None = None) -> P
             validation; of a single file, its last tenth.
         tokenizer: "char", the path of a ``tokenizer.json``, or a tiktoken encoding's name.
         out: the folder to make; by default one in the cache, named by the text's digest.
+        patterns: which files of a folder to take, by name or path; by default every text.
+        newline: "universal": a byte-order mark goes, CRLF and CR become LF; "keep": as they are.
+        say: is told, where a folder of texts is prepared, what was taken and what was left out.
+
+    Raises:
+        UserError: no text to train on, a pattern where there is no folder, an ``out`` that is there.
     """
+    if newline not in NEWLINES:
+        raise UserError(f"newline must be {' or '.join(NEWLINES)}, got {newline!r}")
+    if patterns and (name == "stdlib" or not Path(name).is_dir()):
+        raise UserError(f"a pattern chooses files of a folder, and {name} is none")
+    # What the token files depend on beside the text; a tokenizer's file can change under its name.
+    key = f"{FORMAT} {newline} {read_tokenizer(tokenizer)}"
     if name == "stdlib":
         # The digest of a version string spares reading the whole library at every start.
-        key = hashlib.sha256(f"{sys.version}{FORMAT}{tokenizer}".encode()).hexdigest()[:12]
-        folder = out or cache_folder() / f"stdlib-{key}"
+        folder = out or cache_folder() / f"stdlib-{_digest(key, sys.version)}"
         if out or not (folder / "meta.json").exists():
-            _write_folder(folder, *_split(_read_texts(_stdlib_files())), tokenizer)
+            texts = (read_text(file, newline) for file in _stdlib_files())
+            _write_folder(folder, *_split([text for text in texts if text]), tokenizer)
         return folder
-    path = Path(name)
-    if path.is_file():
-        texts = _read_texts([path])
-    elif path.is_dir():
-        texts = _read_texts(sorted(p for p in path.rglob("*") if p.is_file()), skip_binary=True)
-        if not texts:
-            raise UserError(f"{path} holds neither train.bin nor text files")
-    else:
-        raise UserError(f"data must be stdlib, a text file or a folder, and there is no {name}")
+    texts, summary = _read(Path(name), patterns, newline)
     train, val = _split(texts)
     if len(train) < 2 or len(val) < 1:
-        raise UserError(f"{path} is too short to train on: {len(train) + len(val)} characters")
-    if out is None:
-        key = hashlib.sha256(f"{FORMAT}{tokenizer}\0{train}\0{val}".encode()).hexdigest()[:12]
-        out = cache_folder() / f"{path.stem}-{key}"
-        if (out / "meta.json").exists():
-            return out
-    _write_folder(out, train, val, tokenizer)
-    return out
+        raise UserError(f"{name} is too short to train on: {len(train) + len(val)} characters")
+    folder = out or cache_folder() / f"{Path(name).stem}-{_digest(key, train, val)}"
+    if out or not (folder / "meta.json").exists():
+        if say and summary:
+            say(f"{name}: {summary}")
+        _write_folder(folder, train, val, tokenizer)
+    return folder
 
 
 def cache_folder() -> Path:
     """Where prepared texts are kept: $DIFFTRAIN_CACHE, else difftrain in the user's cache."""
-    if "DIFFTRAIN_CACHE" in os.environ:
-        return Path(os.environ["DIFFTRAIN_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "difftrain"
+    own = os.environ.get("DIFFTRAIN_CACHE")
+    return Path(expand_path(own or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/difftrain"))
+
+
+def _digest(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _stdlib_files() -> list[Path]:
@@ -69,20 +89,29 @@ def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     leave = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     files = (p for p in root.rglob("*.py") if not leave & set(p.relative_to(root).parts))
-    return sorted(p for p in files if p.is_file() and p.read_bytes().isascii())
+    return sorted(p for p in files if p.is_file() and _is_plain(p.read_bytes()))
 
 
-def _read_texts(paths: list[Path], skip_binary: bool = False) -> list[str]:
-    texts = []
-    for path in paths:
-        try:
-            texts.append(path.read_bytes().decode("utf-8"))
-        except UnicodeDecodeError:
-            if not skip_binary:
-                raise UserError(f"{path} is not UTF-8 text") from None
-    if paths and not any(texts) and not skip_binary:
-        raise UserError(f"{paths[0]} is empty")
-    return [text for text in texts if text]
+def _is_plain(content: bytes) -> bool:
+    return content.isascii() and b"\0" not in content
+
+
+def _read(path: Path, patterns: Sequence[str], newline: str) -> tuple[list[str], str]:
+    """The texts of a file or a folder, and what is to be said about a folder."""
+    if path.is_dir():
+        texts, summary = read_texts(path, patterns, newline)
+        if not texts:
+            raise UserError(f"{path} holds neither train.bin nor text files: {summary}")
+        return texts, summary
+    if not path.is_file():
+        raise UserError(f"data must be stdlib, a text file or a folder, and there is no {path}")
+    try:
+        text = read_text(path, newline)
+    except NotText as reason:
+        raise UserError(f"{path} is {reason}") from None
+    if not text:
+        raise UserError(f"{path} is empty")
+    return [text], ""
 
 
 def _split(texts: list[str]) -> tuple[str, str]:
@@ -103,7 +132,8 @@ def _write_folder(folder: Path, train: str, val: str, tokenizer: str) -> None:
     if folder.exists():
         raise UserError(f"{folder} exists already")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    aside = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
+    aside.mkdir()  # not tempfile's: its folders are for their owner alone, whatever the umask
     try:
         for split, text in (("train", train), ("val", val)):
             np.asarray(vocabulary.encode(text), dtype=dtype).tofile(aside / f"{split}.bin")

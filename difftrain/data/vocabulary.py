@@ -193,13 +193,23 @@ def make_vocabulary(name: str, text: str) -> Vocabulary:
     """
     if name == "char":
         vocabulary: Vocabulary = Characters(tuple(sorted(set(text))))
-    elif not name.endswith(".json"):
-        vocabulary = Tiktoken(name)
-    elif Path(name).is_file():
-        vocabulary = Tokenizer(Path(name).read_text(encoding="utf-8"))
+    elif name.endswith(".json"):
+        vocabulary = Tokenizer(read_tokenizer(name))
     else:
-        raise UserError(f"tokenizer file not found: {name}")
+        vocabulary = Tiktoken(name)
     return _with_two_words(vocabulary, "the text")
+
+
+def read_tokenizer(name: str) -> str:
+    """What a tokenizer's words depend on: the content of its ``tokenizer.json``, or else its name."""
+    if not name.endswith(".json"):
+        return name
+    if not Path(name).is_file():
+        raise UserError(f"tokenizer file not found: {name}")
+    try:
+        return Path(name).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is not UTF-8 text") from None
 
 
 def _with_two_words(vocabulary: Vocabulary, origin: str) -> Vocabulary:

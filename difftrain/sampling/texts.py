@@ -40,6 +40,7 @@ class SampleRequest:
     seed: int = 0
     checkpoint: str = "best"
     device: str = "auto"
+    allow_changed_data: bool = False
 
     def __post_init__(self) -> None:
         lowest = {"length": 0, "num_samples": 1, "max_steps": 1, "temperature": 0, "top_k": 0, "seed": 0}
@@ -124,6 +125,12 @@ def _held_out(checkpoint: Checkpoint, request: SampleRequest) -> tuple[Tensor, T
     corpus = open_corpus(config.data)
     if corpus.vocabulary.to_meta() != vocabulary.to_meta():
         raise UserError(f"the data {config.data} has another vocabulary than the checkpoint")
+    changed = set(checkpoint.changed_data(corpus)) - {"train.bin"}  # of which nothing is shown
+    if changed and not request.allow_changed_data:
+        raise UserError(
+            f"the data {config.data} has changed since {checkpoint.folder.name}: {', '.join(sorted(changed))} in "
+            f"{corpus.folder}, so this text may not be held out; --allow_changed_data takes it nevertheless"
+        )
     n_windows = max(1, min(HELD_OUT_WINDOWS, len(corpus.val) // config.block_size))
     index = torch.tensor([request.seed])
     tokens = corpus.windows("val", index, seed=config.seed, length=n_windows * config.block_size)

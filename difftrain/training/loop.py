@@ -22,13 +22,24 @@ from difftrain.reporting.log import MetricsLog, check_trackers, drop_records_aft
 from difftrain.reporting.records import console_line, health_warnings, loss_metrics, summary_line
 from difftrain.runtime import Runtime, is_lost_peer, start_runtime, stop_requests
 from difftrain.schedule import learning_rate, masking_penalties
-from difftrain.training.run_folder import check_run_dir, claim_run_dir, find_resume_point, locked
+from difftrain.training.run_folder import (
+    check_run_dir,
+    claim_run_dir,
+    compare_data,
+    find_resume_point,
+    locked,
+)
 from difftrain.training.step import Run, TrainingFailed
 from difftrain_kernels import CaseTable
 
 
 def train(
-    config: Config, *, resume: bool = False, overwrite: bool = False, eval_only: bool = False
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    eval_only: bool = False,
+    allow_changed_data: bool = False,
 ) -> dict[str, Any]:
     """Train a model, or evaluate one, as the configuration says.
 
@@ -38,6 +49,7 @@ def train(
         resume: go on from the newest unharmed checkpoint in ``out_dir``.
         overwrite: replace a run that ``out_dir`` holds.
         eval_only: evaluate once (with ``resume``: the checkpoint) and write nothing.
+        allow_changed_data: with ``resume``, go on though the data is not what it was.
 
     Returns:
         The last evaluation's record, as in ``metrics.jsonl``; empty where none was made before a stop.
@@ -49,7 +61,14 @@ def train(
     """
     with start_runtime(config) as runtime:
         try:
-            return _train(config, runtime, resume=resume, overwrite=overwrite, eval_only=eval_only)
+            return _train(
+                config,
+                runtime,
+                resume=resume,
+                overwrite=overwrite,
+                eval_only=eval_only,
+                allow_changed_data=allow_changed_data,
+            )
         except RuntimeError as error:
             if is_lost_peer(error):
                 raise TrainingFailed(
@@ -81,20 +100,28 @@ def _claim(run: Run, stack: ExitStack, *, resume: bool) -> None:
 
 
 def _open(
-    config: Config, say: Any, *, resume: bool, overwrite: bool, eval_only: bool
+    config: Config,
+    say: Any,
+    *,
+    resume: bool,
+    overwrite: bool,
+    eval_only: bool,
+    allow_changed_data: bool,
 ) -> tuple[Checkpoint | None, Corpus]:
     """The checkpoint to go on from, if any, and the data; raises UserError before anything is touched."""
     run_dir = Path(config.out_dir)
     if not eval_only:
         check_run_dir(run_dir, resume=resume, overwrite=overwrite)
         check_trackers(config)
-    corpus = open_corpus(config.data)
+    corpus = open_corpus(config.data, say)
     corpus.check_length(config.block_size + (config.mode == "gpt2"))
     if not resume:
         return None, corpus
     checkpoint, problems = find_resume_point(run_dir, config, corpus)
     for problem in problems:
         say(f"warning: {problem}; going on from {checkpoint.folder.name}")
+    if note := compare_data(checkpoint, config, corpus, is_change_allowed=allow_changed_data):
+        say(f"note: {note}")
     for key, was in dataclasses.asdict(checkpoint.config).items():
         if key != "out_dir" and (now := getattr(config, key)) != was:
             say(f"note: {key} was {was} in {checkpoint.folder.name} and is {now} from here on")

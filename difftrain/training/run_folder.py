@@ -86,7 +86,7 @@ def find_resume_point(run_dir: Path, config: Config, corpus: Corpus) -> tuple[Ch
         UserError: there is none, or this configuration or data cannot go on from it.
     """
     checkpoint, problems = find_newest_good(run_dir)
-    if checkpoint.vocabulary.to_meta() != corpus.vocabulary.to_meta():
+    if checkpoint.vocabulary.n_words != corpus.vocabulary.n_words:
         raise UserError(
             f"{checkpoint.folder} was trained on another vocabulary of {checkpoint.vocabulary.n_words} words, "
             f"the data {config.data} has {corpus.vocabulary.n_words}"
@@ -100,3 +100,20 @@ def find_resume_point(run_dir: Path, config: Config, corpus: Corpus) -> tuple[Ch
         if was != now:
             raise UserError(f"{key} must be {was!r} to resume {run_dir}, got {now!r}")
     return checkpoint, problems
+
+
+def compare_data(checkpoint: Checkpoint, config: Config, corpus: Corpus, *, is_change_allowed: bool) -> str:
+    """What is to be noted of the data that a run goes on with; empty where it is what it was.
+
+    Raises:
+        UserError: it has changed, and that is not allowed.
+    """
+    name = checkpoint.folder.name
+    if changed := checkpoint.changed_data(corpus):
+        what = f"the data {config.data} has changed since {name}: {', '.join(changed)} in {corpus.folder}"
+        if not is_change_allowed:
+            raise UserError(f"{what}; --allow_changed_data goes on with it as it is now")
+        return what
+    if not checkpoint.has_data_record:
+        return f"{name} does not say what data it was trained on, so {config.data} is not compared with it"
+    return ""

@@ -79,7 +79,7 @@ class Run:
         )
 
     def state(self) -> dict[str, Any]:
-        """What the steps have made beside weights and moments.
+        """What the steps have made beside weights and moments, and what data they were made with.
 
         The rest is a function of the step: learning rate, penalties, data order, corruption, and the
         random numbers of dropout, which are seeded anew in each step.
@@ -89,6 +89,7 @@ class Run:
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "measure": self.measure,
+            "data": self.corpus.record,
             "is_evaluated": self.is_evaluated,
             "bad_steps": self.bad_steps,
             "skipped_steps": self.skipped_steps,

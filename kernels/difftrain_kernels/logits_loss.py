@@ -82,8 +82,8 @@ def fused_diffusion_loss(
         y: (...) int64 or int32, the targets; ``ignore_index`` where a position does not count.
         x: (...) int64 or int32, the ids the model saw.
         mask_id: id of [MASK], in [0, V).
-        pk: penalty_keep_mask, the weight where a masked position is answered [MASK]. A number
-            >= 0, or a 0-d float tensor on the logits' device.
+        pk: penalty_keep_mask, the weight where a masked position is answered [MASK]. A number >= 0,
+            or a 0-d float tensor on the logits' device.
         pm: penalty_mask_correct, the weight where a correct word is answered [MASK]; like ``pk``.
         ignore_index: the target that marks a position as not counted. Such positions have loss 0
             and gradient exactly 0, but stay in the mean's divisor.

@@ -1,4 +1,4 @@
-"""Faults for mutants.py in the trainer: checkpoints, resuming, data, corruption and schedules."""
+"""Faults for mutants.py in the trainer: checkpoints, resuming, paths, data, corruption and schedules."""
 
 FOLDER, READING, WRITING, SAVER, STEP, LOOP, RUNTIME, LOG, SCHEDULE, CORPUS, CORRUPTION = (
     f"difftrain/{name}.py"
@@ -7,11 +7,20 @@ FOLDER, READING, WRITING, SAVER, STEP, LOOP, RUNTIME, LOG, SCHEDULE, CORPUS, COR
         "training/step", "training/loop", "runtime", "reporting/log", "schedule", "data/corpus", "data/corruption",
     )
 )  # fmt: skip
+PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPLING = (
+    f"difftrain/{name}.py"
+    for name in (
+        "config/paths", "config/sources", "cli/__init__", "data/texts", "data/preparing", "data/contents",
+        "data/opening", "training/run_folder", "sampling/texts",
+    )
+)  # fmt: skip
 RESUME_TESTS = ["tests/difftrain/test_resume.py", "-k", "float32 or samples"]
+DATA_TESTS = ["tests/difftrain/test_changed_data.py"]
 TRAIN_TESTS = ["tests/difftrain/test_train.py", "-k", "not full_disk"]
 # In this order; a fault is killed by the first stage that fails.
 CHECKPOINT_STAGES = (
     ["tests/difftrain/test_checkpoint.py"],
+    DATA_TESTS,
     ["tests/difftrain/test_train.py", "-k", "full_disk"],
     ["tests/difftrain/test_kills.py"],
     TRAIN_TESTS,
@@ -23,6 +32,7 @@ STAGES = {
     SAVER: (["tests/difftrain/test_saver.py"], TRAIN_TESTS),
     STEP: (
         TRAIN_TESTS,
+        DATA_TESTS,
         RESUME_TESTS,
         ["tests/difftrain/test_resume.py"],
         ["tests/difftrain/test_distributed.py"],
@@ -33,6 +43,15 @@ STAGES = {
     SCHEDULE: (["tests/difftrain/test_schedule.py"],),
     CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS),
     CORRUPTION: (["tests/difftrain/test_corruption.py"],),
+    PATHS: (["tests/difftrain/test_paths.py"],),
+    SOURCES: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_config.py"]),
+    COMMANDS: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_cli.py"]),
+    TEXTS: (["tests/difftrain/test_texts.py"],),
+    PREPARING: (["tests/difftrain/test_texts.py"], ["tests/difftrain/test_permissions.py"]),
+    CONTENTS: (["tests/difftrain/test_opening.py"],),
+    OPENING: (["tests/difftrain/test_data.py"], ["tests/difftrain/test_opening.py"]),
+    RUN_FOLDER: (DATA_TESTS, TRAIN_TESTS),
+    SAMPLING: (["tests/difftrain/test_sample.py"], DATA_TESTS),
 }
 # (file, what is wrong, text, replacement); all occurrences are replaced.
 MUTANTS = [
@@ -77,6 +96,38 @@ MUTANTS = [
     (CORPUS, "samples depend on the number of processes", "(rank * micro_steps + micro_step)", "(micro_step * world_size + rank)"),
     (CORPUS, "every step takes the same samples", "first = step * config.global_batch_size + ", "first = "),
     (CORPUS, "the last token is never seen", "(len(tokens) - length + 1)", "(len(tokens) - length)"),
+    (PATHS, "variables stay as they are", "os.path.expanduser(os.path.expandvars(text))", "os.path.expanduser(text)"),
+    (PATHS, "the home folder stays ~", "os.path.expanduser(os.path.expandvars(text))", "os.path.expandvars(text)"),
+    (PATHS, "a variable that is not set becomes a folder", "if name not in os.environ:", "if name is None:"),
+    (SOURCES, "presets keep their ~", "_expanded(read_preset(preset))", "read_preset(preset)"),
+    (SOURCES, "--config keeps its ~", "read_toml(expand_path(file))", "read_toml(file)"),
+    (SOURCES, "what was saved is expanded again", "Config(**(read_toml(saved) | ", "Config(**(_expanded(read_toml(saved)) | "),
+    (COMMANDS, "arguments keep their ~", "if isinstance(value, Path):", "if value is Path:"),
+    (TEXTS, "hidden files are taken", 'if entry.name.startswith("."):', 'if entry.name == ".git":'),
+    (TEXTS, "an environment is known by its name alone", ' or os.path.exists(entry / "pyvenv.cfg")', ""),
+    (TEXTS, "binary files are taken", 'if b"\\0" in content:', "if not content:"),
+    (TEXTS, "a linked file is taken twice", "seen.add(entry.resolve())", "seen.add(entry)"),
+    (TEXTS, "a link leads out above", "seen = {home, *home.parents}", "seen = {home}"),
+    (TEXTS, "the byte-order mark stays", '"utf-8-sig"', '"utf-8"'),
+    (TEXTS, "a lone CR stays", '.replace("\\r", "\\n")', ""),
+    (TEXTS, "patterns see names alone", '_name(path, root) if "/" in pattern else path.name', "path.name"),
+    (PREPARING, "an edited tokenizer comes from the cache", "{read_tokenizer(tokenizer)}", "{tokenizer}"),
+    (PREPARING, "an edited validation text comes from the cache", "_digest(key, train, val)", "_digest(key, train)"),
+    (PREPARING, "what was left out is not said", "if say and summary:", "if say and not summary:"),
+    (PREPARING, "a folder for its owner alone", "    aside.mkdir()", "    aside.mkdir(0o700)"),
+    (CONTENTS, "ids late in a block go unchecked", "int(np.frombuffer(block, dtype).max())", "int(np.frombuffer(block, dtype)[: 1 << 20].max())"),
+    (CONTENTS, "part of a file has no part in its digest", "digest.update(block)", "digest.update(block[:64])"),
+    (CONTENTS, "the place counts from its block on", "start + int(where[0])", "int(where[0])"),
+    (CONTENTS, "a change that keeps the mtime goes unseen", "stat.st_ctime_ns", "0"),
+    (CONTENTS, "a file just changed is trusted to stay", "began - SETTLED:", "began:"),
+    (CONTENTS, "the type of ids is no mark", '        "dtype": dtype, "size"', '        "size"'),
+    (CONTENTS, "a memo that cannot be written is an error", "with contextlib.suppress(OSError):", "with contextlib.nullcontext():"),
+    (OPENING, "[MASK]'s id passes in the data", "if content.largest >= n_words and", "if content.largest > n_words and"),
+    (READING, "changed data goes on unseen", "if recorded.get(key, value) != value]", "if not recorded.get(key, value)]"),
+    (READING, "other words go on unseen", 'return [*changed, "vocabulary"] if has_other_words else changed', "return changed"),
+    (STEP, "the data is not recorded", '            "data": self.corpus.record,\n', ""),
+    (RUN_FOLDER, "changed data needs no permission", "if not is_change_allowed:", "if is_change_allowed is None:"),
+    (SAMPLING, "held-out text from changed data", "if changed and not request.allow_changed_data:", "if changed is None:"),
     (CORRUPTION, "one more masked", "is_masked = rank < n_mask[:, None]", "is_masked = rank <= n_mask[:, None]"),
     (CORRUPTION, "a word replaced by itself", "other = other + (other >= tokens).long()", "other = other + 0"),
     (CORRUPTION, "a wrong word's target is the word", "y = torch.where(is_replaced, mask_id, tokens)", "y = tokens"),

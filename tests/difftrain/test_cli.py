@@ -5,13 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from difftrain.cli import main
 from difftrain.config import Config
-from difftrain.config.options import options_table
 from difftrain.config.sources import preset_names
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -169,8 +167,3 @@ def test_ctrl_c_in_a_real_process_saves_and_exits_with_0(words, tmp_path):
     assert process.returncode == 0, err
     assert "go on with: difftrain train --resume --out_dir" in out.splitlines()[-1]
     assert (tmp_path / "run" / "checkpoints" / "latest").exists()
-
-
-def test_the_readme_holds_the_generated_options_table():
-    readme = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
-    assert options_table() in readme

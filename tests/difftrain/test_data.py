@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from corpora import nanogpt_folder
 from difftrain.config import Config
 from difftrain.data import open_corpus, prepare, read_folder, sample_indices
 from difftrain.data.opening import read_plain_pickle
@@ -24,15 +25,6 @@ def cache(tmp_path, monkeypatch):
 def text_file(tmp_path):
     path = tmp_path / "fox.txt"
     path.write_text(TEXT)
-    return path
-
-
-def nanogpt_folder(path, train=(0, 1, 2, 1, 0, 2), val=(2, 1, 0), dtype=np.uint16, meta=None):
-    path.mkdir()
-    np.array(train, dtype=dtype).tofile(path / "train.bin")
-    np.array(val, dtype=dtype).tofile(path / "val.bin")
-    if meta is not None:
-        (path / "meta.json").write_text(json.dumps(meta))
     return path
 
 
@@ -157,8 +149,9 @@ def test_a_pickle_that_names_code_is_refused_unexecuted(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": (0, 1, 3)}, "holds the id 3, but its vocabulary has 3 words"),
-        ({"train": (0, 1, 7)}, "holds the id 7, but its vocabulary has 3 words"),
+        ({"train": (0, 1, 3)}, "train.bin holds the id 3 at position 2, but its vocabulary has 3 words"),
+        ({"train": (0, 5, 7)}, "train.bin holds the id 5 at position 1, but its vocabulary has 3 words"),
+        ({"val": (9, 1, 2)}, "val.bin holds the id 9 at position 0, but its vocabulary has 3 words"),
         ({"val": ()}, "val.bin is missing or empty"),
         ({"meta": {"vocab_size": 1}}, "at least 2 words, got 1"),
         ({"meta": {"itos": ["ab", "c"]}}, "itos must list one character for each id"),

@@ -9,6 +9,7 @@ TILES, WEIGHTS, ROW_STATISTICS, BLOCKS, STREAMED_ROWS, SMALL_ROWS, LOSS, GRADIEN
 ]  # fmt: skip
 LOGITS_LOSS = "kernels/difftrain_kernels/logits_loss.py"
 PARALLEL = "kernels/difftrain_kernels/parallel_loss.py"
+REFERENCE = "kernels/difftrain_kernels/reference.py"
 # In this order; a fault is killed by the first stage that fails. Hypothesis is late: it shrinks.
 KERNEL_STAGES = (
     [
@@ -25,6 +26,10 @@ STAGES = {
     **dict.fromkeys(TRITON, KERNEL_STAGES),
     LOGITS_LOSS: (["tests/kernels/test_logits_loss.py"], ["tests/kernels/test_triton_kernels.py"]),
     PARALLEL: (["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],),
+    REFERENCE: (
+        ["tests/kernels/test_reference.py"],
+        ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],
+    ),
 }
 # The test that should notice, where it is not among the first; all tests follow if it does not.
 HINTS = {
@@ -128,17 +133,18 @@ MUTANTS = [
     (SLICES, "slice: a target elsewhere passes for the prediction not needed", "tl.where(has_target & (predicted == target), 2.0, 0.0)", "tl.where(predicted == target, 2.0, 0.0)"),
     (SLICES, "slice: label beyond the slice", "(token < start + vocab_size)", "(token <= start + vocab_size)"),
     (SLICES, "slice: target's logit from every slice", "tl.where(has_target, target_logit, 0.0)", "target_logit"),
-    (PARALLEL, "last maximum wins", "first = tops.argmax(0, keepdim=True)", "first = len(tops) - 1 - tops.flip(0).argmax(0, keepdim=True)"),
-    (PARALLEL, "sums added on their own scales", "(rests * torch.exp(_finite(tops) - shift)).sum(0)", "rests.sum(0)"),
-    (PARALLEL, "-inf slice makes NaN", "return top.clamp(min=torch.finfo(top.dtype).min)", "return top"),
     (PARALLEL, "processes without columns take part", "        if 0 in self.sizes:", "        if False:"),
-    (PARALLEL, "nll from a log-sum-exp", "nll = (torch.log(total) - log_p) * poison", "nll = (shift + torch.log(total) - (log_p + shift)) * poison"),
-    (PARALLEL, "gradient of the target as p - 1", "-(rest * factor)[:, None], gradient.gather(1, target))", "gradient.gather(1, target) - upstream.reshape(-1, 1), gradient.gather(1, target))"),
-    (PARALLEL, "target summed with the rest", "torch.where(has_target[:, None], 0.0, exps.gather(1, target))", "exps.gather(1, target)"),
-    (PARALLEL, "[MASK] elsewhere passes for a column", "(predicted == mask) * has_mask", "(predicted == max(mask, 0))"),
-    (PARALLEL, "ignored rows keep their gradient", "gradient.masked_fill_((case == IGNORED)[:, None], 0.0)", "gradient"),
-    (PARALLEL, "bad label has a loss", "poison = torch.where(is_label, 1.0, torch.nan)", "poison = torch.where(is_label, 1.0, 1.0)"),
     (PARALLEL, "sum's gradient divided by N", "divisor = max(1, len(y)) if self.reduction == \"mean\" else 1", "divisor = max(1, len(y))"),
     (PARALLEL, "slice starts one late", "sum(sizes[:rank]), group", "sum(sizes[:rank]) + 1, group"),
     (PARALLEL, "DTensor split evenly", "[max(0, min(widest, vocab_size - i * widest)) for i in range(len(ranks))]", "[vocab_size // len(ranks)] * len(ranks)"),
+    (REFERENCE, "last maximum wins", "first = tops.argmax(0, keepdim=True)", "first = len(tops) - 1 - tops.flip(0).argmax(0, keepdim=True)"),
+    (REFERENCE, "sums added on their own scales", "(rests * torch.exp(_finite(tops) - shift)).sum(0)", "rests.sum(0)"),
+    (REFERENCE, "-inf slice makes NaN", "return top.clamp(min=torch.finfo(top.dtype).min)", "return top"),
+    (REFERENCE, "nll from a log-sum-exp", "torch.log(total) - log_p, gap", "shift + torch.log(total) - (log_p + shift), gap"),
+    (REFERENCE, "gradient of the target as p - 1", "-(rest * factor)[:, None], gradient.gather(1, column))", "gradient.gather(1, column) - (upstream / divisor).reshape(-1, 1), gradient.gather(1, column))"),
+    (REFERENCE, "target summed with the rest", "torch.where(has_target[:, None], 0.0, exps.gather(1, column))", "exps.gather(1, column)"),
+    (REFERENCE, "[MASK] elsewhere passes for a column", "(predicted == mask) * has_mask", "(predicted == max(mask, 0))"),
+    (REFERENCE, "ignored rows keep their gradient", "gradient.masked_fill_((case == cases.IGNORED)[:, None], 0.0)", "gradient"),
+    (REFERENCE, "bad label has a loss", "poison = torch.where(is_label | ~is_counted, 1.0, torch.nan)", "poison = torch.where(is_label, 1.0, 1.0)"),
+    (REFERENCE, "bad label -1 poisons the gradient where it is ignored", "torch.where(is_label | ~is_counted, 1.0, torch.nan)", "torch.where(is_label, 1.0, torch.nan)"),
 ]  # fmt: skip

@@ -1,9 +1,7 @@
 """The losses under torch.compile: as operators, compiled once whatever the penalties do."""
 
 import importlib.util
-import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -484,20 +482,3 @@ def test_a_whole_curriculum_of_numbers_is_one_triton_kernel(vocab_size, device, 
     assert [len(found) for found in keys.values()] == [1, 1]
     triton_kernels.launch_loss(logits, y, y, 3, *scalars(device, 0.25, 0.5))
     assert sorted(len(found) for found in keys.values()) == [1, 2]  # and one for tensors
-
-
-# The README ------------------------------------------------------------------------------------------
-
-
-def test_the_readmes_compiled_step_runs(monkeypatch):
-    readme = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## torch.compile and CUDA graphs")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    plain = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda *f, **options: plain(*f, **options | {"backend": "aot_eager"})
-    )
-    names = {}
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        exec(code, names)
-    assert names["loss"].isfinite()

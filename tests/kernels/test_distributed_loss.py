@@ -91,7 +91,7 @@ def wrap(model, wrapper):
 
 
 def train_in_processes(rank, wrapper, how, uneven, count, is_naive=False):
-    """The README's recipe: losses of the whole batch, and the parameters after some steps."""
+    """The recipe of docs/parallel.md: losses of the whole batch, and the parameters after some steps."""
     model = wrap(Model(), wrapper)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []

@@ -318,7 +318,7 @@ def head_problem():
 
 
 def column_parallel_head(rank, n):
-    """The README's recipe: gradients of hidden, added up over processes, and of the weight's rows."""
+    """The recipe of docs/parallel.md: gradients of hidden, added up over processes, and of the weight's rows."""
     hidden, weight, y, x = head_problem()
     sizes = SPLITS[n][-1] if n == 4 else (40, 15)
     start = sum(sizes[:rank])

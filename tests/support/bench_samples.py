@@ -1,23 +1,16 @@
 """Small problems, and contenders made for a test, that the benchmark's tests share."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
+from comparison import checks, contenders, entries, worker
+from comparison.checks import Judge, verdict_on
+from comparison.contenders import Contender
+from comparison.problems import make_problem
 
-import contenders
-import entries
-import loss_checks
-import loss_worker
-from contenders import Contender
-from loss_checks import Judge, verdict_on
-from problems import make_problem
-
-UPSTREAMS = loss_worker.UPSTREAMS
+UPSTREAMS = worker.UPSTREAMS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the kernels run in the interpreter
 
 
@@ -30,7 +23,7 @@ def logits_contender(loss_of, lacks=""):
 
 
 def objection(contender, problem):
-    judge = Judge(loss_checks.fitting_problem(problem, contender), UPSTREAMS)
+    judge = Judge(checks.fitting_problem(problem, contender), UPSTREAMS)
     return verdict_on(contender, contender.make(), judge).objection
 
 
@@ -40,3 +33,11 @@ def composed(problem, **changes):
     return contenders.weighted(
         lambda logits, y: F.cross_entropy(logits.float(), y, ignore_index=-1, reduction="none")
     )(changed, 1.0)
+
+
+def entry_of(kind, **changes):
+    shape = [8, 10] if kind == "logits" else [70, 16, 40]
+    values = {"dtype": "bf16", "contender": "sample", "family": "ours", "lacks": "", "ms": 2.0}
+    return entries.Entry(
+        shape, **(values | {"measure": entries.BOTH, "outcome": entries.TIMED, "peak_mib": 7.0} | changes)
+    )

@@ -1,4 +1,4 @@
-"""Workers that behave badly, for test_bench_supervisor.py. Imported by spawned processes, so light."""
+"""Workers that behave badly, for test_supervision.py. Imported by spawned processes, so light."""
 
 import os
 import signal

@@ -5,8 +5,8 @@ bench_loss.py measures.
 """
 
 from bench_loss import LINEAR_SHAPES, LOGITS_SHAPES
-from contenders import CONTENDERS, NO_WEIGHTS
-from entries import FORWARD, MEASURES, OURS, TIMED, Entry, add_rates, bytes_moved
+from comparison.contenders import CONTENDERS, NO_WEIGHTS
+from comparison.entries import FORWARD, MEASURES, OURS, TIMED, Entry, add_rates, bytes_moved
 
 COPY_GB_PER_S = 1000.0
 ENVIRONMENT = {

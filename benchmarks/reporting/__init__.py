@@ -1,0 +1,1 @@
+"""What becomes of figures: the results file, the goals it is held against, and the picture."""

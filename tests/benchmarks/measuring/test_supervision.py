@@ -1,0 +1,47 @@
+"""Whatever a worker does, every job gets one answer, in order, and the run ends in time."""
+
+import time
+
+from fake_workers import obey
+from measuring import supervision
+
+
+def run(jobs, job_seconds=20.0, seconds=60.0):
+    return list(supervision.run_jobs(obey, jobs, job_seconds=job_seconds, seconds=seconds))
+
+
+def test_jobs_are_done_in_order_by_one_process():
+    found = run(["a", "b", "c"])
+    assert [(job, answer[0], problem) for job, answer, problem in found] == [(j, j, "") for j in "abc"]
+    assert len({answer[1] for _, answer, _ in found}) == 1
+
+
+def test_a_crash_is_reported_and_a_fresh_process_goes_on():
+    found = run(["a", "crash", "b", "exit", "c"])
+    assert [(job, problem) for job, _, problem in found] == [
+        ("a", ""), ("crash", "crashed: SIGKILL"), ("b", ""), ("exit", "crashed: exit code 3"), ("c", ""),
+    ]  # fmt: skip
+    assert [answer[0] for _, answer, problem in found if not problem] == ["a", "b", "c"]
+    assert len({answer[1] for _, answer, problem in found if not problem}) == 3
+
+
+def test_a_worker_that_leaves_blames_no_job():
+    found = run(["last of its process", "b"])
+    assert [(answer[0], problem) for _, answer, problem in found] == [
+        ("last of its process", ""),
+        ("b", ""),
+    ]
+    assert found[0][1][1] != found[1][1][1]
+
+
+def test_a_job_that_hangs_is_given_up_and_the_next_one_done():
+    # Two seconds must be enough for a process to start.
+    found = run(["hang", "b"], job_seconds=2.0)
+    assert [problem for *_, problem in found] == ["hung: no answer in 2 s", ""]
+
+
+def test_what_is_not_done_when_the_time_is_over_is_said_to_be_not_measured():
+    began = time.monotonic()
+    found = run(["a", "hang", "b"], seconds=2.0)
+    assert time.monotonic() - began < 10
+    assert [problem for *_, problem in found] == ["", *["not measured: the run's 2 s were over"] * 2]

@@ -1,0 +1,100 @@
+"""Tiny trainings with each loss, measured and compared."""
+
+import pytest
+
+from stages import training_runs
+
+TINY = {
+    "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "max_iters": 8, "eval_interval": 8,
+    "eval_batch_size": 4, "log_interval": 1, "warmup_iters": 2, "masking_warmup_iters": 4, "dtype": "float32", "device": "cpu",
+}  # fmt: skip
+
+
+def in_process(config, seconds, seen=None):
+    from difftrain.training.loop import train
+
+    train(config)
+
+
+def test_a_tiny_training_with_each_loss_is_measured_and_compared(capsys):
+    found = training_runs.run_training(60.0, TINY, n_words=40, n_tokens=4000, train=in_process)
+    assert list(found["runs"]) == ["reference", "logits", "linear"]
+    for run in found["runs"].values():
+        assert [step for step, _ in run["curve"]] == list(range(8))
+        assert run["tokens_per_second"] > 0
+        assert run["peak_memory_mib"] > 0
+        assert run["agreement"].startswith("agrees: ")
+    assert found["ok"]
+    assert found["what"] == "8 steps of 64 tokens, 1 layers of width 16, vocabulary 41, float32"
+    assert {"max_iters": 8, "dtype": "float32"}.items() <= found["options"].items()
+
+
+def test_the_trainers_own_command_makes_a_run_and_a_failure_says_why(tmp_path, monkeypatch):
+    from difftrain.config import Config
+
+    data = training_runs.write_tokens(tmp_path / "tokens", 40, 4000)
+    options = training_runs.GPT2_SMALL | TINY | {"max_iters": 2, "data": str(data)}
+    config = Config(**options, out_dir=str(tmp_path / "run"))
+    training_runs.train_by_command(config, 100.0)
+    assert len(training_runs.read_run(config)["curve"]) == 2
+    program = tmp_path / "program"
+    for body, message in (
+        ("echo first; echo the reason >&2; exit 2", "^exit code 2: the reason$"),
+        ("echo begun; sleep 60", "^not finished in 1 s: begun$"),
+    ):
+        program.write_text(f"#!/bin/sh\n{body}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(training_runs.sys, "executable", str(program))
+        with pytest.raises(RuntimeError, match=message):
+            training_runs.train_by_command(config, 1.0)
+
+
+def test_a_run_that_fails_leaves_the_others(capsys):
+    def fails_for_logits(config, seconds):
+        if config.loss_impl == "logits":
+            raise RuntimeError("not finished in 3 s")
+        in_process(config, seconds)
+
+    changes = TINY | {"max_iters": 2}
+    found = training_runs.run_training(60.0, changes, n_words=40, n_tokens=4000, train=fails_for_logits)
+    assert not found["ok"]
+    assert found["runs"]["logits"] == {"failure": "RuntimeError: not finished in 3 s"}
+    assert found["runs"]["linear"]["agreement"].startswith("agrees")
+    assert "logits: RuntimeError: not finished in 3 s" in found["summary"]
+
+
+def test_curves_agree_within_rounding_at_first_and_a_hundredth_later():
+    steps = list(range(0, 500, 10))
+    reference = [[s, 5.0 - s / 500] for s in steps]
+
+    def moved(first=1.0, late=1.0):
+        return [[s, loss * (first if s == 0 else late if s > 400 else 1.0)] for s, loss in reference]
+
+    agreement = training_runs.agreement
+    assert agreement(reference, reference) == (
+        True,
+        "agrees: first loss 0 % apart, means of tenths at most 0 %",
+    )
+    assert agreement(moved(first=1.0005), reference)[0]
+    assert not agreement(moved(first=1.002), reference)[0]
+    assert agreement(moved(late=1.005), reference)[0]
+    assert not agreement(moved(late=1.02), reference)[0]
+    assert not agreement([[s, float("nan")] for s in steps], reference)[0]
+    with pytest.raises(ValueError, match="other steps"):
+        agreement(reference[1:], reference)
+
+
+def test_made_up_tokens_are_there_to_be_learned(tmp_path):
+    import numpy as np
+
+    folder = training_runs.write_tokens(tmp_path / "a", 1000, 20_000)
+    words = np.fromfile(folder / "train.bin", dtype=np.uint16)
+    assert len(words) == 20_000
+    assert words.max() < 1000
+    first, second = words.reshape(-1, 2).T
+    successor = dict(zip(first, second, strict=True))
+    assert all(successor[a] == b for a, b in zip(first, second, strict=True))
+    assert len(set(successor.values())) == len(successor) > 500
+    assert 0.10 < (first == 0).mean() < 0.17, "Zipf's law: 1 / H(1000)"
+    again = training_runs.write_tokens(tmp_path / "b", 1000, 20_000)
+    assert (again / "train.bin").read_bytes() == (folder / "train.bin").read_bytes()

@@ -1,0 +1,63 @@
+"""Figures in the pages are those of the results files that they link to."""
+
+import json
+
+import pytest
+
+from pages import ROOT
+
+RESULTS = ROOT / "benchmarks/results"
+
+
+def page(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def step():
+    return json.loads((RESULTS / "train-cpu-2026-11-23.json").read_text())
+
+
+def median(result, part):
+    return result["parts"][part]["median_ms"]
+
+
+def test_the_speed_of_a_step_is_the_measured_one(step):
+    text = page("docs/training.md")
+    parts = ("data", "corruption", "forward", "loss", "backward", "optimizer", "step")
+    cells = [f"{median(step, part):.1f} ms" for part in parts]
+    assert f"| {' | '.join([*cells, format(step['tokens_per_second'], ',.0f')])} |" in text
+    loss_share = median(step, "loss") / median(step, "step")
+    shares = f"{100 * step['data_share']:.1f} % of the step, the loss {100 * loss_share:.1f} %."
+    assert f"Data and corruption take {shares}" in text
+    setting = step["setting"]
+    assert f"torch {setting['torch'].split('+')[0]}" in text
+    assert f"medians of {setting['steps']} steps" in text
+    deterministic = json.loads((RESULTS / "train-cpu-deterministic-2026-11-23.json").read_text())
+    slower = f"{median(deterministic, 'step'):.0f} ms instead of {median(step, 'step'):.0f}\n"
+    assert slower in text
+
+
+def test_what_saving_costs_is_the_measured_cost(step):
+    text = " ".join(page("docs/reliability.md").split())
+    waits, share = median(step, "save waits"), 100 * step["save_share"]
+    assert f"the copy takes {waits:.1f} ms, {share:.3f} % of a run" in text
+    writes, resume = median(step, "save writes"), median(step, "resume")
+    assert f"writing {writes:.0f} ms behind the training, and resuming {resume:.0f} ms" in text
+
+
+def test_instructions_a_logit_are_those_of_the_machine_code():
+    rows = json.loads((RESULTS / "codegen_bf16.json").read_text())
+    rows = [row for row in rows if row["target"] == "sm_90" and row["vocab_size"] > 4096]
+    scan = max(row["slots_scan"] for row in rows if row["slots_scan"] and row["aligned"])
+    gradient = max(row["slots_grad"] for row in rows if row["slots_grad"])
+    assert f"{scan:.2f} instructions a logit" in page("README.md")
+    text = page("docs/loss.md")
+    assert f"| loss | {scan:.1f} | - | all | 0 |" in text
+    assert f"| loss and gradient | {scan:.1f} | {gradient:.2f} | all | 0 |" in text
+    assert f"| gradient, in backward | - | {gradient:.2f} | all | 0 |" in text
+    assert (
+        {row["spill_instructions"] for row in rows}
+        == {row["narrow_accesses_in_loops"] for row in rows}
+        == {0}
+    )

@@ -1,0 +1,46 @@
+"""What the pages must hold: the README's size, the list of pages, the options, the settings that are tested."""
+
+import re
+
+import pytest
+
+from difftrain.config import options_table
+from pages import NAMES, ROOT, links_of
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+WORKS_WITH = (ROOT / "docs/works-with.md").read_text(encoding="utf-8")
+ROWS = [line.split("|")[1:-1] for line in WORKS_WITH.splitlines() if line.startswith("|")][2:]
+
+
+def test_the_readme_has_at_most_200_lines():
+    assert README.count("\n") <= 200
+
+
+def test_the_readme_lists_every_page():
+    listed = {target for target, _ in links_of(README.split("\n## Documentation\n")[1])}
+    assert set(NAMES) - {"README.md", "docs/index.md"} <= listed
+
+
+def test_the_options_page_holds_the_generated_table():
+    page = (ROOT / "docs/options.md").read_text(encoding="utf-8")
+    between = re.search(r"<!-- options -->\n(.*)\n<!-- end of options -->", page, re.DOTALL)
+    assert between[1] == options_table(), "make options writes it"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.library", "fullgraph", "Inductor", "floats", "eager calls", "dynamic shapes", "--compile step",
+        "waits", "CUDA graphs", "autocast", "GradScaler", "DDP, FSDP2", "checkpointing", "vocabulary parallel",
+        "DTensor", "no triton", "`kernels`, `transformers`", "get_local_kernel", "`Trainer`", "nanoGPT", "LLaDA",
+    ],
+)  # fmt: skip
+def test_works_with_has_a_row_for_each_setting(setting):
+    assert any(setting in row[0] for row in ROWS)
+
+
+def test_every_row_of_works_with_names_a_test():
+    """That the test exists, test_links.py sees."""
+    assert len(ROWS) > 20
+    for row in ROWS:
+        assert any(title.startswith("test_") for _, title in links_of(row[-1])), row[0]
