@@ -10,6 +10,10 @@ TILES, WEIGHTS, ROW_STATISTICS, BLOCKS, STREAMED_ROWS, SMALL_ROWS, LOSS, GRADIEN
 LOGITS_LOSS = "kernels/difftrain_kernels/logits_loss.py"
 PARALLEL = "kernels/difftrain_kernels/parallel_loss.py"
 REFERENCE = "kernels/difftrain_kernels/reference.py"
+SLICED_REFERENCE = "kernels/difftrain_kernels/sliced_reference.py"
+CALLS, CHUNKS, CASES, RECIPES = (
+    f"kernels/difftrain_kernels/{name}.py" for name in ("calls", "chunks", "cases", "recipes")
+)
 # In this order; a fault is killed by the first stage that fails. Hypothesis is late: it shrinks.
 KERNEL_STAGES = (
     [
@@ -26,10 +30,15 @@ STAGES = {
     **dict.fromkeys(TRITON, KERNEL_STAGES),
     LOGITS_LOSS: (["tests/kernels/test_logits_loss.py"], ["tests/kernels/test_triton_kernels.py"]),
     PARALLEL: (["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],),
-    REFERENCE: (
-        ["tests/kernels/test_reference.py"],
+    REFERENCE: (["tests/kernels/test_reference.py"], ["tests/kernels/test_terms.py"]),
+    SLICED_REFERENCE: (
         ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],
+        ["tests/kernels/test_terms.py"],
     ),
+    CALLS: (["tests/kernels/test_terms.py"],),
+    CHUNKS: (["tests/kernels/test_terms.py"],),
+    CASES: (["tests/kernels/test_terms.py"],),
+    RECIPES: (["tests/kernels/test_recipes.py"],),
 }
 # The test that should notice, where it is not among the first; all tests follow if it does not.
 HINTS = {
@@ -120,7 +129,7 @@ MUTANTS = [
     (TILES, "unaligned rows treated as aligned", "aligned = row_phase(logits) == (0, 0)", "aligned = True"),
     (BLOCKS, "bulk accesses through 2-byte elements", "return tl.multiple_of(row_ptr + head + block * BLOCK, 16)", "return row_ptr + head + block * BLOCK"),
     (LOGITS_LOSS, "mean over counted positions", "ctx.divisor = max(1, len(rows))", "ctx.divisor = max(1, int((arguments[0] != -1).sum()))"),
-    (LOGITS_LOSS, "sum's gradient divided by N", "if reduction == \"mean\" else 1\n", "if reduction != \"none\" else 1\n"),
+    (LOGITS_LOSS, "sum's gradient divided by N", "if call.reduction == \"mean\" else 1\n", "if call.reduction != \"none\" else 1\n"),
     (LOGITS_LOSS, "buffer given away twice", "made, ctx.gradient = ctx.gradient, None", "made = ctx.gradient"),
     (LOGITS_LOSS, "statement trusted unseen", "stated=torch.nan if made is None else ctx.stated, gradient_out=made,", "stated=torch.nan if made is None else float(upstream.flatten()[0]), gradient_out=made,"),
     (LOGITS_LOSS, "version counter not bumped in forward", "                torch.autograd.graph.increment_version(logits)\n        ctx", "        ctx"),
@@ -134,17 +143,40 @@ MUTANTS = [
     (SLICES, "slice: label beyond the slice", "(token < start + vocab_size)", "(token <= start + vocab_size)"),
     (SLICES, "slice: target's logit from every slice", "tl.where(has_target, target_logit, 0.0)", "target_logit"),
     (PARALLEL, "processes without columns take part", "        if 0 in self.sizes:", "        if False:"),
-    (PARALLEL, "sum's gradient divided by N", "divisor = max(1, len(y)) if self.reduction == \"mean\" else 1", "divisor = max(1, len(y))"),
+    (PARALLEL, "sum's gradient divided by N", "\"divisor\": max(1, len(y)) if call.reduction == \"mean\" else 1,", "\"divisor\": max(1, len(y)),"),
     (PARALLEL, "slice starts one late", "sum(sizes[:rank]), group", "sum(sizes[:rank]) + 1, group"),
     (PARALLEL, "DTensor split evenly", "[max(0, min(widest, vocab_size - i * widest)) for i in range(len(ranks))]", "[vocab_size // len(ranks)] * len(ranks)"),
-    (REFERENCE, "last maximum wins", "first = tops.argmax(0, keepdim=True)", "first = len(tops) - 1 - tops.flip(0).argmax(0, keepdim=True)"),
-    (REFERENCE, "sums added on their own scales", "(rests * torch.exp(_finite(tops) - shift)).sum(0)", "rests.sum(0)"),
-    (REFERENCE, "-inf slice makes NaN", "return top.clamp(min=torch.finfo(top.dtype).min)", "return top"),
-    (REFERENCE, "nll from a log-sum-exp", "torch.log(total) - log_p, gap", "shift + torch.log(total) - (log_p + shift), gap"),
-    (REFERENCE, "gradient of the target as p - 1", "-(rest * factor)[:, None], gradient.gather(1, column))", "gradient.gather(1, column) - (upstream / divisor).reshape(-1, 1), gradient.gather(1, column))"),
-    (REFERENCE, "target summed with the rest", "torch.where(has_target[:, None], 0.0, exps.gather(1, column))", "exps.gather(1, column)"),
-    (REFERENCE, "[MASK] elsewhere passes for a column", "(predicted == mask) * has_mask", "(predicted == max(mask, 0))"),
-    (REFERENCE, "ignored rows keep their gradient", "gradient.masked_fill_((case == cases.IGNORED)[:, None], 0.0)", "gradient"),
+    (SLICED_REFERENCE, "last maximum wins", "first = tops.argmax(0, keepdim=True)", "first = len(tops) - 1 - tops.flip(0).argmax(0, keepdim=True)"),
+    (SLICED_REFERENCE, "sums added on their own scales", "(rests * torch.exp(fall)).sum(0)", "rests.sum(0)"),
+    (SLICED_REFERENCE, "-inf slice makes NaN", "return top.clamp(min=torch.finfo(top.dtype).min)", "return top"),
+    (SLICED_REFERENCE, "nll from a log-sum-exp", "nll = smooth = torch.log(total) - log_p", "nll = smooth = shift + torch.log(total) - (log_p + shift)"),
+    (SLICED_REFERENCE, "gradient of the target as p - 1", "-(rest * factor)[:, None], gradient.gather(1, column))", "gradient.gather(1, column) - (upstream / divisor).reshape(-1, 1), gradient.gather(1, column))"),
+    (SLICED_REFERENCE, "target summed with the rest", "torch.where(has_target[:, None], 0.0, exps.gather(1, column))", "exps.gather(1, column)"),
+    (SLICED_REFERENCE, "[MASK] elsewhere passes for a column", "(predicted == mask) * has_mask", "(predicted == max(mask, 0))"),
+    (SLICED_REFERENCE, "ignored rows keep their gradient", "gradient.masked_fill_(~is_counted, 0.0)", "gradient"),
     (REFERENCE, "bad label has a loss", "poison = torch.where(is_label | ~is_counted, 1.0, torch.nan)", "poison = torch.where(is_label, 1.0, 1.0)"),
     (REFERENCE, "bad label -1 poisons the gradient where it is ignored", "torch.where(is_label | ~is_counted, 1.0, torch.nan)", "torch.where(is_label, 1.0, torch.nan)"),
+    (REFERENCE, "a weight of 0 counts", "is_counted & (token_weight != 0), token_weight", "is_counted, token_weight"),
+    (REFERENCE, "token weights miss the gradient", "row_loss, factor = row_loss * token_weight, factor * token_weight", "row_loss = row_loss * token_weight"),
+    (REFERENCE, "the gate forgets the target's own weight", "+ (target - other) * shown[\"p_target\"]", ""),
+    (REFERENCE, "z-loss times the case weight", "row_loss = row_loss + others[\"z\"]", "row_loss = row_loss + weight * others[\"z\"]"),
+    (REFERENCE, "z-loss with half its gradient", "2.0 * scale * lse.detach()", "scale * lse.detach()"),
+    (REFERENCE, "softcap without its slope", "gradient *= 1.0 - (bent / terms.softcap).square()", "pass"),
+    (REFERENCE, "a scale without its slope", "gradient *= scale.to(gradient.dtype) if isinstance(scale, Tensor) else scale", "pass"),
+    (REFERENCE, "smoothing over [MASK] too", "/ (vocab_size - terms.forbid_mask)", "/ vocab_size"),
+    (REFERENCE, "a forbidden [MASK] keeps a gradient", "gradient.masked_fill_(~columns_taking_part", "gradient.masked_fill(~columns_taking_part"),
+    (REFERENCE, "a forbidden target is a label", "is_label = is_label & (y != mask_id)", "pass"),
+    (SLICED_REFERENCE, "smoothing counts the words of one slice", "/ n_words.sum(0)", "/ n_words[0]"),
+    (SLICED_REFERENCE, "entropy on each slice's own scale", "torch.where(rests > 0, fall * rests, 0.0)", "0.0"),
+    (CALLS, "a normalizer of 0 makes NaN", "torch.where(is_zero, 0.0, total / torch.where(is_zero, 1.0, divisor))", "total / divisor"),
+    (CALLS, "weights stay where they were under a shift", "made = replace(made, token_weights=_moved(made.token_weights, shift, 1))", "pass"),
+    (CALLS, "the boundary of a shift counts", "_moved(y, shift, ignore_index)", "_moved(y, shift, 0)"),
+    (CHUNKS, "NaN of a row of weight 0 reaches the head", "is_left_out |= terms", "is_left_out & terms"),
+    (CHUNKS, "every chunk takes the first weights", "terms = self.terms.of_rows(rows)", "terms = self.terms.of_rows(slice(0, rows.stop - rows.start))"),
+    (CASES, "the z-loss is left out of the loss at other penalties", "total = total + self.z_loss", "pass"),
+    (CASES, "shares stand in one answer", "share = torch.stack((*shares, 1.0 - shares[0] - shares[1]), dim=1)", "share = torch.stack((shares[1], shares[0], 1.0 - shares[0] - shares[1]), dim=1)"),
+    (RECIPES, "each sequence by all tokens", "weights = weights / is_supervised.sum(-1, keepdim=True).clamp(min=1)", "weights = weights / is_supervised.sum().clamp(min=1)"),
+    (RECIPES, "dllm's batch divided by tokens", "if normalization == \"token\" else", "if normalization != \"sequence\" else"),
+    (RECIPES, "p_mask is not clamped", "p_mask.clamp(min=1e-8)", "p_mask"),
+    (RECIPES, "the prompt counts", "(is_masked & ~is_prompt) / (p_mask * length)", "is_masked / (p_mask * length)"),
 ]  # fmt: skip
