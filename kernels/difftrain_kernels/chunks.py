@@ -126,9 +126,8 @@ class ChunkedLoss:
                 terms = self.terms.of_rows(rows)
                 is_left_out = self.y[rows] == self.ignore_index
                 if terms.token_weights is not None:
-                    is_left_out |= (
-                        terms.token_weights.to(torch.promote_types(self.dtype, torch.float32)) == 0
-                    )
+                    wide = torch.promote_types(self.dtype, torch.float32)
+                    is_left_out |= terms.token_weights.to(wide) == 0
                 # A NaN in a position that does not count would pass through 0 * NaN into the weight's gradient.
                 states = rows_of(hidden, rows).to(self.dtype).masked_fill(is_left_out[:, None], 0.0)
                 logits = buffer[: len(states)]
