@@ -187,6 +187,20 @@ def test_a_row_of_weight_0_is_not_looked_at(hostile):
     assert cases.counts.sum() == (y[[0, 2]] != -1).sum()
 
 
+def test_a_hidden_state_of_weight_0_may_hold_nan():
+    hidden, y, x = batch()
+    hidden[1] = math.nan
+    weights = torch.ones(y.shape)
+    weights[1] = 0
+    head = torch.randn(7, 7, dtype=torch.float64, requires_grad=True)
+    hidden.requires_grad_()
+    loss = fused_linear_diffusion_loss(hidden, head, y, x, MASK_ID, 0.25, 0.5, token_weights=weights)
+    gradients = torch.autograd.grad(loss, [hidden, head])
+    assert loss.isfinite()
+    assert all(g.isfinite().all() for g in gradients)
+    assert not gradients[0][1].any()
+
+
 @pytest.mark.parametrize("weight", [math.nan, math.inf])
 def test_a_weight_that_is_no_number_shows_in_its_own_row(weight):
     logits, y, x = batch()
