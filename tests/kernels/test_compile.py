@@ -1,6 +1,7 @@
 """The losses under torch.compile: as operators, compiled once whatever the penalties do."""
 
 import importlib.util
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -71,22 +72,47 @@ def assert_same(found, expected):
 # Operators ------------------------------------------------------------------------------------------
 
 
-def test_no_schema_holds_a_float():
+# What an operator is told of the terms: none, and all that it can be told.
+NO_TERMS = (None, None, None, "argmax", None, 0.0, 0.0, False, False, False)
+
+
+def every_term(y, device):
+    weights = torch.rand(y.shape, device=device)
+    scale = torch.tensor(0.7, device=device)
+    return (
+        weights,
+        torch.rand(3, 3, device=device),
+        scale,
+        "probability",
+        3.0,
+        0.2,
+        0.05,
+        True,
+        True,
+        True,
+    )
+
+
+def test_no_schema_holds_a_float_but_what_is_constant_in_a_training():
     registered = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("difftrain::")]
     assert {s.name.removeprefix("difftrain::") for s in registered} == {
         "diffusion_loss", "diffusion_loss_backward", "linear_diffusion_loss",
-        "linear_diffusion_loss_backward", "case_sums",
+        "linear_diffusion_loss_backward", "case_sums", "shown_rows",
     }  # fmt: skip
     for schema in registered:
-        assert "float" not in str(schema), schema
+        held = re.findall(r"float\??\s(\w+)", str(schema))
+        assert held == ["softcap", "label_smoothing", "z_loss"], schema
 
 
 # opcheck does not take NaN for equal to NaN, so no mean of nothing.
 @IMPL
 @pytest.mark.parametrize(
     ("case", "reduction"),
-    [("fp32", "mean"), ("bf16", "none"), ("padded rows", "sum"), ("turned", "sum"), ("empty", "sum")],
-)
+    [
+        ("fp32", "mean"), ("bf16", "none"), ("padded rows", "sum"), ("turned", "sum"), ("empty", "sum"),
+        ("every term", "none"),
+    ],
+)  # fmt: skip
 def test_opcheck_of_the_operators_on_logits(impl, reduction, case, device):
     n = 0 if case == "empty" else 7
     (logits,), y, x = problem_of(
@@ -98,19 +124,37 @@ def test_opcheck_of_the_operators_on_logits(impl, reduction, case, device):
     if case == "turned":
         logits = torch.randn(18, n, device=device).t().requires_grad_()
     uses_triton = impl == "triton"
-    arguments = (logits, y, x, *scalars(device, 0.25, 0.5), MASK_ID, -1, reduction, uses_triton, False)
+    terms = NO_TERMS
+    if case == "every term":
+        terms, y = every_term(y, device), torch.where(y == MASK_ID, -1, y)
+    penalties = scalars(device, 0.25, 0.5)
+    arguments = (logits, y, x, *penalties, MASK_ID, -1, reduction, uses_triton, False, *terms)
     opcheck(operators.diffusion_loss, arguments)
     loss, *statistics = (t.detach() for t in operators.diffusion_loss(*arguments))
-    backward = (torch.randn_like(loss), logits.detach(), y, *statistics, reduction, uses_triton)
+    backward = (
+        torch.randn_like(loss),
+        logits.detach(),
+        y,
+        *statistics,
+        reduction,
+        uses_triton,
+        MASK_ID,
+        *terms,
+    )
     opcheck(operators.diffusion_loss_backward, backward)
-    opcheck(operators.case_sums, (*statistics, uses_triton))
+    opcheck(operators.case_sums, (*statistics, uses_triton, *terms))
+    if case == "every term":
+        opcheck(operators.shown_rows, (*statistics, uses_triton, *terms))
 
 
 @IMPL
 @pytest.mark.parametrize(
     ("case", "reduction"),
-    [("fp32", "mean"), ("bf16", "none"), ("no bias, frozen weight", "sum"), ("empty", "sum")],
-)
+    [
+        ("fp32", "mean"), ("bf16", "none"), ("no bias, frozen weight", "sum"), ("empty", "sum"),
+        ("every term", "none"),
+    ],
+)  # fmt: skip
 def test_opcheck_of_the_operators_on_hidden_states(impl, reduction, case, device):
     n = 0 if case == "empty" else 7
     dtype = torch.bfloat16 if case == "bf16" else torch.float32
@@ -119,8 +163,11 @@ def test_opcheck_of_the_operators_on_hidden_states(impl, reduction, case, device
         bias, weight = None, weight.detach()
     head = (hidden, weight, bias)
     wants = [t is not None and t.requires_grad for t in head]
-    plan = (y, -1, reduction, dtype, impl == "triton", *PLAN)
-    arguments = (*head, x, MASK_ID, *scalars(device, 0.25, 0.5), False, *wants, *plan)
+    terms = NO_TERMS
+    if case == "every term":
+        terms, y = every_term(y, device), torch.where(y == MASK_ID, -1, y)
+    plan = (*terms, y, MASK_ID, -1, reduction, dtype, impl == "triton", *PLAN)
+    arguments = (*head, x, *scalars(device, 0.25, 0.5), False, *wants, *plan)
     opcheck(operators.linear_diffusion_loss, arguments)
     loss, *statistics = (t.detach() for t in operators.linear_diffusion_loss(*arguments)[:3])
     head = [t if t is None else t.detach() for t in head]
@@ -134,11 +181,11 @@ def test_a_derivative_of_an_operators_gradient_raises(name, impl, device):
     inputs, y, x = problem_of(name, device)
     penalties = scalars(device, 0.25, 0.5)
     if name == "logits":
-        arguments = (*inputs, y, x, *penalties, MASK_ID, -1, "mean", impl == "triton", False)
+        arguments = (*inputs, y, x, *penalties, MASK_ID, -1, "mean", impl == "triton", False, *NO_TERMS)
         loss = operators.diffusion_loss(*arguments)[0]
     else:
-        plan = (y, -1, "none", torch.float32, impl == "triton", *PLAN)
-        arguments = (*inputs, x, MASK_ID, *penalties, False, True, True, True, *plan)
+        plan = (*NO_TERMS, y, MASK_ID, -1, "none", torch.float32, impl == "triton", *PLAN)
+        arguments = (*inputs, x, *penalties, False, True, True, True, *plan)
         loss = operators.linear_diffusion_loss(*arguments)[0].sum()
     for gradient in torch.autograd.grad(loss, inputs, create_graph=True):
         with pytest.raises(RuntimeError, match="have no second derivative"):
@@ -148,13 +195,38 @@ def test_a_derivative_of_an_operators_gradient_raises(name, impl, device):
 def test_a_gradient_not_made_in_forward_is_made_in_backward(device):
     inputs, y, x = problem_of("linear", device)
     expected = torch.autograd.grad(loss_of("linear", inputs, y, x, 0.25, 0.5), inputs)
-    plan = (y, -1, "mean", torch.float32, False, 5, 1)
-    arguments = (*inputs, x, MASK_ID, *scalars(device, 0.25, 0.5), False, True, False, True, *plan)
+    plan = (*NO_TERMS, y, MASK_ID, -1, "mean", torch.float32, False, 5, 1)
+    arguments = (*inputs, x, *scalars(device, 0.25, 0.5), False, True, False, True, *plan)
     loss = operators.linear_diffusion_loss(*arguments)[0]
     assert_same(torch.autograd.grad(loss, inputs), expected)
 
 
 # One graph ------------------------------------------------------------------------------------------
+
+
+@IMPL
+@LOSS
+def test_weights_scale_and_divisor_in_tensors_change_in_one_graph_with_the_eager_bits(name, impl, device):
+    inputs, y, x = problem_of(name, device)
+    y = torch.where(y == MASK_ID, -1, y)
+
+    def step(inputs, y, x, weights, cases, scale, normalizer):
+        loss, table, rows = loss_of(
+            name, inputs, y, x, None, None, impl=impl, token_weights=weights, case_weights=cases, logit_scale=scale,
+            normalizer=normalizer, gate="probability", softcap=3.0, label_smoothing=0.1, z_loss=0.01, forbid_mask=True,
+            return_cases=True, return_rows=True, entropy=True,
+        )  # fmt: skip
+        return loss, table.weighted, table.z_loss, rows.entropy, rows.case
+
+    compiled_step, counter = compiled(step)
+    for i in range(5):
+        weights = torch.rand(y.shape, device=device)
+        arguments = (weights, torch.rand(3, 3, device=device), *scalars(device, 0.5 + i / 10, i))
+        found, expected = compiled_step(inputs, y, x, *arguments), step(inputs, y, x, *arguments)
+        assert_same([t.detach() for t in found], [t.detach() for t in expected])
+        for a, b in zip(*(torch.autograd.grad(r[0], inputs) for r in (found, expected)), strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
 
 
 @IMPL
