@@ -9,7 +9,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 PLOT = ["matplotlib>=3.7"]
-TEST = [*PLOT, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"]
+COMPLETION = ["shtab>=1.7"]
+TEST = [*PLOT, *COMPLETION, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"]
 
 setup(
     name="difftrain",
@@ -37,6 +38,7 @@ setup(
     ],
     extras_require={
         "plot": PLOT,
+        "completion": COMPLETION,
         "tb": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.16"],
         "tok": ["tokenizers>=0.20", "tiktoken>=0.7"],

@@ -18,6 +18,10 @@ class FailedElsewhere(UserError):
     """Another process failed and says why; this one ends without a word."""
 
 
+class OutputClosed(BrokenPipeError):
+    """Nobody reads standard output any longer; what was asked for has stopped or is done, as the message says."""
+
+
 def import_extra(module: str, extra: str) -> Any:
     """A module that comes with an extra of ours; raises UserError with the one command that installs it."""
     try:
