@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 
@@ -24,7 +25,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> None:
     from difftrain.data import prepare, read_folder
 
-    corpus = read_folder(prepare(args.source, tokenizer=args.tokenizer, out=args.out))
+    say = partial(print, flush=True)
+    corpus = read_folder(prepare(args.source, tokenizer=args.tokenizer, out=args.out, say=say))
     print(
         f"{corpus.folder}: {len(corpus.train):,} training and {len(corpus.val):,} validation tokens, "
         f"{corpus.vocabulary.n_words} words; train with --data {corpus.folder}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from difftrain.errors import UserError
 GPT2_WORDS = 50257  # nanoGPT's folders without meta data hold GPT-2's byte-pair encoding
 
 
-def open_corpus(name: str) -> Corpus:
+def open_corpus(name: str, say: Callable[[str], None] | None = None) -> Corpus:
     """The corpus that the option ``data`` names; a text is prepared on first use.
 
     Args:
         name: "stdlib", a text file, a folder with ``train.bin`` and ``val.bin``, or any other
             folder, whose text files are taken.
+        say: is told what takes long.
 
     Raises:
         UserError: nothing usable is there.
@@ -30,7 +32,7 @@ def open_corpus(name: str) -> Corpus:
     path = Path(name)
     if name != "stdlib" and path.is_dir() and (path / "train.bin").exists():
         return read_folder(path)
-    return read_folder(prepare(name))
+    return read_folder(prepare(name, say=say))
 
 
 def read_folder(folder: Path) -> Corpus:

@@ -9,6 +9,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,13 @@ HELD_OUT = 10  # one file in ten, or the last tenth of a single text, is for val
 FORMAT = 1  # part of the cache's key; raise it when the prepared files change
 
 
-def prepare(name: str, *, tokenizer: str = "char", out: Path | None = None) -> Path:
+def prepare(
+    name: str,
+    *,
+    tokenizer: str = "char",
+    out: Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Path:
     """Tokenise a text into a folder in nanoGPT's format, once; returns the folder.
 
     Args:
@@ -28,13 +35,16 @@ def prepare(name: str, *, tokenizer: str = "char", out: Path | None = None) -> P
             validation; of a single file, its last tenth.
         tokenizer: "char", the path of a ``tokenizer.json``, or a tiktoken encoding's name.
         out: the folder to make; by default one in the cache, named by the text's digest.
+        say: is told what is under way, where the folder is made.
     """
+    say = say or (lambda _: None)
     if name == "stdlib":
         # The digest of a version string spares reading the whole library at every start.
         key = hashlib.sha256(f"{sys.version}{FORMAT}{tokenizer}".encode()).hexdigest()[:12]
         folder = out or cache_folder() / f"stdlib-{key}"
         if out or not (folder / "meta.json").exists():
-            _write_folder(folder, *_split(_read_texts(_stdlib_files())), tokenizer)
+            say("preparing stdlib: reading its files")
+            _write_folder(folder, *_split(_read_texts(_stdlib_files())), tokenizer, say)
         return folder
     path = Path(name)
     if path.is_file():
@@ -53,7 +63,7 @@ def prepare(name: str, *, tokenizer: str = "char", out: Path | None = None) -> P
         out = cache_folder() / f"{path.stem}-{key}"
         if (out / "meta.json").exists():
             return out
-    _write_folder(out, train, val, tokenizer)
+    _write_folder(out, train, val, tokenizer, say)
     return out
 
 
@@ -96,7 +106,7 @@ def _split(texts: list[str]) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _write_folder(folder: Path, train: str, val: str, tokenizer: str) -> None:
+def _write_folder(folder: Path, train: str, val: str, tokenizer: str, say: Callable[[str], None]) -> None:
     """Write the token files aside and rename the folder into place, so that no half of it is ever read."""
     vocabulary = make_vocabulary(tokenizer, train + val)
     dtype = np.uint16 if vocabulary.n_words <= 1 << 16 else np.uint32
@@ -106,6 +116,7 @@ def _write_folder(folder: Path, train: str, val: str, tokenizer: str) -> None:
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for split, text in (("train", train), ("val", val)):
+            say(f"preparing {folder}: {split}.bin from {len(text):,} characters")
             np.asarray(vocabulary.encode(text), dtype=dtype).tofile(aside / f"{split}.bin")
         meta = vocabulary.to_meta() | {"dtype": np.dtype(dtype).name}
         (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
