@@ -90,6 +90,8 @@ def resolve_config(
 ) -> Config:
     """Defaults < preset < TOML file < command line; a resumed run's own configuration replaces the preset.
 
+    A preset's ``budget_minutes`` goes where ``max_iters`` is given.
+
     Args:
         preset: name of a preset.
         file: path of a TOML file.
@@ -102,6 +104,8 @@ def resolve_config(
     base = read_preset(preset) if preset else {}
     explicit = read_toml(file) if file else {}
     explicit |= {name: parse_word(name, word) for name, word in words.items()}
+    if "max_iters" in explicit:  # steps that are asked for are taken, exactly
+        base.pop("budget_minutes", None)
     if not resume:
         return Config(**(base | explicit))
     out_dir = str((base | explicit).get("out_dir", Config.out_dir))

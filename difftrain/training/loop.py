@@ -16,7 +16,7 @@ from difftrain.checkpoints.saver import CheckpointSaver
 from difftrain.checkpoints.writing import point_to_best
 from difftrain.config import Config
 from difftrain.data import Corpus, open_corpus
-from difftrain.errors import FailedElsewhere
+from difftrain.errors import FailedElsewhere, UserError
 from difftrain.reporting.log import MetricsLog, check_trackers, drop_records_after
 from difftrain.reporting.records import (
     configuration_text,
@@ -27,6 +27,7 @@ from difftrain.reporting.records import (
 )
 from difftrain.runtime import Runtime, is_lost_peer, start_runtime, stop_requests
 from difftrain.schedule import learning_rate, masking_penalties
+from difftrain.training.budget import fit_to_budget
 from difftrain.training.console import Console
 from difftrain.training.run_folder import check_run_dir, claim_run_dir, find_resume_point, locked
 from difftrain.training.step import Run, TrainingFailed
@@ -72,6 +73,8 @@ def _train(config: Config, runtime: Runtime, **asked: bool) -> dict[str, Any]:
     checkpoint, corpus = runtime.main_first(lambda: _open(config, say, **asked))
     with ExitStack() as stack:
         runtime.main_first(lambda: is_writing and stack.enter_context(locked(Path(config.out_dir))))
+        if config.budget_minutes and not asked["eval_only"]:
+            config = fit_to_budget(config, runtime, corpus, say)
         run = Run(config, runtime, corpus, checkpoint, say)
         runtime.main_first(lambda: is_writing and _claim(run, resume=asked["resume"]))
         say(configuration_text(config))
@@ -100,7 +103,9 @@ def _open(
     if not eval_only:
         check_run_dir(run_dir, resume=resume, overwrite=overwrite)
         check_trackers(config)
-    corpus = open_corpus(config.data)
+    if resume and config.budget_minutes:
+        raise UserError("budget_minutes must be 0 to resume a run, whose steps are fixed: give max_iters")
+    corpus = open_corpus(config.data, say)
     corpus.check_length(config.block_size + (config.mode == "gpt2"))
     if not resume:
         return None, corpus
