@@ -1,4 +1,4 @@
-"""Faults for mutants.py in the trainer: checkpoints, resuming, data, corruption and schedules."""
+"""Faults for mutants.py in the trainer: checkpoints, resuming, data, corruption, schedules and commands."""
 
 FOLDER, READING, WRITING, SAVER, STEP, LOOP, RUNTIME, LOG, SCHEDULE, CORPUS, CORRUPTION = (
     f"difftrain/{name}.py"
@@ -7,6 +7,15 @@ FOLDER, READING, WRITING, SAVER, STEP, LOOP, RUNTIME, LOG, SCHEDULE, CORPUS, COR
         "training/step", "training/loop", "runtime", "reporting/log", "schedule", "data/corpus", "data/corruption",
     )
 )  # fmt: skip
+BUDGET, CONSOLE, SOURCES, ERRORS, FILL, TEXTS, CLI, CLI_SAMPLE, QUESTIONS = (
+    f"difftrain/{name}.py"
+    for name in (
+        "training/budget", "training/console", "config/sources", "errors", "sampling/fill", "sampling/texts",
+        "cli/__init__", "cli/sample", "cli/questions",
+    )
+)  # fmt: skip
+CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
+BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
 RESUME_TESTS = ["tests/difftrain/test_resume.py", "-k", "float32 or samples"]
 TRAIN_TESTS = ["tests/difftrain/test_train.py", "-k", "not full_disk"]
 # In this order; a fault is killed by the first stage that fails.
@@ -27,12 +36,21 @@ STAGES = {
         ["tests/difftrain/test_resume.py"],
         ["tests/difftrain/test_distributed.py"],
     ),
-    LOOP: (TRAIN_TESTS, RESUME_TESTS),
+    LOOP: (TRAIN_TESTS, RESUME_TESTS, CLOSED_TESTS, BUDGET_TESTS, ["tests/difftrain/test_cli.py"]),
     RUNTIME: (TRAIN_TESTS, ["tests/difftrain/test_distributed.py"]),
     LOG: (["tests/difftrain/test_metrics.py"], RESUME_TESTS),
     SCHEDULE: (["tests/difftrain/test_schedule.py"],),
     CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS),
     CORRUPTION: (["tests/difftrain/test_corruption.py"],),
+    BUDGET: (BUDGET_TESTS,),
+    SOURCES: (["tests/difftrain/test_config.py"], BUDGET_TESTS),
+    CONSOLE: (CLOSED_TESTS,),
+    CLI: (CLOSED_TESTS,),
+    CLI_SAMPLE: (CLOSED_TESTS,),
+    ERRORS: (["tests/difftrain/test_errors.py"],),
+    FILL: (["tests/difftrain/test_sample.py"],),
+    TEXTS: (["tests/difftrain/test_sample.py"],),
+    QUESTIONS: (["tests/difftrain/test_questions.py"],),
 }
 # (file, what is wrong, text, replacement); all occurrences are replaced.
 MUTANTS = [
@@ -81,4 +99,28 @@ MUTANTS = [
     (CORRUPTION, "a word replaced by itself", "other = other + (other >= tokens).long()", "other = other + 0"),
     (CORRUPTION, "a wrong word's target is the word", "y = torch.where(is_replaced, mask_id, tokens)", "y = tokens"),
     (CORRUPTION, "more is corrupted than allowed", "u_replace * (max_corruption - mask_rate)", "u_replace * max_corruption"),
+    (BUDGET, "every process goes by its own clock", "runtime.sum_over_processes(seconds * runtime.is_main)", "seconds"),
+    (BUDGET, "evaluations cost nothing", " - evaluations * evaluation_seconds\n", "\n"),
+    (BUDGET, "one slow step is taken for all", "statistics.median", "statistics.mean"),
+    (BUDGET, "too few steps on a slow machine", "config.min_iters), config.max_iters)", "1), config.max_iters)"),
+    (BUDGET, "the curriculum keeps its length", '"masking_warmup_iters", ', ""),
+    (BUDGET, "evaluations move in the run", "SHARES = 40", "SHARES = 800"),
+    (SOURCES, "a preset's budget cuts the steps asked for", 'if "max_iters" in explicit:', "if False:"),
+    (LOOP, "a resumed run gets another end", "if resume and config.budget_minutes:", "if False:"),
+    (LOOP, "a run that nobody reads goes on", "stop.requested or say.is_closed, saver.has_failed", "stop.requested, saver.has_failed"),
+    (LOOP, "the last figures wait for the last save", "        say(summary_line(record))  # before the last save is waited for, which can fail\n", "    say(summary_line(record))\n"),
+    (LOOP, "a configuration is shown, then checked", "    checkpoint, corpus = runtime", "    say(configuration_text(config))\n    checkpoint, corpus = runtime"),
+    (CONSOLE, "a closed pipe ends a run in the middle", "except BrokenPipeError:", "except ZeroDivisionError:"),
+    (CONSOLE, "a run that nobody reads ends as if read", "        if self.is_closed:\n", "        if False:\n"),
+    (CLI, "the interpreter's end meets the closed pipe", "os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())", "pass"),
+    (CLI, "a closed pipe fails like a full disk", "    except BrokenPipeError:\n        return _leave(PIPE_CLOSED)\n", ""),
+    (CLI, "a help hides that nobody reads it", "    def print_help(", "    def _print_help("),
+    (CLI_SAMPLE, "a text is lost that cannot be kept", "except OSError as error:", "except ZeroDivisionError as error:"),
+    (CLI_SAMPLE, "a text that nobody reads is not kept", "    finally:", "    except ZeroDivisionError:"),
+    (ERRORS, "a missing extra is an accident", "except ImportError:", "except ZeroDivisionError:"),
+    (FILL, "the context outgrows block_size", "x[:, -block_size:]", "x"),
+    (FILL, "the context stays at the beginning", "x[:, -block_size:]", "x[:, :block_size]"),
+    (TEXTS, "a text's name may be taken", '.txt").exists():', '.txt").exists() and False:'),
+    (TEXTS, "gpt2 stops at block_size", "if length > block_size and not is_causal:", "if length > block_size:"),
+    (QUESTIONS, "a driver that hangs ends the question", "except (OSError, subprocess.TimeoutExpired):", "except OSError:"),
 ]  # fmt: skip
