@@ -28,9 +28,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language import constexpr
 
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from difftrain_kernels import triton_kernels
+from difftrain_kernels.terms import PLAIN, Terms
 from measuring.machine_code import int32_address_products, read_amd, read_nvidia
 
 TARGETS = {
@@ -61,20 +63,21 @@ def recorded_launches():
         yield found
 
 
-def launches(dtype: torch.dtype, vocab_size: int) -> list[tuple]:
+def launches(dtype: torch.dtype, vocab_size: int, terms: Terms = PLAIN) -> list[tuple]:
     """(kernel, arguments) of every launch that one row of this length can cause."""
     logits = torch.empty(3, vocab_size, dtype=dtype)[:1]
     labels = torch.zeros(1, dtype=torch.int64)
+    labelled = (labels, labels, 0, 0.5, 0.5)
     with recorded_launches() as found:
-        statistics = triton_kernels.launch_loss(logits, labels, labels, 0, 0.5, 0.5)
-        triton_kernels.launch_loss_and_gradient(
-            logits, labels, labels, 0, 0.5, 0.5, upstream=1.0, divisor=8.0
+        statistics = triton_kernels.launch_loss(logits, *labelled, terms=terms)
+        triton_kernels.launch_loss_and_gradient(logits, *labelled, upstream=1.0, divisor=8.0, terms=terms)
+        gradient = triton_kernels.launch_gradient(
+            logits, labels, statistics, torch.ones(()), divisor=8.0, terms=terms, mask_id=0
         )
-        gradient = triton_kernels.launch_gradient(logits, labels, statistics, torch.ones(()), divisor=8.0)
-        message = triton_kernels.launch_slice(logits, labels, 0, start=vocab_size)
+        message = triton_kernels.launch_slice(logits, labels, 0, start=vocab_size, terms=terms)
         messages = message.expand(2, *message.shape)
-        triton_kernels.launch_combine(messages, labels, labels, 0, 0.5, 0.5, vocab_size=2 * vocab_size)
-        triton_kernels.launch_case_sums(statistics)
+        triton_kernels.launch_combine(messages, *labelled, vocab_size=2 * vocab_size, terms=terms)
+        triton_kernels.launch_case_sums(statistics, terms)
         triton_kernels.launch_rescale(gradient, torch.ones(()), stated=2.0)
     return found
 
@@ -83,18 +86,32 @@ def compile_launch(kernel, arguments: dict, target: GPUTarget):
     """Compile a recorded launch with the specialisation that Triton's launcher would choose."""
     constants = {p.name for p in kernel.params if p.is_constexpr}
     fixed = {p.name for p in kernel.params if p.do_not_specialize}
-    signature, constexprs, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        if name in constants or (isinstance(value, int) and value == 1 and name not in fixed):
-            signature[name] = "constexpr"
-            constexprs[(index,)] = value
-            continue
+    constexprs, attributes = {}, {}
+
+    def specialise(value, place: tuple, is_fixed: bool):
+        """The type of an argument, or of each in a tuple; notes what the compiler may know of it."""
+        if isinstance(value, tuple):
+            types = [specialise(part, (*place, i), is_fixed) for i, part in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        if (
+            value is None
+            or isinstance(value, constexpr)
+            or (not is_fixed and isinstance(value, int) and value == 1)
+        ):
+            constexprs[place] = value
+            return "constexpr"
         is_tensor = isinstance(value, torch.Tensor)
-        signature[name] = TYPES[value.dtype] if is_tensor else "fp32" if isinstance(value, float) else "i32"
         number = value.data_ptr() if is_tensor else value
-        if name not in fixed and isinstance(number, int) and number % 16 == 0:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        if not is_fixed and isinstance(number, int) and number % 16 == 0:
+            attributes[place] = [["tt.divisibility", 16]]
+        return TYPES[value.dtype] if is_tensor else "fp32" if isinstance(value, float) else "i32"
+
+    signature = {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[(index,)] = "constexpr", arguments[name]
+        else:
+            signature[name] = specialise(arguments[name], (index,), name in fixed)
     warps = arguments["num_warps"]
     if target.backend == "hip":
         warps = max(1, warps // 2)
@@ -106,13 +123,15 @@ def compile_launch(kernel, arguments: dict, target: GPUTarget):
     )
 
 
-def measure(targets: list[str], dtypes: list[str], vocab_sizes: list[int]) -> list[dict]:
+def measure(
+    targets: list[str], dtypes: list[str], vocab_sizes: list[int], terms: Terms = PLAIN
+) -> list[dict]:
     """One entry per kernel, target, dtype and vocabulary."""
     rows = []
     for dtype_name in dtypes:
         dtype = DTYPES[dtype_name]
         for vocab_size in vocab_sizes:
-            for kernel, arguments in launches(dtype, vocab_size):
+            for kernel, arguments in launches(dtype, vocab_size, terms):
                 for target in targets:
                     compiled = compile_launch(kernel, arguments, TARGETS[target])
                     if "cubin" in compiled.asm:

@@ -13,24 +13,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from difftrain_kernels.terms import PLAIN
 from difftrain_kernels.triton_kernels import SMALL_VOCAB, empty_gradient_like, launch_rescale
 from difftrain_kernels.triton_kernels.blocks import head_size, row_pointer
 from difftrain_kernels.triton_kernels.device import on_device
-from difftrain_kernels.triton_kernels.row_statistics import LN2, LOG2E
+from difftrain_kernels.triton_kernels.scores import LN2, LOG2E, scaling_of
+from difftrain_kernels.triton_kernels.spacing import spacing_of_rows
 from difftrain_kernels.triton_kernels.streamed_rows import scan_row, write_gradient_row, zero_row
+from difftrain_kernels.triton_kernels.term_arguments import gradient_arguments
 from difftrain_kernels.triton_kernels.tiles import choose_tile, tile_arguments
 
 
 @triton.jit
 def _plain_row(
-    row_ptr, loss_ptr, row, y, vocab_size,
+    row_ptr, loss_ptr, row, y, vocab_size, terms,
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Store the nll of one row; what its gradient needs."""
     target = y.to(tl.int32)
     target_logit = tl.load(row_ptr + target).to(tl.float32)
     head = head_size(row_ptr, vocab_size, VECTOR, ALIGNED)
-    _top, shift, rest, _block = scan_row(row_ptr, head, target, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)
+    _top, shift, rest, _block, _, _ = scan_row(
+        row_ptr, head, target, -1, vocab_size, scaling_of(terms), terms, REPEAT, LANES, VECTOR, ALIGNED
+    )
     log2_p = tl.fma(target_logit, LOG2E, -shift)
     total = rest + tl.exp2(log2_p)
     tl.store(loss_ptr + row, (tl.log2(total) - log2_p) * LN2)
@@ -39,7 +44,7 @@ def _plain_row(
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def _plain_loss_kernel(
-    logits_ptr, y_ptr, loss_ptr, ignore_index, vocab_size, logits_stride,
+    logits_ptr, y_ptr, loss_ptr, ignore_index, vocab_size, spacing, terms,
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -47,30 +52,30 @@ def _plain_loss_kernel(
     if y == ignore_index:
         tl.store(loss_ptr + row, 0.0)
     else:
-        row_ptr = row_pointer(logits_ptr, row, logits_stride, ALIGNED)
-        _plain_row(row_ptr, loss_ptr, row, y, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)
+        row_ptr = row_pointer(logits_ptr, row, spacing, ALIGNED)
+        _plain_row(row_ptr, loss_ptr, row, y, vocab_size, terms, REPEAT, LANES, VECTOR, ALIGNED)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def _plain_loss_and_gradient_kernel(
     logits_ptr, gradient_ptr, y_ptr, loss_ptr, upstream, divisor, ignore_index,
-    vocab_size, logits_stride, gradient_stride,
+    vocab_size, spacing, gradient_spacing, terms,
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(y_ptr + row).to(tl.int64)
-    gradient_row_ptr = row_pointer(gradient_ptr, row, gradient_stride, ALIGNED)
+    gradient_row_ptr = row_pointer(gradient_ptr, row, gradient_spacing, ALIGNED)
     if y == ignore_index:
         tl.store(loss_ptr + row, 0.0)
         zero_row(gradient_row_ptr, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)
     else:
-        row_ptr = row_pointer(logits_ptr, row, logits_stride, ALIGNED)
+        row_ptr = row_pointer(logits_ptr, row, spacing, ALIGNED)
         target, shift, rest, total = _plain_row(
-            row_ptr, loss_ptr, row, y, vocab_size, REPEAT, LANES, VECTOR, ALIGNED
+            row_ptr, loss_ptr, row, y, vocab_size, terms, REPEAT, LANES, VECTOR, ALIGNED
         )
         write_gradient_row(
-            row_ptr, gradient_row_ptr, target, shift, rest, upstream / divisor / total, vocab_size,
-            REPEAT, LANES, VECTOR, ALIGNED,
+            row_ptr, gradient_row_ptr, target, -1, shift, rest, upstream / divisor / total, 0.0, 0.0, vocab_size,
+            scaling_of(terms), terms, REPEAT, LANES, VECTOR, ALIGNED,
         )  # fmt: skip
 
 
@@ -80,7 +85,7 @@ class _PlainLoss(torch.autograd.Function):
         gradient = empty_gradient_like(logits)
         loss = _launch(
             _plain_loss_and_gradient_kernel, logits, y, ignore_index, gradient_ptr=gradient,
-            upstream=float(upstream_scale), divisor=float(len(y)), gradient_stride=gradient.stride(0),
+            upstream=float(upstream_scale), divisor=float(len(y)), gradient_spacing=spacing_of_rows(gradient),
         )  # fmt: skip
         ctx.gradient, ctx.stated = gradient, upstream_scale
         return loss
@@ -115,6 +120,6 @@ def _launch(kernel, logits: Tensor, y: Tensor, ignore_index: int, **more) -> Ten
     with on_device(logits):
         kernel[(n,)](
             logits_ptr=logits, y_ptr=y, loss_ptr=row_loss, ignore_index=ignore_index,
-            vocab_size=vocab_size, logits_stride=logits.stride(0), **more, **tile,
+            vocab_size=vocab_size, spacing=spacing_of_rows(logits), terms=gradient_arguments(PLAIN), **more, **tile,
         )  # fmt: skip
     return row_loss.sum() / n

@@ -51,27 +51,31 @@ TRITON_KERNELS = {
         "tiles",
     },
     "tiles": set(),
-    "weights": set(),
+    "spacing": set(),
+    "scores": set(),
+    "weights": {"spacing"},
     "device": {"weights"},
-    "row_statistics": {"weights"},
-    "blocks": set(),
-    "streamed_rows": {"blocks", "row_statistics", "weights"},
-    "small_rows": {"row_statistics", "weights"},
-    "gradient": {"blocks", "device", "row_statistics", "small_rows", "streamed_rows", "tiles", "weights"},
-    "loss": {
-        "blocks",
-        "device",
-        "gradient",
-        "row_statistics",
-        "small_rows",
-        "streamed_rows",
-        "tiles",
-        "weights",
+    "row_statistics": {"scores", "weights"},
+    "term_arguments": {"row_statistics", "spacing"},
+    "blocks": {"spacing"},
+    "first_maximum": {"blocks"},
+    "streamed_rows": {"blocks", "first_maximum", "row_statistics", "scores", "weights"},
+    "small_rows": {"row_statistics", "scores", "spacing", "weights"},
+    "gradient": {
+        "blocks", "device", "row_statistics", "scores", "small_rows", "spacing", "streamed_rows", "term_arguments",
+        "tiles", "weights",
     },
-    "slices": {"blocks", "device", "row_statistics", "small_rows", "streamed_rows", "tiles", "weights"},
-    "case_sums": {"device", "row_statistics", "weights"},
-    "rescale": {"device", "tiles"},
-}
+    "loss": {
+        "blocks", "device", "gradient", "row_statistics", "scores", "small_rows", "spacing", "streamed_rows",
+        "term_arguments", "tiles", "weights",
+    },
+    "slices": {
+        "blocks", "device", "row_statistics", "scores", "small_rows", "spacing", "streamed_rows", "term_arguments",
+        "tiles", "weights",
+    },
+    "case_sums": {"device", "row_statistics", "term_arguments", "weights"},
+    "rescale": {"device", "spacing", "tiles"},
+}  # fmt: skip
 
 # The trainer's rooms in the order of the data's way; each with the rooms below it and the libraries that it may import.
 TRAINER = {

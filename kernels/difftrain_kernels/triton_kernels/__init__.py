@@ -17,9 +17,14 @@ compiler fuses into one use of it and not into another does not. A row whose lar
 1.8e8 in size gives NaN: there fp32 shifts are too coarse for an exact loss. No atomics: two runs
 give the same bits. The formula of the loss is in ``reference.py``.
 
-Reading order: ``tiles`` (how rows are cut), ``weights`` and ``row_statistics`` (what is kept of a
-row), ``streamed_rows`` with its ``blocks`` and ``small_rows`` (how either family reads and writes),
-then the kernels: ``loss``, ``gradient``, ``slices``, ``case_sums``, ``rescale``.
+A loss with more than two penalties (``terms.py``) is compiled from the same kernels: they take a tuple
+of what its terms need, in which None compiles to nothing.
+
+Reading order: ``tiles`` and ``spacing`` (how rows are cut, and where they lie), ``scores`` (from a
+logit to an exponent), ``weights`` and ``row_statistics`` (what is kept of a row), ``term_arguments``
+(the terms as kernels take them), ``streamed_rows`` with its ``blocks`` and ``first_maximum`` and
+``small_rows`` (how either family reads and writes), then the kernels: ``loss``, ``gradient``,
+``slices``, ``case_sums``, ``rescale``.
 """
 
 from .case_sums import launch_case_sums
@@ -27,8 +32,8 @@ from .device import is_interpreted
 from .gradient import empty_gradient_like, launch_gradient
 from .loss import launch_loss, launch_loss_and_gradient
 from .rescale import launch_rescale
-from .row_statistics import N_STATISTICS, RowStatistics
-from .slices import launch_combine, launch_slice
+from .row_statistics import N_STATISTICS, RowStatistics, columns, n_statistics, row_values
+from .slices import launch_combine, launch_slice, message_size
 from .tiles import SMALL_VOCAB, Tile, row_phase
 
 __all__ = [
@@ -36,6 +41,7 @@ __all__ = [
     "SMALL_VOCAB",
     "RowStatistics",
     "Tile",
+    "columns",
     "empty_gradient_like",
     "is_interpreted",
     "launch_case_sums",
@@ -45,5 +51,8 @@ __all__ = [
     "launch_loss_and_gradient",
     "launch_rescale",
     "launch_slice",
+    "message_size",
+    "n_statistics",
     "row_phase",
+    "row_values",
 ]

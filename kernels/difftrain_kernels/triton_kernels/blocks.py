@@ -7,6 +7,8 @@ does not fill the last block the tail.
 import triton
 import triton.language as tl
 
+from .spacing import row_offset
+
 
 @triton.jit
 def block_offsets(REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
@@ -17,9 +19,9 @@ def block_offsets(REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexp
 
 
 @triton.jit
-def row_pointer(ptr, row, stride, ALIGNED: tl.constexpr):
+def row_pointer(ptr, row, spacing, ALIGNED: tl.constexpr):
     """Pointer to a row's first element."""
-    row_ptr = ptr + row * stride
+    row_ptr = ptr + row_offset(row, spacing)
     if ALIGNED:
         row_ptr = tl.multiple_of(row_ptr, 16)
     return row_ptr

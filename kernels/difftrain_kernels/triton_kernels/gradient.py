@@ -7,19 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..terms import PLAIN, Terms
 from . import tiles
 from .blocks import row_pointer
 from .device import on_device
 from .row_statistics import PER_TOTAL, REST, SHIFT, RowStatistics
+from .scores import scaling_of
 from .small_rows import small_tile, write_small_gradient
+from .spacing import row_offset, spacing_of_rows
 from .streamed_rows import write_gradient_row, zero_row
+from .term_arguments import gradient_arguments
 from .weights import IGNORED, target_column
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["forbidden", "n_rows", "terms"])
 def _gradient_kernel(
     logits_ptr, gradient_ptr, y_ptr, case_ptr, statistics_ptr, upstream_ptr, stated, divisor,
-    n_rows, vocab_size, logits_stride, gradient_stride, upstream_stride,
+    forbidden, n_rows, vocab_size, spacing, gradient_spacing, upstream_stride, terms,
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     # Few programs that take many rows: where nothing is left to do, a launch costs microseconds.
@@ -27,26 +31,31 @@ def _gradient_kernel(
         row = tl.full([], index, tl.int64)
         upstream = tl.load(upstream_ptr + row * upstream_stride)
         if upstream != stated:  # always, where NaN is stated
-            row_ptr = row_pointer(logits_ptr, row, logits_stride, ALIGNED)
-            gradient_row_ptr = row_pointer(gradient_ptr, row, gradient_stride, ALIGNED)
+            row_ptr = row_pointer(logits_ptr, row, spacing, ALIGNED)
+            gradient_row_ptr = row_pointer(gradient_ptr, row, gradient_spacing, ALIGNED)
             if tl.load(case_ptr + row) == IGNORED:
                 zero_row(gradient_row_ptr, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)
             else:
                 y = tl.load(y_ptr + row).to(tl.int64)
-                target, _ = target_column(y, vocab_size)
+                target, _ = target_column(y, vocab_size, forbidden, terms)
                 base = statistics_ptr + row
                 factor = tl.load(base + PER_TOTAL * n_rows) * upstream / divisor
+                target_term, uniform = 0.0, 0.0
+                if terms.columns.TARGET_TERM is not None:
+                    target_term = tl.load(base + terms.columns.TARGET_TERM * n_rows) * upstream / divisor
+                if terms.columns.UNIFORM is not None:
+                    uniform = tl.load(base + terms.columns.UNIFORM * n_rows) * upstream / divisor
                 write_gradient_row(
-                    row_ptr, gradient_row_ptr, target,
-                    tl.load(base + SHIFT * n_rows), tl.load(base + REST * n_rows), factor, vocab_size,
-                    REPEAT, LANES, VECTOR, ALIGNED,
+                    row_ptr, gradient_row_ptr, target, forbidden,
+                    tl.load(base + SHIFT * n_rows), tl.load(base + REST * n_rows), factor, target_term, uniform,
+                    vocab_size, scaling_of(terms), terms, REPEAT, LANES, VECTOR, ALIGNED,
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["forbidden", "n_rows", "terms"])
 def _small_gradient_kernel(
     logits_ptr, gradient_ptr, y_ptr, case_ptr, statistics_ptr, upstream_ptr, stated, divisor,
-    n_rows, vocab_size, logits_stride, gradient_stride, upstream_stride,
+    forbidden, n_rows, vocab_size, spacing, gradient_spacing, upstream_stride, terms,
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     for start in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
@@ -55,23 +64,40 @@ def _small_gradient_kernel(
         inside = (row < n_rows) & (upstream != stated)
         if tl.max(inside.to(tl.int32), axis=0) > 0:
             y = tl.load(y_ptr + row, mask=inside, other=0).to(tl.int64)
-            target, _ = target_column(y, vocab_size)
-            is_counted = tl.load(case_ptr + row, mask=inside, other=IGNORED) != IGNORED
+            target, _ = target_column(y, vocab_size, forbidden, terms)
+            left_out = tl.load(case_ptr + row, mask=inside, other=IGNORED) == IGNORED
             base = statistics_ptr + row
             shift = tl.load(base + SHIFT * n_rows, mask=inside, other=0.0)
             rest = tl.load(base + REST * n_rows, mask=inside, other=0.0)
             factor = tl.load(base + PER_TOTAL * n_rows, mask=inside, other=0.0) * upstream / divisor
-            pointers, exists, _ = small_tile(logits_ptr, row, inside, logits_stride, vocab_size, BLOCK_V)
+            target_term, uniform = 0.0, 0.0
+            if terms.columns.TARGET_TERM is not None:
+                target_term = tl.load(base + terms.columns.TARGET_TERM * n_rows, mask=inside, other=0.0)
+                target_term = target_term * upstream / divisor
+            if terms.columns.UNIFORM is not None:
+                uniform = tl.load(base + terms.columns.UNIFORM * n_rows, mask=inside, other=0.0)
+                uniform = uniform * upstream / divisor
+            pointers, exists, _ = small_tile(logits_ptr, row, inside, spacing, vocab_size, BLOCK_V)
             values = tl.load(pointers, mask=exists, other=float("-inf")).to(tl.float32)
+            scaling = scaling_of(terms)
+            target_logit = 0.0
+            if scaling.inner is not None:
+                row_ptr = logits_ptr + row_offset(row, spacing)
+                target_logit = tl.load(row_ptr + target, mask=inside & (target >= 0), other=0.0).to(
+                    tl.float32
+                )
+                # In place, every thread must have read it first.
+                tl.debug_barrier()
             write_small_gradient(
-                gradient_ptr, row, inside, values, target, shift, rest, factor,
-                is_counted, vocab_size, gradient_stride, BLOCK_V,
+                gradient_ptr, row, inside, values, target, target_logit, forbidden, shift, rest, factor, target_term,
+                uniform, left_out, vocab_size, gradient_spacing, scaling, terms, BLOCK_V,
             )  # fmt: skip
 
 
 def launch_gradient(
     logits: Tensor, y: Tensor, statistics: RowStatistics, upstream: Tensor, *, divisor: float,
-    stated: float = float("nan"), gradient_out: Tensor | None = None, tile: tiles.Tile | None = None,
+    stated: float = float("nan"), terms: Terms = PLAIN, mask_id: int = -1, gradient_out: Tensor | None = None,
+    tile: tiles.Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """The gradient from saved statistics, bit for bit what the pass with the loss would have made.
 
@@ -80,11 +106,14 @@ def launch_gradient(
         upstream: 0-d, or (N,) with any stride (0 too): the gradient of each row's loss times divisor.
         stated: rows whose upstream equals this are left as ``gradient_out`` has them, and neither
             read nor written. The comparison happens on the device. By default no row.
+        terms: those the statistics were made with.
+        mask_id: the column that they may forbid; of a slice, relative to its first, and outside of it
+            where another slice has [MASK].
 
     Otherwise reads the logits once and writes the gradient once.
     """
     upstream = upstream.to(torch.float32)
-    n, vocab_size = logits.shape
+    n, vocab_size = len(y), logits.shape[-1]
     tile = tile or tiles.choose_tile(vocab_size)
     gradient = gradient_buffer(logits, gradient_out)
     if n == 0:
@@ -95,9 +124,10 @@ def launch_gradient(
             logits_ptr=logits, gradient_ptr=gradient, y_ptr=y.contiguous(),
             case_ptr=statistics.case, statistics_ptr=statistics.columns,
             upstream_ptr=upstream, stated=float(stated), divisor=float(divisor),
-            n_rows=n, vocab_size=vocab_size, logits_stride=logits.stride(0),
-            gradient_stride=gradient.stride(0), upstream_stride=upstream.stride(0) if upstream.dim() else 0,
-            **tiles.tile_arguments(logits, tile),
+            forbidden=mask_id if terms.forbid_mask else None, n_rows=n, vocab_size=vocab_size,
+            spacing=spacing_of_rows(logits), gradient_spacing=spacing_of_rows(gradient),
+            upstream_stride=upstream.stride(0) if upstream.dim() else 0,
+            terms=gradient_arguments(terms), **tiles.tile_arguments(logits, tile),
         )  # fmt: skip
     return gradient
 
@@ -109,7 +139,7 @@ def gradient_buffer(logits: Tensor, gradient_out: Tensor | None) -> Tensor:
     if (
         gradient_out.shape != logits.shape
         or gradient_out.dtype != logits.dtype
-        or gradient_out.stride(1) != 1
+        or gradient_out.stride(-1) != 1
     ):
         raise ValueError(
             f"gradient_out must have shape {tuple(logits.shape)}, dtype {logits.dtype} and last stride 1, "
@@ -124,14 +154,17 @@ def gradient_buffer(logits: Tensor, gradient_out: Tensor | None) -> Tensor:
 
 
 def empty_gradient_like(logits: Tensor, phase: int | None = None) -> Tensor:
-    """Uninitialised (N, V) rows that start at the same 16-byte phase as the logits' rows.
+    """Uninitialised rows like the logits', (N, V) or (B, T, V), that start at the same 16-byte phase.
 
     Contiguous where the logits are. Loads and stores of one row can only both be 16 bytes wide
     where the two start alike. ``phase`` is of the first row, for logits that have no address.
     """
-    n, vocab_size = logits.shape
     if phase is None:
-        phase, _ = tiles.row_phase(logits)
-    stride = vocab_size + (logits.stride(0) - vocab_size) % tiles.vector_size(logits.dtype)
-    buffer = torch.empty(phase + n * stride, dtype=logits.dtype, device=logits.device)
-    return buffer.as_strided((n, vocab_size), (stride, 1), phase)
+        phase = tiles.row_phase(logits)[0]
+    strides, size = [1], logits.shape[-1]
+    for length, stride in zip(logits.shape[-2::-1], logits.stride()[-2::-1], strict=True):
+        # The least that keeps rows apart and moves as far along 16 bytes as the logits' does.
+        strides.insert(0, size + (stride - size) % tiles.vector_size(logits.dtype))
+        size = length * strides[0]
+    buffer = torch.empty(phase + size, dtype=logits.dtype, device=logits.device)
+    return buffer.as_strided(logits.shape, strides, phase)

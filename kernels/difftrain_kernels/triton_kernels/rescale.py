@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import on_device
+from .spacing import row_offset, spacing_of_rows
 from .tiles import MAX_PROGRAMS
 
 
@@ -18,7 +19,7 @@ def _rescale_kernel(
     stated,
     n_rows,
     vocab_size,
-    gradient_stride,
+    spacing,
     upstream_stride,
     BLOCK: tl.constexpr,
 ):
@@ -28,7 +29,7 @@ def _rescale_kernel(
         upstream = tl.load(upstream_ptr + row * upstream_stride)
         if upstream != stated:
             for start in range(0, vocab_size, BLOCK):
-                pointers = gradient_ptr + row * gradient_stride + start + offsets
+                pointers = gradient_ptr + row_offset(row, spacing) + start + offsets
                 inside = start + offsets < vocab_size
                 values = tl.load(pointers, mask=inside).to(tl.float32) * (upstream / stated)
                 tl.store(pointers, values.to(gradient_ptr.dtype.element_ty), mask=inside)
@@ -41,13 +42,13 @@ def launch_rescale(gradient: Tensor, upstream: Tensor, *, stated: float) -> None
     element is rounded a second time. Rows whose upstream equals ``stated`` are not touched.
     """
     upstream = upstream.to(torch.float32)
-    n, vocab_size = gradient.shape
+    n, vocab_size = gradient.shape[:-1].numel(), gradient.shape[-1]
     if n == 0:
         return
     with on_device(gradient):
         _rescale_kernel[(min(n, MAX_PROGRAMS),)](
             gradient_ptr=gradient, upstream_ptr=upstream, stated=float(stated), n_rows=n,
-            vocab_size=vocab_size, gradient_stride=gradient.stride(0),
+            vocab_size=vocab_size, spacing=spacing_of_rows(gradient),
             upstream_stride=upstream.stride(0) if upstream.dim() else 0,
             BLOCK=min(4096, triton.next_power_of_2(vocab_size)), num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip

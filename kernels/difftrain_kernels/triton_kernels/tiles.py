@@ -47,10 +47,12 @@ def vector_size(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def row_phase(rows: Tensor) -> tuple[int, int]:
-    """Where rows start relative to 16-byte boundaries: of the first, and by how much it moves per row."""
+def row_phase(rows: Tensor) -> tuple[int, ...]:
+    """Where rows start relative to 16-byte boundaries: of the first, and by how much it moves per row
+    (of (B, T, V): per batch and per row)."""
     vector = vector_size(rows.dtype)
-    return rows.data_ptr() // rows.dtype.itemsize % vector, rows.stride(0) % vector
+    moves = [stride % vector for stride in rows.stride()[:-1]]
+    return rows.data_ptr() // rows.dtype.itemsize % vector, *moves
 
 
 def tile_arguments(logits: Tensor, tile: Tile) -> dict:
@@ -63,7 +65,7 @@ def tile_arguments(logits: Tensor, tile: Tile) -> dict:
         options["num_warps"] = max(1, tile.warps // 2)  # 64 lanes to a warp
     else:
         options["maxnreg"] = MAX_REGISTERS
-    aligned = row_phase(logits) == (0, 0)
+    aligned = not any(row_phase(logits))
     return {
         "REPEAT": tile.repeat,
         "LANES": lanes,
