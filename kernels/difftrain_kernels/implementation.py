@@ -44,13 +44,28 @@ def _obstacle_to_triton(dtype: torch.dtype, device: torch.device) -> str:
     return ""
 
 
-def as_rows(logits: Tensor) -> Tensor:
-    """(N, V) with last stride 1; a view wherever the rows are evenly spaced, else a copy."""
+def as_rows(logits: Tensor, *, uneven: bool = False) -> Tensor:
+    """(N, V) with last stride 1; a view wherever the rows are evenly spaced, else a copy.
+
+    With ``uneven``, (B, T, V) where the rows of a slice of sequences are spaced evenly but for the gaps
+    between these: a view too.
+    """
+    logits, size = logits.detach(), logits.shape[-1]
     # Not -1, which has no answer where a slice of a vocabulary holds no column.
-    rows = logits.detach().reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
-    if rows.shape[1] == 1:
+    n = math.prod(logits.shape[:-1])
+    if size == 1:
+        rows = logits.reshape(n, size)
         return rows.as_strided(rows.shape, (rows.stride(0), 1))  # any stride does for one column
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    shapes = [(n, size)]
+    if uneven and logits.dim() > 2:
+        shapes.append((math.prod(logits.shape[:-2]), *logits.shape[-2:]))
+    for shape in shapes:
+        try:
+            rows = logits.view(shape)
+        except RuntimeError:
+            continue
+        return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return logits.reshape(n, size).contiguous()
 
 
 # Row statistics, a pair (case (N,), columns (n, N)): what one pass over logits (N, V) leaves of each
@@ -90,7 +105,9 @@ def sum_cases(uses_triton: bool, statistics: tuple[Tensor, Tensor], terms: Terms
     if uses_triton:
         from . import triton_kernels
 
-        return triton_kernels.launch_case_sums(triton_kernels.RowStatistics(*statistics), terms=terms)
+        sums = triton_kernels.launch_case_sums(triton_kernels.RowStatistics(*statistics), terms)
+        has = (terms.has_own_sums, terms.label_smoothing > 0, terms.z_loss > 0)
+        return *sums[:3], *(part if wanted else None for part, wanted in zip(sums[3:], has, strict=False))
     table = reference.tabulate_cases(reference.scores_of(statistics, terms), terms)
     weighted = table.weighted if terms.has_own_sums else None
     return table.counts, table.nll, table.gap, weighted, table.smoothing, table.z_loss
@@ -109,7 +126,9 @@ def row_values(
     if uses_triton:
         from . import triton_kernels
 
-        return triton_kernels.row_values(triton_kernels.RowStatistics(*statistics), terms)
+        statistics = triton_kernels.RowStatistics(*statistics)
+        names = ["nll", "lse", "p_mask", "confidence", *(["entropy"] if terms.entropy else [])]
+        return statistics.case, {name: statistics.column(name.upper(), terms) for name in names}
     return reference.row_values(reference.scores_of(statistics, terms), terms)
 
 

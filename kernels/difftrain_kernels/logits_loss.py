@@ -165,7 +165,7 @@ def _triton_loss(logits: Tensor, call: LossCall, stated: float | None, overwrite
     if torch.is_grad_enabled() and logits.requires_grad:
         loss, *statistics = _TritonLoss.apply(logits, call, stated, overwrite)
     else:
-        statistics = score_rows(True, as_rows(logits), *call.labels, terms=call.terms)
+        statistics = score_rows(True, as_rows(logits, uneven=True), *call.labels, terms=call.terms)
         loss = reduce_rows(statistics[1][0], call.reduction)
     return call.result(
         loss,
@@ -181,8 +181,8 @@ class _TritonLoss(torch.autograd.Function):
     def forward(ctx, logits, call, stated, overwrite):
         from . import triton_kernels
 
-        rows = as_rows(logits)
-        ctx.divisor = max(1, len(rows)) if call.reduction == "mean" else 1
+        rows = as_rows(logits, uneven=True)
+        ctx.divisor = max(1, len(call.y)) if call.reduction == "mean" else 1
         ctx.stated, ctx.overwrite, ctx.gradient, ctx.made_for = stated, overwrite, None, None
         ctx.mask_id, ctx.terms = call.mask_id, call.terms
         if stated is None:
@@ -213,7 +213,7 @@ class _TritonLoss(torch.autograd.Function):
 
         logits, y, *statistics = ctx.saved_tensors
         statistics = triton_kernels.RowStatistics(*statistics)
-        rows = as_rows(logits)
+        rows = as_rows(logits, uneven=True)
         terms = {"mask_id": ctx.mask_id, "terms": ctx.terms}
         upstream = upstream.reshape(-1) if upstream.dim() else upstream
         if ctx.overwrite and ctx.stated is not None:
@@ -244,4 +244,4 @@ def _scale_overwritten(ctx, gradient: Tensor, upstream: Tensor) -> Tensor:
         ctx.made_for = upstream.clone()
         return gradient
     ratio = torch.where(upstream == ctx.made_for, 1.0, upstream / ctx.made_for)
-    return (gradient * (ratio[:, None] if ratio.dim() else ratio)).to(gradient.dtype)
+    return (gradient * (ratio.view(*gradient.shape[:-1], 1) if ratio.dim() else ratio)).to(gradient.dtype)

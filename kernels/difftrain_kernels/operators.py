@@ -186,7 +186,7 @@ def _n_columns(uses_triton: bool, terms: Terms) -> int:
         return reference.N_STATISTICS + len(reference.other_columns(terms))
     from . import triton_kernels
 
-    return triton_kernels.n_statistics(terms)
+    return len(triton_kernels.columns(terms))
 
 
 @custom_op(

@@ -242,11 +242,12 @@ class _Share:
         options = {
             "divisor": max(1, len(y)) if call.reduction == "mean" else 1,
             "mask_id": call.mask_id - self.start,
-            "vocab_size": call.vocab_size,
             "terms": call.terms,
         }
         if not self.uses_triton or rows.shape[1] == 0:
-            return sliced_reference.slice_gradients(rows, y - self.start, statistics, upstream, **options)
+            return sliced_reference.slice_gradients(
+                rows, y - self.start, statistics, upstream, vocab_size=call.vocab_size, **options
+            )
         from . import triton_kernels
 
         statistics = triton_kernels.RowStatistics(*statistics)

@@ -92,7 +92,7 @@ def make_terms(
         logit_scale = logit_scale.detach()
     elif logit_scale is not None:
         logit_scale = check_number("logit_scale", logit_scale, above=0.0)
-    return Terms(
+    made = Terms(
         case_weights=case_weights,
         gate=gate,
         token_weights=token_weights,
@@ -104,3 +104,4 @@ def make_terms(
         rows=rows,
         entropy=entropy,
     )
+    return PLAIN if made == PLAIN else made

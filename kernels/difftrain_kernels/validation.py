@@ -86,15 +86,21 @@ def check_overwritable(logits: Tensor) -> None:
     """Raise ValueError unless the logits are separate rows that a gradient can be written over."""
     if logits.numel() == 0:
         return
-    strides = logits.stride()
-    is_rows = logits.shape[-1] == 1 or strides[-1] == 1
-    for i in range(logits.dim() - 2):  # each leading dimension must continue the next one
-        is_rows = is_rows and (logits.shape[i] == 1 or strides[i] == strides[i + 1] * logits.shape[i + 1])
-    apart = all(s >= logits.shape[-1] for s, n in zip(strides[:-1], logits.shape, strict=False) if n > 1)
-    if not (is_rows and apart):
+    # Dimensions joined where they are evenly spaced, outermost last: rows, and batches of them.
+    spaced = [(1, 1, logits.shape[-1])]  # (size, stride, elements that one of it spans)
+    for size, stride in zip(logits.shape[-2::-1], logits.stride()[-2::-1], strict=True):
+        inner, step, span = spaced[-1]
+        if size == 1:
+            continue
+        if len(spaced) > 1 and stride == inner * step:
+            spaced[-1] = (size * inner, step, span + (size - 1) * stride)
+        else:
+            spaced.append((size, stride, span + (size - 1) * stride))
+    apart = all(step >= before for (_, step, _), (_, _, before) in zip(spaced[1:], spaced, strict=False))
+    if not (apart and len(spaced) <= 3 and (logits.shape[-1] == 1 or logits.stride(-1) == 1)):
         raise ValueError(
-            f"logits must be evenly spaced rows to be overwritten, got shape {tuple(logits.shape)} "
-            f"with strides {strides}"
+            "logits must be separate rows, evenly spaced or in batches, to be overwritten, got shape "
+            f"{tuple(logits.shape)} with strides {logits.stride()}"
         )
 
 

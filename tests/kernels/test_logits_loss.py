@@ -278,7 +278,8 @@ def test_wrong_options_are_named(problem, options, error, message):
 def test_rows_that_share_memory_are_not_overwritten(problem):
     logits, y, x = problem
     with pytest.raises(
-        ValueError, match=r"evenly spaced rows to be overwritten, got shape \(9, 66\) with str"
+        ValueError,
+        match=r"separate rows, evenly spaced or in batches, to be overwritten, got shape \(9, 66\) with str",
     ):
         kernel_loss(logits[:1].expand(9, 66), y, x, overwrite_logits=True)
 
