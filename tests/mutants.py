@@ -157,7 +157,7 @@ MUTANTS = [
     (REFERENCE, "[MASK] elsewhere passes for a column", "(predicted == mask) * has_mask", "(predicted == max(mask, 0))"),
     (REFERENCE, "ignored rows keep their gradient", "gradient.masked_fill_((case == cases.IGNORED)[:, None], 0.0)", "gradient"),
     (REFERENCE, "bad label has a loss", "poison = torch.where(is_label | ~is_counted, 1.0, torch.nan)", "poison = torch.where(is_label, 1.0, 1.0)"),
-    (REFERENCE, "bad label -1 poisons the gradient where it is ignored", "torch.where(is_label | ~is_counted, 1.0, torch.nan)", "torch.where(is_label, 1.0, torch.nan)"),
+    (REFERENCE, "ignored rows make NaN on the way back", "torch.where(is_label | ~is_counted, 1.0, torch.nan)", "torch.where(is_label, 1.0, torch.nan)"),
     (PARALLEL, "sum's gradient divided by N", "divisor = max(1, len(y)) if self.reduction == \"mean\" else 1", "divisor = max(1, len(y))"),
     (PARALLEL, "slice starts one late", "sum(sizes[:rank]), group", "sum(sizes[:rank]) + 1, group"),
     (PARALLEL, "DTensor split evenly", "[max(0, min(widest, vocab_size - i * widest)) for i in range(len(ranks))]", "[vocab_size // len(ranks)] * len(ranks)"),
