@@ -209,7 +209,7 @@ def weigh(
     _, is_label = target_column(y, vocab_size)
     if terms.forbid_mask:
         is_label = is_label & (y != mask_id)
-    # 1 for a row that does not count too: in backward, its 0 times NaN would be NaN.
+    # Not of a row that does not count: the NaN would stop short of its gradient, but anomaly detection would see it.
     poison = torch.where(is_label | ~is_counted, 1.0, torch.nan).to(nll.dtype)
     is_plain_target = smooth is nll
     nll = torch.where(is_counted, nll * poison, 0.0)
