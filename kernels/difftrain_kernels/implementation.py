@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, stepwise_reference
 from .cases import CaseTable
 from .terms import PLAIN, Terms
 
@@ -76,7 +76,7 @@ def as_rows(logits: Tensor, *, uneven: bool = False) -> Tensor:
 def score_rows(uses_triton: bool, logits: Tensor, *labels, terms: Terms = PLAIN) -> tuple[Tensor, Tensor]:
     """The statistics of rows; ``labels`` are y (N,), x (N,), mask_id, pk, pm, ignore_index."""
     if not uses_triton:
-        return reference.score_rows(logits, *labels, terms)
+        return stepwise_reference.score_rows(logits, *labels, terms)
     from . import triton_kernels
 
     return triton_kernels.launch_loss(logits, *labels, terms=terms)
@@ -88,7 +88,7 @@ def row_gradients(
 ) -> Tensor:  # fmt: skip
     """The gradient of sum(row losses * upstream) / divisor; where Triton runs, over the logits if asked."""
     if not uses_triton:
-        return reference.row_gradients(
+        return stepwise_reference.row_gradients(
             logits, y, statistics, upstream, divisor, mask_id=mask_id, terms=terms
         )
     from . import triton_kernels
@@ -108,7 +108,7 @@ def sum_cases(uses_triton: bool, statistics: tuple[Tensor, Tensor], terms: Terms
         sums = triton_kernels.launch_case_sums(triton_kernels.RowStatistics(*statistics), terms)
         has = (terms.has_own_sums, terms.label_smoothing > 0, terms.z_loss > 0)
         return *sums[:3], *(part if wanted else None for part, wanted in zip(sums[3:], has, strict=False))
-    table = reference.tabulate_cases(reference.scores_of(statistics, terms), terms)
+    table = reference.tabulate_cases(stepwise_reference.scores_of(statistics, terms), terms)
     weighted = table.weighted if terms.has_own_sums else None
     return table.counts, table.nll, table.gap, weighted, table.smoothing, table.z_loss
 
@@ -129,7 +129,7 @@ def row_values(
         statistics = triton_kernels.RowStatistics(*statistics)
         names = ["nll", "lse", "p_mask", "confidence", *(["entropy"] if terms.entropy else [])]
         return statistics.case, {name: statistics.column(name.upper(), terms) for name in names}
-    return reference.row_values(reference.scores_of(statistics, terms), terms)
+    return reference.row_values(stepwise_reference.scores_of(statistics, terms), terms)
 
 
 def reduce_rows(row_loss: Tensor, reduction: str) -> Tensor:

@@ -30,7 +30,7 @@ from .implementation import (
     sum_cases,
     uses_triton,
 )
-from .operators import compiled_linear_diffusion_loss
+from .linear_operators import compiled_linear_diffusion_loss
 from .validation import Penalty, check_choice, check_linear_arguments, check_positive, check_upstream_scale
 
 

@@ -1,4 +1,4 @@
-"""The losses as operators of PyTorch: what torch.compile puts into its graphs.
+"""The loss of logits as operators of PyTorch: what torch.compile puts into its graphs.
 
 An operator is opaque to the compiler, so what runs is what runs eagerly, bit for bit. Its schema
 holds no float: Dynamo would make a graph for each value. Penalties are 0-d tensors on the device.
@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import reference
+from . import reference, stepwise_reference
 from .calls import LossCall, Result
-from .chunks import ChunkedLoss, gradient_dtype, upstream_of_gradients
 from .implementation import (
     as_rows,
     forbid_backward,
@@ -45,27 +44,27 @@ NAMESPACE = "difftrain" if __package__ == "difftrain_kernels" else re.sub(r"\W",
 
 # The terms in a schema: what they change is constant in a training (a float in a schema is compiled anew
 # for each value), but for weights and the logits' scale, which are tensors.
-_TERMS = (
+TERMS = (
     "Tensor? token_weights, Tensor? case_weights, Tensor? logit_scale, str gate, float? softcap, "
     "float label_smoothing, float z_loss, bool forbid_mask, bool rows, bool entropy"
 )
-_N_TERMS = 10
+N_TERMS = 10
 
 
-def _flattened(terms: Terms, like: Tensor) -> tuple:
+def flattened(terms: Terms, like: Tensor) -> tuple:
     """The terms as a schema has them."""
     token_weights, case_weights, scale = terms.token_weights, terms.case_weights, terms.logit_scale
     if isinstance(case_weights, tuple):
-        case_weights = torch.stack([_as_tensor(weight, like) for weight in case_weights]).view(3, 3)
+        case_weights = torch.stack([as_tensor(weight, like) for weight in case_weights]).view(3, 3)
     return (
         None if token_weights is None else token_weights.reshape(-1),
         case_weights,
-        None if scale is None else _as_tensor(scale, like),
+        None if scale is None else as_tensor(scale, like),
         terms.gate, terms.softcap, terms.label_smoothing, terms.z_loss, terms.forbid_mask, terms.rows, terms.entropy,
     )  # fmt: skip
 
 
-def _terms(
+def terms_of(
     token_weights, case_weights, logit_scale, gate, softcap, label_smoothing, z_loss, forbid, rows, entropy
 ):
     return Terms(
@@ -89,43 +88,27 @@ def compiled_diffusion_loss(
     logits: Tensor, call: LossCall, *, uses_triton: bool, check_labels: bool
 ) -> Result:
     """``fused_diffusion_loss`` in a graph, of arguments that were checked."""
-    pk, pm = (_as_tensor(p, logits) for p in (call.pk, call.pm))
-    terms = _flattened(call.terms, logits)
+    pk, pm = (as_tensor(p, logits) for p in (call.pk, call.pm))
+    terms = flattened(call.terms, logits)
     loss, *statistics = diffusion_loss(
         logits.reshape(-1, logits.shape[-1]), call.y, call.x, pk, pm, call.mask_id, call.ignore_index,
         call.reduction, uses_triton, check_labels, *terms,
     )  # fmt: skip
-    return _result(loss, statistics, call, terms, uses_triton)
+    return result_of(loss, statistics, call, terms, uses_triton)
 
 
-def compiled_linear_diffusion_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LossCall, *, uses_triton: bool,
-    check_labels: bool, dtype: torch.dtype, chunk_tokens: int | None, workspace_bytes: int,
-) -> Result:  # fmt: skip
-    """``fused_linear_diffusion_loss`` in a graph, of arguments that were checked."""
-    pk, pm = (_as_tensor(p, hidden) for p in (call.pk, call.pm))
-    terms = _flattened(call.terms, hidden)
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss, case, columns, *_ = linear_diffusion_loss(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, call.x, pk, pm, check_labels, *needs, *terms,
-        call.y, call.mask_id, call.ignore_index, call.reduction, dtype, uses_triton, chunk_tokens,
-        workspace_bytes,
-    )  # fmt: skip
-    return _result(loss, (case, columns), call, terms, uses_triton)
-
-
-def _as_tensor(number: float | Tensor, like: Tensor) -> Tensor:
+def as_tensor(number: float | Tensor, like: Tensor) -> Tensor:
     """A number as a 0-d tensor. One that Dynamo traces as variable stays one in a product."""
     if isinstance(number, Tensor):
         return number.detach()
-    return torch.ones((), dtype=_loss_dtype(like.dtype), device=like.device) * number
+    return torch.ones((), dtype=loss_dtype(like.dtype), device=like.device) * number
 
 
-def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _result(loss, statistics, call: LossCall, terms: tuple, uses_triton: bool) -> Result:
+def result_of(loss, statistics, call: LossCall, terms: tuple, uses_triton: bool) -> Result:
     def table():
         sums = case_sums(*statistics, uses_triton, *terms)
         # What these terms do not have is empty.
@@ -146,33 +129,33 @@ def _result(loss, statistics, call: LossCall, terms: tuple, uses_triton: bool) -
     f"{NAMESPACE}::diffusion_loss",
     mutates_args=(),
     schema="(Tensor logits, Tensor y, Tensor x, Tensor pk, Tensor pm, SymInt mask_id, SymInt ignore_index, "
-    f"str reduction, bool uses_triton, bool check_labels, {_TERMS}) -> (Tensor, Tensor, Tensor)",
+    f"str reduction, bool uses_triton, bool check_labels, {TERMS}) -> (Tensor, Tensor, Tensor)",
 )
 def diffusion_loss(
     logits, y, x, pk, pm, mask_id, ignore_index, reduction, uses_triton, check_labels, *flat_terms
 ):
-    terms = _terms(*flat_terms)
+    terms = terms_of(*flat_terms)
     if check_labels:
-        _check_labels(y, logits.shape[1], mask_id, ignore_index, terms)
+        check_labels_of(y, logits.shape[1], mask_id, ignore_index, terms)
     case, columns = score_rows(
         uses_triton, as_rows(logits), y, x, mask_id, pk, pm, ignore_index, terms=terms
     )
     return reduce_rows(columns[0], reduction), case, columns
 
 
-def _check_labels(y: Tensor, vocab_size: int, mask_id: int, ignore_index: int, terms: Terms) -> None:
+def check_labels_of(y: Tensor, vocab_size: int, mask_id: int, ignore_index: int, terms: Terms) -> None:
     forbidden = mask_id if terms.forbid_mask else None
     check_label_values(y, vocab_size, ignore_index, forbidden=forbidden, token_weights=terms.token_weights)
 
 
 @diffusion_loss.register_fake
 def _(logits, y, x, pk, pm, mask_id, ignore_index, reduction, uses_triton, check_labels, *flat_terms):
-    return _fake_loss(
-        y.shape[0], _loss_dtype(logits.dtype), logits, reduction, uses_triton, _terms(*flat_terms)
+    return fake_loss(
+        y.shape[0], loss_dtype(logits.dtype), logits, reduction, uses_triton, terms_of(*flat_terms)
     )
 
 
-def _fake_loss(n, dtype, like, reduction, uses_triton, terms):
+def fake_loss(n, dtype, like, reduction, uses_triton, terms):
     loss = like.new_empty((n,) if reduction == "none" else (), dtype=dtype)
     return (
         loss,
@@ -183,7 +166,7 @@ def _fake_loss(n, dtype, like, reduction, uses_triton, terms):
 
 def _n_columns(uses_triton: bool, terms: Terms) -> int:
     if not uses_triton:
-        return reference.N_STATISTICS + len(reference.other_columns(terms))
+        return stepwise_reference.N_STATISTICS + len(reference.other_columns(terms))
     from . import triton_kernels
 
     return len(triton_kernels.columns(terms))
@@ -193,7 +176,7 @@ def _n_columns(uses_triton: bool, terms: Terms) -> int:
     f"{NAMESPACE}::diffusion_loss_backward",
     mutates_args=(),
     schema="(Tensor upstream, Tensor logits, Tensor y, Tensor case, Tensor columns, str reduction, bool uses_triton, "
-    f"SymInt mask_id, {_TERMS}) -> Tensor",
+    f"SymInt mask_id, {TERMS}) -> Tensor",
 )
 def diffusion_loss_backward(
     upstream, logits, y, case, columns, reduction, uses_triton, mask_id, *flat_terms
@@ -202,7 +185,7 @@ def diffusion_loss_backward(
     divisor = max(1, len(rows)) if reduction == "mean" else 1
     return row_gradients(
         uses_triton, rows, y, (case, columns), upstream,
-        divisor=divisor, mask_id=mask_id, terms=_terms(*flat_terms),
+        divisor=divisor, mask_id=mask_id, terms=terms_of(*flat_terms),
     )  # fmt: skip
 
 
@@ -220,7 +203,7 @@ def _keep_for_backward(ctx, inputs, output):
     logits, y = inputs[:2]
     _, case, columns = output
     ctx.mask_id, (ctx.reduction, ctx.uses_triton) = inputs[5], inputs[7:9]
-    token_weights, case_weights, logit_scale, *ctx.terms = inputs[-_N_TERMS:]
+    token_weights, case_weights, logit_scale, *ctx.terms = inputs[-N_TERMS:]
     ctx.save_for_backward(logits, y, case, columns, token_weights, case_weights, logit_scale)
     ctx.mark_non_differentiable(case, columns)
 
@@ -231,138 +214,11 @@ def _differentiate(ctx, upstream, *_):
         upstream, *saved, ctx.reduction, ctx.uses_triton, ctx.mask_id,
         token_weights, case_weights, logit_scale, *ctx.terms,
     )  # fmt: skip
-    return gradient, *(None,) * (9 + _N_TERMS)
+    return gradient, *(None,) * (9 + N_TERMS)
 
 
 diffusion_loss.register_autograd(_differentiate, setup_context=_keep_for_backward)
 diffusion_loss_backward.register_autograd(forbid_backward)
-
-
-# From hidden states.
-
-# What both passes need to cut the batch into chunks; the arguments of ``ChunkedLoss.plan``.
-_PLAN = (
-    f"{_TERMS}, Tensor y, SymInt mask_id, SymInt ignore_index, str reduction, ScalarType dtype, "
-    "bool uses_triton, SymInt? chunk_tokens, SymInt workspace_bytes"
-)
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
-_WANTS = "bool wants_hidden, bool wants_weight, bool wants_bias"
-_N_PLAN = _N_TERMS + 8
-
-
-def _planned(vocab_size: int, plan: tuple) -> ChunkedLoss:
-    return ChunkedLoss.plan(vocab_size, _terms(*plan[:_N_TERMS]), *plan[_N_TERMS:])
-
-
-@custom_op(
-    f"{NAMESPACE}::linear_diffusion_loss",
-    mutates_args=(),
-    schema=f"({_HEAD}, Tensor x, Tensor pk, Tensor pm, bool check_labels, {_WANTS}, {_PLAN}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def linear_diffusion_loss(
-    hidden, weight, bias, x, pk, pm, check_labels, wants_hidden, wants_weight, wants_bias, *plan
-):
-    chunked = _planned(len(weight), plan)
-    if check_labels:
-        _check_labels(chunked.y, len(weight), chunked.mask_id, chunked.ignore_index, chunked.terms)
-    needs = _made_in_forward(chunked.reduction, wants_hidden, wants_weight, wants_bias)
-    statistics, gradients = chunked.run(hidden, weight, bias, needs, weighting=(x, pk, pm))
-    return reduce_rows(statistics[1][0], chunked.reduction), *statistics, *_present(hidden, gradients)
-
-
-def _made_in_forward(reduction: str, *wanted: bool) -> tuple[bool, ...]:
-    return wanted if reduction != "none" else (False,) * 3
-
-
-def _present(like: Tensor, gradients) -> list[Tensor]:
-    """Gradients, an empty tensor for each that was not made."""
-    return [like.new_empty(0) if g is None else g for g in gradients]
-
-
-@linear_diffusion_loss.register_fake
-def _(hidden, weight, bias, x, pk, pm, check_labels, wants_hidden, wants_weight, wants_bias, *plan):
-    _, _, _, reduction, dtype, uses_triton, *_ = plan[_N_TERMS:]
-    needs = _made_in_forward(reduction, wants_hidden, wants_weight, wants_bias)
-    return (
-        *_fake_loss(
-            x.shape[0], _loss_dtype(dtype), hidden, reduction, uses_triton, _terms(*plan[:_N_TERMS])
-        ),
-        *_fake_gradients(hidden, weight, dtype, uses_triton, needs),
-    )
-
-
-def _fake_gradients(hidden, weight, dtype, uses_triton, needs):
-    wide = _loss_dtype(dtype)
-    narrow = gradient_dtype(dtype, hidden.device, uses_triton)
-    made = (
-        hidden.new_empty(hidden.shape, dtype=narrow),
-        weight.new_empty(weight.shape, dtype=wide),
-        weight.new_empty(weight.shape[:1], dtype=wide),
-    )
-    return _present(hidden, (g if need else None for g, need in zip(made, needs, strict=True)))
-
-
-@custom_op(
-    f"{NAMESPACE}::linear_diffusion_loss_backward",
-    mutates_args=(),
-    schema=f"({_HEAD}, Tensor case, Tensor columns, Tensor? upstream, {_WANTS}, {_PLAN}) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-def linear_diffusion_loss_backward(
-    hidden, weight, bias, case, columns, upstream, wants_hidden, wants_weight, wants_bias, *plan
-):
-    needs = (wants_hidden, wants_weight, wants_bias)
-    _, gradients = _planned(len(weight), plan).run(
-        hidden, weight, bias, needs, saved=(case, columns), upstream=upstream
-    )
-    return tuple(_present(hidden, gradients))
-
-
-@linear_diffusion_loss_backward.register_fake
-def _(hidden, weight, bias, case, columns, upstream, wants_hidden, wants_weight, wants_bias, *plan):
-    _, _, _, _, dtype, uses_triton, *_ = plan[_N_TERMS:]
-    needs = (wants_hidden, wants_weight, wants_bias)
-    return tuple(_fake_gradients(hidden, weight, dtype, uses_triton, needs))
-
-
-def _keep_for_linear_backward(ctx, inputs, output):
-    hidden, weight, bias = inputs[:3]
-    plan = inputs[-_N_PLAN:]
-    tensors, ctx.terms = plan[:3], plan[3:_N_TERMS]
-    y, *ctx.plan = plan[_N_TERMS:]
-    ctx.made = _made_in_forward(ctx.plan[2], *inputs[-_N_PLAN - 3 : -_N_PLAN])
-    ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-    ctx.save_for_backward(hidden, weight, bias, y, *tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _differentiate_linear(ctx, upstream, *_):
-    hidden, weight, bias, y, *others = ctx.saved_tensors
-    tensors, (case, columns, *gradients) = others[:3], others[3:]
-    needs = tuple(ctx.needs_input_grad[:3])
-    _, _, reduction, dtype, *_ = ctx.plan
-    is_per_row = reduction == "none"
-    if any(need and not made for need, made in zip(needs, ctx.made, strict=True)):
-        gradients = linear_diffusion_loss_backward(
-            hidden, weight, bias, case, columns, upstream if is_per_row else None, *needs,
-            *tensors, *ctx.terms, y, *ctx.plan,
-        )  # fmt: skip
-    scale = None if is_per_row else upstream / upstream_of_gradients(y.shape[0], reduction, dtype)
-    scaled = (
-        _scaled(gradient, scale, dtype) if need else None
-        for gradient, need, dtype in zip(gradients, needs, ctx.dtypes, strict=True)
-    )
-    return *scaled, *(None,) * (7 + _N_PLAN)
-
-
-def _scaled(made: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """In fp32, rounded once: on a GPU a 0-d tensor beside narrow ones is rounded to their dtype first."""
-    return made.to(dtype) if scale is None else (made.to(_loss_dtype(made.dtype)) * scale).to(dtype)
-
-
-linear_diffusion_loss.register_autograd(_differentiate_linear, setup_context=_keep_for_linear_backward)
-linear_diffusion_loss_backward.register_autograd(forbid_backward)
 
 
 # The case table and the rows of either.
@@ -371,12 +227,12 @@ linear_diffusion_loss_backward.register_autograd(forbid_backward)
 @custom_op(
     f"{NAMESPACE}::case_sums",
     mutates_args=(),
-    schema=f"(Tensor case, Tensor columns, bool uses_triton, {_TERMS}) "
+    schema=f"(Tensor case, Tensor columns, bool uses_triton, {TERMS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def case_sums(case, columns, uses_triton, *flat_terms):
     # The kernel's results are views of one buffer, or one another, which an operator may not return.
-    sums = sum_cases(uses_triton, (case, columns), _terms(*flat_terms))
+    sums = sum_cases(uses_triton, (case, columns), terms_of(*flat_terms))
     return tuple(
         columns.new_empty(0) if part is None else part.clone() for part in (*sums, *(None,) * 3)[:6]
     )
@@ -384,7 +240,7 @@ def case_sums(case, columns, uses_triton, *flat_terms):
 
 @case_sums.register_fake
 def _(case, columns, uses_triton, *flat_terms):
-    terms = _terms(*flat_terms)
+    terms = terms_of(*flat_terms)
     cells, nothing = columns.new_empty(3, 3), columns.new_empty(0)
     return (
         case.new_empty(3, 3, dtype=torch.int64),
@@ -399,13 +255,13 @@ def _(case, columns, uses_triton, *flat_terms):
 @custom_op(
     f"{NAMESPACE}::shown_rows",
     mutates_args=(),
-    schema=f"(Tensor case, Tensor columns, bool uses_triton, {_TERMS}) -> Tensor",
+    schema=f"(Tensor case, Tensor columns, bool uses_triton, {TERMS}) -> Tensor",
 )
 def shown_rows(case, columns, uses_triton, *flat_terms):
-    _, values = row_values(uses_triton, (case, columns), _terms(*flat_terms))
+    _, values = row_values(uses_triton, (case, columns), terms_of(*flat_terms))
     return torch.stack(list(values.values()))
 
 
 @shown_rows.register_fake
 def _(case, columns, uses_triton, *flat_terms):
-    return columns.new_empty(4 + _terms(*flat_terms).entropy, columns.shape[1])
+    return columns.new_empty(4 + terms_of(*flat_terms).entropy, columns.shape[1])

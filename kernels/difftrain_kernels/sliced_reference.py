@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 
 from . import cases
-from .reference import (
-    N_STATISTICS,
-    Scores,
-    bend,
-    columns_taking_part,
-    other_columns,
-    slanted,
-    target_column,
-    weigh,
-)
+from .reference import Scores, bend, columns_taking_part, other_columns, target_column, weigh
+from .stepwise_reference import N_STATISTICS, slanted
 from .terms import PLAIN, PROBABILITY, Terms
 from .validation import Penalty
 

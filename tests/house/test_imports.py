@@ -20,18 +20,20 @@ KERNELS = {
     "recipes": {"torch", "validation"},
     "calls": {"torch", "cases", "rows", "terms", "validation"},
     "reference": {"torch", "calls", "cases", "terms", "validation"},
-    "sliced_reference": {"torch", "cases", "reference", "terms", "validation"},
+    "stepwise_reference": {"torch", "cases", "reference", "terms", "validation"},
+    "sliced_reference": {"torch", "cases", "reference", "stepwise_reference", "terms", "validation"},
     "triton_kernels": {"torch", "triton"},
-    "implementation": {"torch", "cases", "reference", "terms", "triton_kernels"},
+    "implementation": {"torch", "cases", "reference", "stepwise_reference", "terms", "triton_kernels"},
     "chunks": {"torch", "implementation", "terms", "triton_kernels"},
     "operators": {
-        "torch", "calls", "chunks", "implementation", "reference", "terms", "validation", "triton_kernels",
+        "torch", "calls", "implementation", "reference", "stepwise_reference", "terms", "validation", "triton_kernels",
     },
+    "linear_operators": {"torch", "calls", "chunks", "implementation", "operators"},
     "logits_loss": {
         "torch", "calls", "implementation", "operators", "reference", "validation", "triton_kernels",
     },
     "linear_loss": {
-        "torch", "calls", "chunks", "implementation", "operators", "validation", "triton_kernels",
+        "torch", "calls", "chunks", "implementation", "linear_operators", "validation", "triton_kernels",
     },
     "parallel_loss": {
         "torch", "calls", "cases", "implementation", "reference", "sliced_reference", "validation",

@@ -13,6 +13,7 @@
 LOGITS_LOSS = "kernels/difftrain_kernels/logits_loss.py"
 PARALLEL = "kernels/difftrain_kernels/parallel_loss.py"
 REFERENCE = "kernels/difftrain_kernels/reference.py"
+STEPWISE_REFERENCE = "kernels/difftrain_kernels/stepwise_reference.py"
 SLICED_REFERENCE = "kernels/difftrain_kernels/sliced_reference.py"
 CALLS, CHUNKS, CASES, RECIPES = (
     f"kernels/difftrain_kernels/{name}.py" for name in ("calls", "chunks", "cases", "recipes")
@@ -34,6 +35,7 @@ STAGES = {
     LOGITS_LOSS: (["tests/kernels/test_logits_loss.py"], ["tests/kernels/test_triton_kernels.py"]),
     PARALLEL: (["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],),
     REFERENCE: (["tests/kernels/test_reference.py"], ["tests/kernels/test_terms.py"]),
+    STEPWISE_REFERENCE: (["tests/kernels/test_terms.py"],),
     SLICED_REFERENCE: (
         ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],
         ["tests/kernels/test_terms.py"],
@@ -129,7 +131,7 @@ MUTANTS = [
     (GRADIENT, "gradient buffer ignores the logits' phase", "(stride - size) % tiles.vector_size(logits.dtype)", "0"),
     (TILES, "unaligned rows treated as aligned", "aligned = not any(row_phase(logits))", "aligned = True"),
     (BLOCKS, "bulk accesses through 2-byte elements", "return tl.multiple_of(row_ptr + head + block * BLOCK, 16)", "return row_ptr + head + block * BLOCK"),
-    (LOGITS_LOSS, "mean over counted positions", "ctx.divisor = max(1, len(rows))", "ctx.divisor = max(1, int((arguments[0] != -1).sum()))"),
+    (LOGITS_LOSS, "mean over counted positions", "ctx.divisor = max(1, len(call.y))", "ctx.divisor = max(1, int((call.y != -1).sum()))"),
     (LOGITS_LOSS, "sum's gradient divided by N", "if call.reduction == \"mean\" else 1\n", "if call.reduction != \"none\" else 1\n"),
     (LOGITS_LOSS, "buffer given away twice", "made, ctx.gradient = ctx.gradient, None", "made = ctx.gradient"),
     (LOGITS_LOSS, "statement trusted unseen", "stated=torch.nan if made is None else ctx.stated, gradient_out=made,", "stated=torch.nan if made is None else float(upstream.flatten()[0]), gradient_out=made,"),
@@ -162,10 +164,10 @@ MUTANTS = [
     (REFERENCE, "the gate forgets the target's own weight", "+ (target - other) * shown[\"p_target\"]", ""),
     (REFERENCE, "z-loss times the case weight", "row_loss = row_loss + others[\"z\"]", "row_loss = row_loss + weight * others[\"z\"]"),
     (REFERENCE, "z-loss with half its gradient", "2.0 * scale * lse.detach()", "scale * lse.detach()"),
-    (REFERENCE, "softcap without its slope", "gradient *= 1.0 - (bent / terms.softcap).square()", "pass"),
-    (REFERENCE, "a scale without its slope", "gradient *= scale.to(gradient.dtype) if isinstance(scale, Tensor) else scale", "pass"),
+    (STEPWISE_REFERENCE, "softcap without its slope", "gradient *= 1.0 - (bent / terms.softcap).square()", "pass"),
+    (STEPWISE_REFERENCE, "a scale without its slope", "gradient *= scale.to(gradient.dtype) if isinstance(scale, Tensor) else scale", "pass"),
     (REFERENCE, "smoothing over [MASK] too", "/ (vocab_size - terms.forbid_mask)", "/ vocab_size"),
-    (REFERENCE, "a forbidden [MASK] keeps a gradient", "gradient.masked_fill_(~columns_taking_part", "gradient.masked_fill(~columns_taking_part"),
+    (STEPWISE_REFERENCE, "a forbidden [MASK] keeps a gradient", "gradient.masked_fill_(~columns_taking_part", "gradient.masked_fill(~columns_taking_part"),
     (REFERENCE, "a forbidden target is a label", "is_label = is_label & (y != mask_id)", "pass"),
     (SLICED_REFERENCE, "smoothing counts the words of one slice", "/ n_words.sum(0)", "/ n_words[0]"),
     (SLICED_REFERENCE, "entropy on each slice's own scale", "torch.where(rests > 0, fall * rests, 0.0)", "0.0"),

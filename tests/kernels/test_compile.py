@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 from difftrain.config import Config
 from difftrain.schedule import masking_penalties
-from difftrain_kernels import fused_diffusion_loss, fused_linear_diffusion_loss, operators
+from difftrain_kernels import fused_diffusion_loss, fused_linear_diffusion_loss, linear_operators, operators
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about inf and NaN
 
@@ -168,11 +168,11 @@ def test_opcheck_of_the_operators_on_hidden_states(impl, reduction, case, device
         terms, y = every_term(y, device), torch.where(y == MASK_ID, -1, y)
     plan = (*terms, y, MASK_ID, -1, reduction, dtype, impl == "triton", *PLAN)
     arguments = (*head, x, *scalars(device, 0.25, 0.5), False, *wants, *plan)
-    opcheck(operators.linear_diffusion_loss, arguments)
-    loss, *statistics = (t.detach() for t in operators.linear_diffusion_loss(*arguments)[:3])
+    opcheck(linear_operators.linear_diffusion_loss, arguments)
+    loss, *statistics = (t.detach() for t in linear_operators.linear_diffusion_loss(*arguments)[:3])
     head = [t if t is None else t.detach() for t in head]
     upstream = torch.randn_like(loss) if reduction == "none" else None
-    opcheck(operators.linear_diffusion_loss_backward, (*head, *statistics, upstream, *wants, *plan))
+    opcheck(linear_operators.linear_diffusion_loss_backward, (*head, *statistics, upstream, *wants, *plan))
 
 
 @IMPL
@@ -186,7 +186,7 @@ def test_a_derivative_of_an_operators_gradient_raises(name, impl, device):
     else:
         plan = (*NO_TERMS, y, MASK_ID, -1, "none", torch.float32, impl == "triton", *PLAN)
         arguments = (*inputs, x, *penalties, False, True, True, True, *plan)
-        loss = operators.linear_diffusion_loss(*arguments)[0].sum()
+        loss = linear_operators.linear_diffusion_loss(*arguments)[0].sum()
     for gradient in torch.autograd.grad(loss, inputs, create_graph=True):
         with pytest.raises(RuntimeError, match="have no second derivative"):
             gradient.sum().backward(retain_graph=True)
@@ -197,7 +197,7 @@ def test_a_gradient_not_made_in_forward_is_made_in_backward(device):
     expected = torch.autograd.grad(loss_of("linear", inputs, y, x, 0.25, 0.5), inputs)
     plan = (*NO_TERMS, y, MASK_ID, -1, "mean", torch.float32, False, 5, 1)
     arguments = (*inputs, x, *scalars(device, 0.25, 0.5), False, True, False, True, *plan)
-    loss = operators.linear_diffusion_loss(*arguments)[0]
+    loss = linear_operators.linear_diffusion_loss(*arguments)[0]
     assert_same(torch.autograd.grad(loss, inputs), expected)
 
 
