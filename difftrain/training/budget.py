@@ -76,5 +76,6 @@ def _time(config: Config, runtime: Runtime, corpus: Corpus) -> tuple[float, floa
     reshard(run.model)
     del run
     gc.collect()  # a replica must go before its processes' group, and a model before the next one comes
-    seconds = torch.tensor([statistics.median(steps[FIRST_STEPS:]), evaluation], dtype=torch.float64)
+    measured = [statistics.median(steps[FIRST_STEPS:]), evaluation]
+    seconds = torch.tensor(measured, dtype=torch.float64, device="cpu")
     return tuple(runtime.sum_over_processes(seconds * runtime.is_main).tolist())

@@ -97,7 +97,7 @@ def _divided(total: Tensor, normalizer: float | Tensor) -> Tensor:
     if isinstance(normalizer, Tensor):
         divisor = normalizer.detach().to(total.dtype)
     else:  # a number that Dynamo traces as variable stays one in a product
-        divisor = torch.ones((), dtype=total.dtype, device=total.device) * normalizer
+        divisor = total.new_ones(()) * normalizer
     is_zero = divisor == 0
     return torch.where(is_zero, 0.0, total / torch.where(is_zero, 1.0, divisor))
 
@@ -105,7 +105,7 @@ def _divided(total: Tensor, normalizer: float | Tensor) -> Tensor:
 def prepare_call(
     shape: torch.Size,
     vocab_size: int,
-    device: torch.device,
+    like: Tensor,
     y: Tensor,
     x: Tensor,
     mask_id: int,
@@ -121,29 +121,35 @@ def prepare_call(
     entropy: bool,
     **terms,
 ) -> LossCall:
-    """Check what the losses share; see their Raises. ``terms`` are the other options of :func:`make_terms`."""
+    """Check what the losses share; see their Raises.
+
+    Args:
+        like: on the loss's device; a penalty that becomes a tensor gets its dtype, fp32 at least.
+        terms: the other options of :func:`make_terms`.
+    """
     if terms["case_weights"] is not None and not (pk is None and pm is None):
         raise ValueError(
             "pk and pm must be None where case_weights are given, which hold them: pk where a masked position "
             f"is answered [MASK] (row 0, column 0), pm where an intact one is (row 1, column 0); got pk {pk!r}, pm {pm!r}"
         )
     pk, pm = (1.0 if p is None else p for p in (pk, pm))
-    check_targets(shape, vocab_size, device, y, x, mask_id, pk, pm, ignore_index, reduction)
+    y, x, mask_id, pk, pm, ignore_index = check_targets(
+        shape, vocab_size, like, y, x, mask_id, pk, pm, ignore_index, reduction
+    )
     if entropy and not return_rows:
         raise ValueError("entropy must come with return_rows, which shows it, got return_rows False")
-    check_normalizer(normalizer, reduction, device)
-    check_integer("shift", shift)
+    normalizer = check_normalizer(normalizer, reduction, like.device)
+    shift = check_integer("shift", shift)
     if shift < 0 or (shift and not shape):
         raise ValueError(f"shift must be >= 0, and 0 where y has no dimension, got {shift}")
-    made = make_terms(shape, device, rows=bool(return_rows), entropy=bool(entropy), **terms)
-    pk, pm = (p.detach() if isinstance(p, Tensor) else p for p in (pk, pm))
+    made = make_terms(shape, like.device, rows=bool(return_rows), entropy=bool(entropy), **terms)
     if shift:
         y, x = _moved(y, shift, ignore_index), _moved(x, shift, 0)
         if made.token_weights is not None:
             made = replace(made, token_weights=_moved(made.token_weights, shift, 1))
     return LossCall(
-        y.reshape(-1), x.reshape(-1), int(mask_id), pk, pm, int(ignore_index),
-        "sum" if normalizer is not None else reduction, made, shape, vocab_size, int(shift), normalizer,
+        y.reshape(-1), x.reshape(-1), mask_id, pk, pm, ignore_index,
+        "sum" if normalizer is not None else reduction, made, shape, vocab_size, shift, normalizer,
         bool(return_cases), bool(return_rows),
     )  # fmt: skip
 

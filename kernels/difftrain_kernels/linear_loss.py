@@ -31,7 +31,16 @@ from .implementation import (
     uses_triton,
 )
 from .linear_operators import compiled_linear_diffusion_loss
-from .validation import Penalty, check_choice, check_linear_arguments, check_positive, check_upstream_scale
+from .validation import (
+    Penalty,
+    check_choice,
+    check_linear_arguments,
+    check_positive,
+    check_untransformed,
+    check_upstream,
+    check_upstream_scale,
+    is_traced,
+)
 
 
 def fused_linear_diffusion_loss(
@@ -82,13 +91,15 @@ def fused_linear_diffusion_loss(
     afterwards; wherever backward computes logits again (see ``reduction``), changed inputs raise.
 
     Args:
-        hidden: (..., D) fp32, bf16, fp16 or fp64, any device; D >= 1.
-        weight: (V, D), the output layer's (tied or not), V >= 1; like ``hidden`` in dtype, except
-            under autocast.
+        hidden: (..., D) fp32, bf16, fp16 or fp64, any device and strides; D >= 1. A fake tensor, or one
+            on meta, gives results without contents, and nothing is launched.
+        weight: (V, D), the output layer's (tied or not), 1 <= V < 2**31; like ``hidden`` in dtype,
+            except under autocast.
         y: (...) int64 or int32, the targets; ``ignore_index`` where a position does not count.
         x: (...) int64 or int32, the ids the model saw.
         mask_id: id of [MASK], in [0, V).
-        pk: penalty_keep_mask, a number >= 0 or a 0-d float tensor on the same device.
+        pk: penalty_keep_mask, a real number >= 0 or a 0-d float tensor on the same device, just as
+            :func:`difftrain_kernels.fused_diffusion_loss` takes it.
         pm: penalty_mask_correct, like ``pk``.
         bias: (V,) or None.
         ignore_index: the target that marks a position as not counted: loss 0 and gradient exactly
@@ -130,27 +141,28 @@ def fused_linear_diffusion_loss(
     """
     device_type = getattr(getattr(hidden, "device", None), "type", "cpu")
     is_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    check_linear_arguments(hidden, weight, bias, is_autocast)
-    vocab_size, device = weight.shape[0], hidden.device
+    hidden, weight, bias = check_linear_arguments(hidden, weight, bias, is_autocast)
+    vocab_size = weight.shape[0]
     call = prepare_call(
-        hidden.shape[:-1], vocab_size, device, y, x, mask_id, pk, pm,
+        hidden.shape[:-1], vocab_size, hidden, y, x, mask_id, pk, pm,
         ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, shift=shift,
         return_cases=return_cases, return_rows=return_rows, entropy=entropy, token_weights=token_weights,
         case_weights=case_weights, gate=gate, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss,
         forbid_mask=forbid_mask, logit_scale=logit_scale,
     )  # fmt: skip
     check_choice("impl", impl, IMPLEMENTATIONS)
-    check_upstream_scale(upstream_scale)
-    check_positive("workspace_mib", workspace_mib)
+    upstream_scale = check_upstream_scale(upstream_scale)
+    workspace_mib = check_positive("workspace_mib", workspace_mib)
     if chunk_tokens is not None:
-        check_positive("chunk_tokens", chunk_tokens, integer=True)
+        chunk_tokens = check_positive("chunk_tokens", chunk_tokens, integer=True)
+    check_untransformed("fused_linear_diffusion_loss")
 
     dtype = hidden.dtype
     if is_autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-    is_fused = uses_triton(impl, torch.empty(0, dtype=dtype, device=device))
+    is_fused = uses_triton(impl, hidden, dtype)
     workspace_bytes = int(min(workspace_mib * 2**20, 2**62))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_traced(hidden):
         return compiled_linear_diffusion_loss(
             hidden, weight, bias, call, uses_triton=is_fused, check_labels=check_labels, dtype=dtype,
             chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
@@ -161,8 +173,7 @@ def fused_linear_diffusion_loss(
         vocab_size, call.terms, call.y, call.mask_id, call.ignore_index, call.reduction, dtype, is_fused,
         chunk_tokens, workspace_bytes, call.stated(upstream_scale),
     )  # fmt: skip
-    pk, pm = (p if isinstance(p, Tensor) else float(p) for p in (call.pk, call.pm))
-    weighting, head = (call.x, pk, pm), (_flat(hidden), weight, bias)
+    weighting, head = (call.x, call.pk, call.pm), (_flat(hidden), weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
         loss, *statistics = _LinearLoss.apply(*head, chunked, weighting)
     else:
@@ -201,7 +212,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         with torch.no_grad():
-            of_hidden, *others = _LinearLoss._gradients(ctx, upstream)
+            of_hidden, *others = _LinearLoss._gradients(ctx, check_upstream(upstream))
             gradients = [None if of_hidden is None else of_hidden.view(ctx.shape), *others]
         if torch.is_grad_enabled():
             gradients = forbid_second_derivative(gradients)

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import reference, stepwise_reference
+from . import reference, sliced_reference, stepwise_reference
 from .calls import LossCall, Result
+from .cases import CaseTable
 from .implementation import (
     as_rows,
     forbid_backward,
@@ -35,7 +36,7 @@ from .implementation import (
     score_rows,
     sum_cases,
 )
-from .terms import Terms
+from .terms import PLAIN, Terms
 from .validation import check_label_values
 
 # Names of operators are global: a second copy of this package, such as Hugging Face's kernels loads
@@ -100,8 +101,8 @@ def compiled_diffusion_loss(
 def as_tensor(number: float | Tensor, like: Tensor) -> Tensor:
     """A number as a 0-d tensor. One that Dynamo traces as variable stays one in a product."""
     if isinstance(number, Tensor):
-        return number.detach()
-    return torch.ones((), dtype=loss_dtype(like.dtype), device=like.device) * number
+        return number
+    return like.new_ones((), dtype=loss_dtype(like.dtype)) * number
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -109,17 +110,33 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def result_of(loss, statistics, call: LossCall, terms: tuple, uses_triton: bool) -> Result:
-    def table():
-        sums = case_sums(*statistics, uses_triton, *terms)
-        # What these terms do not have is empty.
-        return make_table(tuple(part if part.numel() else None for part in sums), call.y.numel())
+    return call.result(
+        loss,
+        lambda: _table(statistics, call, terms, uses_triton),
+        lambda: _rows(statistics, call, terms, uses_triton),
+    )
 
-    def values():
-        shown = shown_rows(*statistics, uses_triton, *terms)
-        names = ["nll", "lse", "p_mask", "confidence", *(["entropy"] if call.terms.entropy else [])]
-        return statistics[0], dict(zip(names, shown.unbind(0), strict=True))
 
-    return call.result(loss, table, values)
+def _table(statistics, call: LossCall, terms: tuple, uses_triton: bool) -> CaseTable:
+    sums = case_sums(*statistics, uses_triton, *terms)
+    # What these terms do not have is empty.
+    return make_table(tuple(part if part.numel() else None for part in sums), call.y.numel())
+
+
+def _rows(statistics, call: LossCall, terms: tuple, uses_triton: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    shown = shown_rows(*statistics, uses_triton, *terms)
+    names = ["nll", "lse", "p_mask", "confidence", *(["entropy"] if call.terms.entropy else [])]
+    return statistics[0], dict(zip(names, shown.unbind(0), strict=True))
+
+
+def traced_table(statistics, call: LossCall, uses_triton: bool) -> CaseTable:
+    """The table of statistics without contents."""
+    return _table(statistics, call, flattened(call.terms, statistics[1]), uses_triton)
+
+
+def traced_rows(statistics, call: LossCall, uses_triton: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """What is shown of rows without contents."""
+    return _rows(statistics, call, flattened(call.terms, statistics[1]), uses_triton)
 
 
 # From logits.
@@ -160,16 +177,18 @@ def fake_loss(n, dtype, like, reduction, uses_triton, terms):
     return (
         loss,
         like.new_empty((n,), dtype=torch.int32),
-        like.new_empty(_n_columns(uses_triton, terms), n, dtype=dtype),
+        like.new_empty(n_columns(uses_triton, terms), n, dtype=dtype),
     )
 
 
-def _n_columns(uses_triton: bool, terms: Terms) -> int:
-    if not uses_triton:
-        return stepwise_reference.N_STATISTICS + len(reference.other_columns(terms))
-    from . import triton_kernels
+def n_columns(uses_triton: bool, terms: Terms, *, sliced: bool = False) -> int:
+    """How many columns the statistics of rows have, or of rows in slices of a vocabulary."""
+    if uses_triton:
+        from . import triton_kernels
 
-    return len(triton_kernels.columns(terms))
+        return len(triton_kernels.columns(terms))
+    plain = sliced_reference.N_SLICED + (terms != PLAIN) if sliced else stepwise_reference.N_STATISTICS
+    return plain + len(reference.other_columns(terms))
 
 
 @custom_op(

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import reference, sliced_reference
+from . import operators, reference, sliced_reference
 from .calls import LossCall, Result, prepare_call
 from .cases import CaseTable
 from .implementation import (
@@ -33,7 +33,16 @@ from .implementation import (
     sum_cases,
     uses_triton,
 )
-from .validation import LOGITS_DTYPES, Penalty, check_choice, check_tensor, is_dtensor
+from .validation import (
+    LOGITS_DTYPES,
+    Penalty,
+    check_choice,
+    check_tensor,
+    check_untransformed,
+    check_upstream,
+    is_dtensor,
+    is_traced,
+)
 
 
 def vocab_parallel_diffusion_loss(
@@ -78,7 +87,8 @@ def vocab_parallel_diffusion_loss(
 
     Args:
         logits: (..., V_r) fp32, bf16, fp16 or fp64: the process's columns, where V_r may be 0; or a
-            DTensor (..., V) on a mesh of one dimension, sharded on its last dimension.
+            DTensor (..., V) on a mesh of one dimension, sharded on its last dimension. A fake tensor, or
+            one on meta, gives results without contents: nothing is launched, and nobody is asked.
         y: (...) int64 or int32, the targets in the whole vocabulary; ``ignore_index`` where a
             position does not count.
         x: (...) int64 or int32, the ids the model saw.
@@ -114,22 +124,23 @@ def vocab_parallel_diffusion_loss(
     """
     if is_dtensor(logits):
         logits, slice_sizes, group = _from_dtensor(logits, slice_sizes, group)
-    check_tensor("logits", logits, LOGITS_DTYPES)
+    logits = check_tensor("logits", logits, LOGITS_DTYPES)
     if logits.dim() == 0:
         raise ValueError("logits must have shape (..., V_r), got ()")
     rank, sizes = _check_slices(logits.shape[-1], slice_sizes, group)
     vocab_size = sum(sizes)
     call = prepare_call(
-        logits.shape[:-1], vocab_size, logits.device, y, x, mask_id, pk, pm,
+        logits.shape[:-1], vocab_size, logits, y, x, mask_id, pk, pm,
         ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, shift=shift,
         return_cases=return_cases, return_rows=return_rows, entropy=entropy, token_weights=token_weights,
         case_weights=case_weights, gate=gate, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss,
         forbid_mask=forbid_mask, logit_scale=logit_scale,
     )  # fmt: skip
     check_choice("impl", impl, IMPLEMENTATIONS)
-    if check_labels:
+    check_untransformed("vocab_parallel_diffusion_loss")
+    if check_labels and not is_traced(logits):
         call.check_label_values()
-    share = _Share(call, sizes, sum(sizes[:rank]), group, uses_triton(impl, logits))
+    share = _Share(call, sizes, sum(sizes[:rank]), group, uses_triton(impl, logits, logits.dtype))
     loss, *statistics = _ParallelLoss.apply(logits, call.y, share)
     return call.result(loss, lambda: share.table(statistics), lambda: share.row_values(statistics))
 
@@ -161,7 +172,10 @@ def _check_slices(size: int, slice_sizes: object, group) -> tuple[int, list[int]
     rank, n = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("group must hold this process, got a group without it")
-    if not isinstance(slice_sizes, Sequence) or not all(isinstance(s, Integral) for s in slice_sizes):
+    are_ints = isinstance(slice_sizes, Sequence) and all(
+        isinstance(s, Integral) and not isinstance(s, bool) for s in slice_sizes
+    )
+    if not are_ints:
         raise TypeError(f"slice_sizes must be a sequence of {n} ints, got {slice_sizes!r}")
     sizes = [int(s) for s in slice_sizes]
     if len(sizes) != n or min(sizes) < 0 or sum(sizes) == 0:
@@ -180,12 +194,14 @@ class _ParallelLoss(torch.autograd.Function):
         ctx.share = share
         ctx.save_for_backward(logits, y, *statistics)
         ctx.mark_non_differentiable(*statistics)
-        return reduce_rows(statistics[1][0], share.call.reduction), *statistics
+        row_loss = statistics[1].select(0, 0)  # [0] looks for the device, which a fake tensor need not have
+        return reduce_rows(row_loss, share.call.reduction), *statistics
 
     @staticmethod
     def backward(ctx, upstream, *_):
         with torch.no_grad():
             logits, y, *statistics = ctx.saved_tensors
+            upstream = check_upstream(upstream)
             upstream = upstream.reshape(-1) if upstream.dim() else upstream
             gradient = ctx.share.gradient(as_rows(logits), y, statistics, upstream).view(logits.shape)
         if torch.is_grad_enabled():
@@ -205,6 +221,10 @@ class _Share:
 
     def statistics(self, rows: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(case (N,), columns (n, N)) of the whole rows."""
+        if is_traced(rows):  # nobody is asked
+            dtype = torch.promote_types(rows.dtype, torch.float32)
+            n_columns = operators.n_columns(self.uses_triton, self.call.terms, sliced=True)
+            return y.new_empty(len(y), dtype=torch.int32), rows.new_empty(n_columns, len(y), dtype=dtype)
         if self.uses_triton:
             from . import triton_kernels as kernels
 
@@ -212,7 +232,7 @@ class _Share:
         if rows.shape[1] == 0:
             size = kernels.message_size(terms) if self.uses_triton else sliced_reference.message_size(terms)
             dtype = torch.promote_types(rows.dtype, torch.float32)
-            message = torch.zeros(size, len(rows), dtype=dtype, device=rows.device)
+            message = rows.new_zeros(size, len(rows), dtype=dtype)
         elif self.uses_triton:
             message = kernels.launch_slice(
                 rows, y, call.mask_id, call.ignore_index, start=self.start, terms=terms
@@ -238,6 +258,8 @@ class _Share:
 
     def gradient(self, rows: Tensor, y: Tensor, statistics: Sequence[Tensor], upstream: Tensor) -> Tensor:
         """The gradient of this slice, (N, V_r) in the logits' dtype."""
+        if is_traced(rows):
+            return torch.empty_like(rows)
         call = self.call
         options = {
             "divisor": max(1, len(y)) if call.reduction == "mean" else 1,
@@ -254,12 +276,16 @@ class _Share:
         return triton_kernels.launch_gradient(rows, y - self.start, statistics, upstream, **options)
 
     def table(self, statistics: Sequence[Tensor]) -> CaseTable:
+        if is_traced(self.call.y):
+            return operators.traced_table(statistics, self.call, self.uses_triton)
         if self.uses_triton:
             return make_table(sum_cases(True, statistics, self.call.terms), self.call.y.numel())
         scores = sliced_reference.sliced_scores(statistics, self.call.terms)
         return reference.tabulate_cases(scores, self.call.terms)
 
     def row_values(self, statistics: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        if is_traced(self.call.y):
+            return operators.traced_rows(statistics, self.call, self.uses_triton)
         if self.uses_triton:
             return row_values(True, statistics, self.call.terms)
         scores = sliced_reference.sliced_scores(statistics, self.call.terms)

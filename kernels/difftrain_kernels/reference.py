@@ -64,17 +64,17 @@ def diffusion_loss_reference(
     1 + (pk - 1) * p[mask_id] where masked and 1 + (pm - 1) * p[mask_id] where intact. All weights are
     constants. A position of token weight 0 does not count, as if it were ignored.
 
-    Arguments, result and errors are those of :func:`difftrain_kernels.fused_diffusion_loss`. A label
-    outside [0, V) makes its row's loss and gradient NaN. An ignored row has loss 0 and gradient exactly
+    Arguments, result and errors are those of :func:`difftrain_kernels.fused_diffusion_loss`. Derivatives
+    of any order and torch.func's transforms work. A label outside [0, V) makes its row's loss and gradient NaN. An ignored row has loss 0 and gradient exactly
     0, whatever its logits hold. An empty batch gives NaN for "mean", 0 for "sum" and an empty tensor for
     "none".
 
     Source: the specification's ``diffusion_loss_function``; softcap, Gemma 2 (arXiv:2408.00118, section
     2); z-loss, PaLM (arXiv:2204.02311, section 5); label smoothing as ``torch.nn.functional.cross_entropy``.
     """
-    check_logits(logits)
+    logits = check_logits(logits)
     call = prepare_call(
-        logits.shape[:-1], logits.shape[-1], logits.device, y, x, mask_id, pk, pm,
+        logits.shape[:-1], logits.shape[-1], logits, y, x, mask_id, pk, pm,
         ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, shift=shift,
         return_cases=return_cases, return_rows=return_rows, entropy=entropy, token_weights=token_weights,
         case_weights=case_weights, gate=gate, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss,
@@ -192,7 +192,7 @@ def bend(logits: Tensor, terms: Terms, mask_column: int) -> Tensor:
 
 def columns_taking_part(size: int, mask_column: int, terms: Terms, device: torch.device) -> Tensor:
     """Which of so many columns take part, (size,) bool; ``mask_column`` may lie outside them."""
-    column = torch.arange(size, device=device)
+    column = torch.arange(size, dtype=torch.int64, device=device)
     return column != mask_column if terms.forbid_mask else column >= 0
 
 
@@ -211,7 +211,7 @@ def weigh(
     if terms.forbid_mask:
         is_label = is_label & (y != mask_id)
     # Not of a row that does not count: the NaN would stop short of its gradient, but anomaly detection would see it.
-    poison = torch.where(is_label | ~is_counted, 1.0, torch.nan).to(nll.dtype)
+    poison = torch.ones_like(nll).masked_fill(is_counted & ~is_label, torch.nan)
     is_plain_target = smooth is nll
     nll = torch.where(is_counted, nll * poison, 0.0)
     smooth = nll if is_plain_target else torch.where(is_counted, smooth * poison, 0.0)
@@ -254,7 +254,7 @@ def _case_weight(cell, kind, shown, pk, pm, terms, like) -> Tensor:
         weights = (pk, 1.0, 1.0, pm, 1.0, 1.0, 1.0, 1.0, 1.0)
     elif isinstance(weights, Tensor):
         weights = weights.reshape(9).unbind()
-    weights = [w.detach().to(like.dtype) if isinstance(w, Tensor) else float(w) for w in weights]
+    weights = [w.to(like.dtype) if isinstance(w, Tensor) else w for w in weights]
     weight = torch.ones_like(like).detach()
     if terms.gate == PROBABILITY:
         for k in range(3):

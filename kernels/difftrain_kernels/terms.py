@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .validation import check_case_weights, check_choice, check_constant, check_number, check_token_weights
+from .validation import check_bounded, check_case_weights, check_choice, check_constant, check_token_weights
 
 ARGMAX, PROBABILITY = GATES = ("argmax", "probability")
 
@@ -81,24 +81,22 @@ def make_terms(
     """The options of a call whose y has ``shape``, checked; see the losses' Raises."""
     check_choice("gate", gate, GATES)
     if token_weights is not None:
-        check_token_weights(token_weights, shape, device)
-        token_weights = token_weights.detach().expand(shape)
+        token_weights = check_token_weights(token_weights, shape, device)
     if case_weights is not None:
         case_weights = check_case_weights(case_weights, device)
     if softcap is not None:
-        softcap = check_number("softcap", softcap, above=0.0)
+        softcap = check_bounded("softcap", softcap, above=0.0)
     if isinstance(logit_scale, Tensor):
-        check_constant("logit_scale", logit_scale, device)
-        logit_scale = logit_scale.detach()
+        logit_scale = check_constant("logit_scale", logit_scale, device)
     elif logit_scale is not None:
-        logit_scale = check_number("logit_scale", logit_scale, above=0.0)
+        logit_scale = check_bounded("logit_scale", logit_scale, above=0.0)
     made = Terms(
         case_weights=case_weights,
         gate=gate,
         token_weights=token_weights,
         softcap=softcap,
-        label_smoothing=check_number("label_smoothing", label_smoothing, low=0.0, below=1.0),
-        z_loss=check_number("z_loss", z_loss, low=0.0),
+        label_smoothing=check_bounded("label_smoothing", label_smoothing, low=0.0, below=1.0),
+        z_loss=check_bounded("z_loss", z_loss, low=0.0),
         forbid_mask=bool(forbid_mask),
         logit_scale=logit_scale,
         rows=rows,

@@ -14,19 +14,16 @@ PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPL
         "data/opening", "training/run_folder", "sampling/texts",
     )
 )  # fmt: skip
-BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS = (
+BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, EVALUATE, PHILOX = (
     f"difftrain/{name}.py"
     for name in (
-        "training/budget",
-        "training/console",
-        "errors",
-        "sampling/fill",
-        "cli/sample",
-        "cli/questions",
+        "training/budget", "training/console", "errors", "sampling/fill", "cli/sample", "cli/questions", "model",
+        "evaluate", "data/philox",
     )
-)
+)  # fmt: skip
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
 BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
+DEFAULTS = ["tests/difftrain/test_defaults.py"]
 RESUME_TESTS = ["tests/difftrain/test_resume.py", "-k", "float32 or samples"]
 DATA_TESTS = ["tests/difftrain/test_changed_data.py"]
 TRAIN_TESTS = ["tests/difftrain/test_train.py", "-k", "not full_disk"]
@@ -40,7 +37,7 @@ CHECKPOINT_STAGES = (
 )
 STAGES = {
     FOLDER: CHECKPOINT_STAGES,
-    READING: CHECKPOINT_STAGES,
+    READING: (*CHECKPOINT_STAGES, DEFAULTS),
     WRITING: CHECKPOINT_STAGES,
     SAVER: (["tests/difftrain/test_saver.py"], TRAIN_TESTS),
     STEP: (
@@ -53,8 +50,12 @@ STAGES = {
     LOOP: (TRAIN_TESTS, RESUME_TESTS, CLOSED_TESTS, BUDGET_TESTS, ["tests/difftrain/test_cli.py"]),
     RUNTIME: (TRAIN_TESTS, ["tests/difftrain/test_distributed.py"]),
     LOG: (["tests/difftrain/test_metrics.py"], RESUME_TESTS),
-    SCHEDULE: (["tests/difftrain/test_schedule.py"],),
-    CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS),
+    SCHEDULE: (["tests/difftrain/test_schedule.py"], DEFAULTS),
+    CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS, DEFAULTS),
+    MODEL: (["tests/difftrain/test_model.py"], DEFAULTS),
+    FILL: (["tests/difftrain/test_sample.py"], DEFAULTS),
+    EVALUATE: (["tests/difftrain/test_evaluate.py"], DEFAULTS),
+    PHILOX: (["tests/difftrain/test_philox.py"], DEFAULTS),
     CORRUPTION: (["tests/difftrain/test_corruption.py"],),
     PATHS: (["tests/difftrain/test_paths.py"],),
     SOURCES: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_config.py"], BUDGET_TESTS),
@@ -69,7 +70,6 @@ STAGES = {
     CONSOLE: (CLOSED_TESTS,),
     SAMPLE_COMMAND: (CLOSED_TESTS,),
     ERRORS: (["tests/difftrain/test_errors.py"],),
-    FILL: (["tests/difftrain/test_sample.py"],),
     QUESTIONS: (["tests/difftrain/test_questions.py"],),
 }
 # (file, what is wrong, text, replacement); all occurrences are replaced.
@@ -175,4 +175,12 @@ MUTANTS = [
     (SAMPLING, "a text's name may be taken", '.txt").exists():', '.txt").exists() and False:'),
     (SAMPLING, "gpt2 stops at block_size", "if length > block_size and not is_causal:", "if length > block_size:"),
     (QUESTIONS, "a driver that hangs ends the question", "except (OSError, subprocess.TimeoutExpired):", "except OSError:"),
+    (MODEL, "weights follow the default dtype", 'where = {"device": device, "dtype": torch.float32}', 'where = {"device": device}'),
+    (MODEL, "weights follow the default device", 'where = {"device": device, "dtype": torch.float32}', 'where = {"dtype": torch.float32}'),
+    (FILL, "a share is divided in the default dtype", "-(-left // (max_steps - step))", "(left / (max_steps - step)).ceil().long()"),
+    (SCHEDULE, "tensors of inference mode cannot be set", "with torch.inference_mode(False):", "if True:"),
+    (READING, "moments are read onto the default device", 'warnings.catch_warnings(), torch.device("cpu"):', "warnings.catch_warnings():"),
+    (CORPUS, "samples follow the default device", 'dtype=torch.int64, device="cpu")', "dtype=torch.int64)"),
+    (EVALUATE, "sums follow the default device", 'dtype=torch.float64, device="cpu")', "dtype=torch.float64)"),
+    (PHILOX, "counters follow the default device", "dtype=torch.int64, device=samples.device)", "dtype=torch.int64)"),
 ]  # fmt: skip

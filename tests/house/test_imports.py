@@ -13,7 +13,7 @@ PACKAGE = ROOT / "difftrain"
 # What a file of the losses may import besides the standard library.
 KERNELS = {
     "__init__": {"cases", "linear_loss", "logits_loss", "parallel_loss", "recipes", "reference", "rows"},
-    "cases": {"torch"},
+    "cases": {"torch", "validation"},
     "validation": {"torch"},
     "terms": {"torch", "validation"},
     "rows": {"torch", "cases"},
@@ -23,10 +23,13 @@ KERNELS = {
     "stepwise_reference": {"torch", "cases", "reference", "terms", "validation"},
     "sliced_reference": {"torch", "cases", "reference", "stepwise_reference", "terms", "validation"},
     "triton_kernels": {"torch", "triton"},
-    "implementation": {"torch", "cases", "reference", "stepwise_reference", "terms", "triton_kernels"},
+    "implementation": {
+        "torch", "cases", "reference", "stepwise_reference", "terms", "validation", "triton_kernels",
+    },
     "chunks": {"torch", "implementation", "terms", "triton_kernels"},
     "operators": {
-        "torch", "calls", "implementation", "reference", "stepwise_reference", "terms", "validation", "triton_kernels",
+        "torch", "calls", "cases", "implementation", "reference", "sliced_reference", "stepwise_reference", "terms",
+        "validation", "triton_kernels",
     },
     "linear_operators": {"torch", "calls", "chunks", "implementation", "operators"},
     "logits_loss": {
@@ -36,7 +39,7 @@ KERNELS = {
         "torch", "calls", "chunks", "implementation", "linear_operators", "validation", "triton_kernels",
     },
     "parallel_loss": {
-        "torch", "calls", "cases", "implementation", "reference", "sliced_reference", "validation",
+        "torch", "calls", "cases", "implementation", "operators", "reference", "sliced_reference", "validation",
         "triton_kernels",
     },
 }  # fmt: skip
