@@ -3,6 +3,7 @@ Takes ten minutes of one CPU core for the whole table, seconds for one target, d
 table, and writes it to the file that --json names.
 
     python benchmarks/bench_codegen.py [--json FILE] [--target sm_90 ...] [--dtype bf16 ...] [--vocab-size V ...]
+                                       [--terms NAME]
 
 Every kernel is compiled as the launcher would launch it (its launches are recorded, on one row of
 contiguous logits), then the machine code is read: for NVIDIA the SASS, for AMD the assembly.
@@ -44,6 +45,22 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Small rows (characters), rows of each streamed tile, and rows that start off a 16-byte boundary.
 VOCAB_SIZES = (66, 1024, 4096, 8192, 32000, 32001, 50257, 50304, 50305, 128256, 151936, 262144)
+# What a loss may have beyond its penalties, each alone and as kernels see the most of it.
+TERMS = {
+    "plain": PLAIN,
+    "token_weights": Terms(token_weights=torch.ones(1)),
+    "case_weights": Terms(case_weights=(0.5,) * 9),
+    "case_weights_on_device": Terms(case_weights=torch.ones(3, 3)),
+    "gate": Terms(gate="probability"),
+    "z_loss": Terms(z_loss=1e-4),
+    "logit_scale": Terms(logit_scale=0.5),
+    "logit_scale_on_device": Terms(logit_scale=torch.tensor(0.5)),
+    "forbid_mask": Terms(forbid_mask=True),
+    "rows": Terms(rows=True),
+    "softcap": Terms(softcap=30.0),
+    "label_smoothing": Terms(label_smoothing=0.1),
+    "entropy": Terms(rows=True, entropy=True),
+}
 BITS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
@@ -159,8 +176,9 @@ def main() -> None:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--vocab-size", nargs="+", type=int, default=list(VOCAB_SIZES))
+    parser.add_argument("--terms", choices=TERMS, default="plain", help="of the loss; plain by default")
     options = parser.parse_args()
-    rows = measure(options.target, options.dtype, options.vocab_size)
+    rows = measure(options.target, options.dtype, options.vocab_size, TERMS[options.terms])
     print(f"torch {torch.__version__}, triton {triton.__version__}")
     keys = list(rows[0])
     widths = [max(len(k), *(len(str(r[k])) for r in rows)) for k in keys]

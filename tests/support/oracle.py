@@ -113,8 +113,10 @@ def diffusion_loss(
             is_label = 0 <= target < vocab_size and bool(takes_part[target])
             if is_label:
                 nll = np.log(denominator) - shifted[target]
-                # The mean of lse - logit over the words that take part, relative to the target's own.
-                smooth = nll - label_smoothing * (row[takes_part] - row[target]).mean()
+                smooth = nll
+                if label_smoothing:  # the mean of lse - logit over the words that take part
+                    others = np.log(denominator) - shifted[takes_part].mean()
+                    smooth = (1.0 - label_smoothing) * nll + label_smoothing * others
             else:
                 nll = smooth = math.nan
             gap = row[predicted] - row[mask_id]
@@ -143,7 +145,7 @@ def diffusion_loss(
                 gradient = np.where(takes_part, gradient * slope, 0.0)
             else:
                 gradient = np.where(takes_part, math.nan, 0.0)
-            probable = softmax > 0
+            probable = softmax != 0
             entropy = -(softmax[probable] * np.log(softmax[probable])).sum()
         result.nll[i], result.smooth[i], result.weight[i] = nll, smooth, weight
         result.lse[i], result.entropy[i] = lse, entropy
@@ -154,6 +156,6 @@ def diffusion_loss(
         result.nll_sums[kind, answer] += nll
         result.gap_sums[kind] += gap
         result.z_sum += z
-        result.weighted_sums[kind] += np.where(share > 0, share * token_weight * smooth, 0.0)
-        result.smoothing_sums[kind] += np.where(share > 0, share * token_weight * (smooth - nll), 0.0)
+        result.weighted_sums[kind] += np.where(share != 0, share * token_weight * smooth, 0.0)
+        result.smoothing_sums[kind] += np.where(share != 0, share * token_weight * (smooth - nll), 0.0)
     return result
