@@ -47,6 +47,16 @@ def test_sum_adds_tables_and_begins_at_zero(table):
 def test_every_field_takes_part_in_everything(table):
     whole = CaseTable(*(getattr(table, field.name) for field in fields(CaseTable)))
     assert whole == table
+    # Every field there is; a table of the plain loss has no smoothing and no z-loss.
+    table = replace(
+        table,
+        weighted=table.nll * 2,
+        smoothing=table.nll * 0.1,
+        z_loss=torch.tensor(0.5, dtype=table.nll.dtype),
+    )
+    assert table != whole
+    whole = CaseTable(*(getattr(table, field.name) for field in fields(CaseTable)))
+    assert whole == table
     for field in fields(CaseTable):
         value = getattr(table, field.name)
         # One number changed in one place.
@@ -176,8 +186,14 @@ def test_counts_stay_exact_in_a_sum_over_many_processes(share):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (None, "a case table must have the keys counts, nll, gap, n_positions, weighted, smoothing, z_loss and dtype, got list"),
-        ({"counts": ...}, "must have the keys .*, got nll, gap, n_positions, weighted, smoothing, z_loss, dtype"),
+        (
+            None,
+            "a case table must have the keys counts, nll, gap, n_positions, weighted, smoothing, z_loss and dtype, got list",
+        ),
+        (
+            {"counts": ...},
+            "must have the keys .*, got nll, gap, n_positions, weighted, smoothing, z_loss, dtype",
+        ),
         ({"entropy": 1}, "must have the keys .*, got .*, entropy"),
         ({"counts": [[1, 2, 3]]}, r"counts must hold integers >= 0 of shape \(3, 3\), got \[\[1, 2, 3\]\]"),
         ({"counts": [[1.5] * 3] * 3}, r"counts must hold integers >= 0"),
