@@ -9,15 +9,26 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .validation import active_transform, is_traced
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
-def uses_triton(impl: str, logits: Tensor) -> bool:
-    """Whether the Triton kernel runs; raises ValueError where it was asked for and cannot."""
-    if impl == "reference" or (impl == "auto" and logits.device.type != "cuda"):
+def uses_triton(impl: str, like: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernel runs; raises ValueError where it was asked for and cannot.
+
+    Args:
+        like: on the device of the logits, and with or without contents as they are.
+        dtype: of the logits.
+    """
+    if impl == "reference" or (impl == "auto" and like.device.type != "cuda"):
         return False
-    obstacle = _obstacle_to_triton(logits.dtype, logits.device)
+    transform = active_transform()
+    obstacle = (
+        f"a call outside {transform}"
+        if transform
+        else _obstacle_to_triton(dtype, like.device, launches=not is_traced(like))
+    )
     if obstacle and impl == "triton":
         raise ValueError(f'impl="triton" needs {obstacle}')
     return not obstacle
@@ -25,7 +36,7 @@ def uses_triton(impl: str, logits: Tensor) -> bool:
 
 # Under torch.compile the answer is found once, while tracing, and not traced itself.
 @torch.compiler.assume_constant_result
-def _obstacle_to_triton(dtype: torch.dtype, device: torch.device) -> str:
+def _obstacle_to_triton(dtype: torch.dtype, device: torch.device, *, launches: bool) -> str:
     """What the Triton kernel would need and does not have; empty where it can run."""
     if dtype == torch.float64:
         return "logits in fp32, bf16 or fp16, got torch.float64"
@@ -33,6 +44,8 @@ def _obstacle_to_triton(dtype: torch.dtype, device: torch.device) -> str:
         from . import triton_kernels
     except ImportError:
         return "the package triton, which is not installed"
+    if not launches and device.type in ("meta", "cuda"):
+        return ""  # the machine need not have the device
     if triton_kernels.is_interpreted():
         return "" if device.type in ("cpu", "cuda") else f"a CPU or CUDA device, got {device}"
     if device.type != "cuda":

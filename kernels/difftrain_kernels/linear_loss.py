@@ -29,7 +29,10 @@ from .validation import (
     check_linear_arguments,
     check_positive,
     check_targets,
+    check_untransformed,
+    check_upstream,
     check_upstream_scale,
+    is_traced,
 )
 
 
@@ -69,17 +72,19 @@ def fused_linear_diffusion_loss(
     afterwards; wherever backward computes logits again (see ``reduction``), changed inputs raise.
 
     Args:
-        hidden: (..., D) fp32, bf16, fp16 or fp64, any device; D >= 1.
-        weight: (V, D), the output layer's (tied or not), V >= 1; like ``hidden`` in dtype, except
-            under autocast.
+        hidden: (..., D) fp32, bf16, fp16 or fp64, any device and strides; D >= 1. A fake tensor, or one
+            on meta, gives results without contents, and nothing is launched.
+        weight: (V, D), the output layer's (tied or not), 1 <= V < 2**31; like ``hidden`` in dtype,
+            except under autocast.
         y: (...) int64 or int32, the targets; ``ignore_index`` where a position does not count.
         x: (...) int64 or int32, the ids the model saw.
         mask_id: id of [MASK], in [0, V).
-        pk: penalty_keep_mask, a number >= 0 or a 0-d float tensor on the same device.
+        pk: penalty_keep_mask, a real number >= 0 or a 0-d float tensor on the same device, just as
+            :func:`difftrain_kernels.fused_diffusion_loss` takes it.
         pm: penalty_mask_correct, like ``pk``.
         bias: (V,) or None.
-        ignore_index: the target that marks a position as not counted: loss 0 and gradient exactly
-            0, whatever its hidden state holds; it stays in the mean's divisor.
+        ignore_index: the target that marks a position as not counted, within y's dtype: loss 0 and
+            gradient exactly 0, whatever its hidden state holds; it stays in the mean's divisor.
         reduction: "mean" over all positions, "sum", or "none" (one loss per position). For these
             two the gradients are made in forward, and a second backward makes them again. With
             "none", forward makes the losses only: backward, which alone knows each row's upstream
@@ -113,21 +118,24 @@ def fused_linear_diffusion_loss(
     """
     device_type = getattr(getattr(hidden, "device", None), "type", "cpu")
     is_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    check_linear_arguments(hidden, weight, bias, is_autocast)
-    vocab_size, device = weight.shape[0], hidden.device
-    check_targets(hidden.shape[:-1], vocab_size, device, y, x, mask_id, pk, pm, ignore_index, reduction)
+    hidden, weight, bias = check_linear_arguments(hidden, weight, bias, is_autocast)
+    vocab_size = weight.shape[0]
+    y, x, mask_id, pk, pm, ignore_index = check_targets(
+        hidden.shape[:-1], vocab_size, hidden, y, x, mask_id, pk, pm, ignore_index, reduction
+    )
     check_choice("impl", impl, IMPLEMENTATIONS)
-    check_upstream_scale(upstream_scale)
-    check_positive("workspace_mib", workspace_mib)
+    upstream_scale = check_upstream_scale(upstream_scale)
+    workspace_mib = check_positive("workspace_mib", workspace_mib)
     if chunk_tokens is not None:
-        check_positive("chunk_tokens", chunk_tokens, integer=True)
+        chunk_tokens = check_positive("chunk_tokens", chunk_tokens, integer=True)
+    check_untransformed("fused_linear_diffusion_loss")
 
     dtype = hidden.dtype
     if is_autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-    is_fused = uses_triton(impl, torch.empty(0, dtype=dtype, device=device))
+    is_fused = uses_triton(impl, hidden, dtype)
     workspace_bytes = int(min(workspace_mib * 2**20, 2**62))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_traced(hidden):
         return compiled_linear_diffusion_loss(
             hidden, weight, bias, y, x, mask_id, pk, pm,
             ignore_index=ignore_index, reduction=reduction, uses_triton=is_fused,
@@ -136,12 +144,11 @@ def fused_linear_diffusion_loss(
         )  # fmt: skip
     if check_labels:
         check_label_values(y, vocab_size, ignore_index)
-    pk, pm = (p.detach() if isinstance(p, Tensor) else float(p) for p in (pk, pm))
     chunked = ChunkedLoss.plan(
-        vocab_size, y.reshape(-1), int(ignore_index), reduction, dtype, is_fused,
+        vocab_size, y.reshape(-1), ignore_index, reduction, dtype, is_fused,
         chunk_tokens, workspace_bytes, upstream_scale,
     )  # fmt: skip
-    weighting = (x.reshape(-1), int(mask_id), pk, pm)
+    weighting = (x.reshape(-1), mask_id, pk, pm)
     head = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
         loss, *statistics = _LinearLoss.apply(*head, chunked, weighting)
@@ -169,7 +176,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         with torch.no_grad():
-            gradients = _LinearLoss._gradients(ctx, upstream)
+            gradients = _LinearLoss._gradients(ctx, check_upstream(upstream))
         if torch.is_grad_enabled():
             gradients = forbid_second_derivative(gradients)
         return *gradients, None, None

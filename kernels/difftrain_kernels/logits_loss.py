@@ -30,7 +30,9 @@ from .validation import (
     check_label_values,
     check_loss_arguments,
     check_overwritable,
+    check_upstream,
     check_upstream_scale,
+    is_traced,
 )
 
 
@@ -61,15 +63,18 @@ def fused_diffusion_loss(
     no result, are checked and then ignored: the gradient is made in backward, in its own buffer.
 
     Args:
-        logits: (..., V) fp32, bf16, fp16 or fp64, any device; V >= 1.
+        logits: (..., V) fp32, bf16, fp16 or fp64, any device and strides; 1 <= V < 2**31. A fake
+            tensor, or one on meta, gives results without contents, and nothing is launched.
         y: (...) int64 or int32, the targets; ``ignore_index`` where a position does not count.
         x: (...) int64 or int32, the ids the model saw.
         mask_id: id of [MASK], in [0, V).
-        pk: penalty_keep_mask, the weight where a masked position is answered [MASK]. A number >= 0,
-            or a 0-d float tensor on the logits' device.
+        pk: penalty_keep_mask, the weight where a masked position is answered [MASK]. A real number
+            >= 0 (int, float, Fraction, Decimal, a scalar or 0-d array of numpy's; True and False are
+            1 and 0), taken as ``float(pk)``; or a 0-d float tensor on the logits' device, which gets
+            no gradient.
         pm: penalty_mask_correct, the weight where a correct word is answered [MASK]; like ``pk``.
-        ignore_index: the target that marks a position as not counted. Such positions have loss 0
-            and gradient exactly 0, but stay in the mean's divisor.
+        ignore_index: the target that marks a position as not counted, within y's dtype. Such
+            positions have loss 0 and gradient exactly 0, but stay in the mean's divisor.
         reduction: "mean" over all positions, "sum", or "none" (one loss per position).
         impl: "auto" takes "triton" for CUDA logits up to fp32, else the reference; "triton" the
             fused kernel (on CPU tensors too where TRITON_INTERPRET=1); "reference" plain PyTorch.
@@ -98,13 +103,15 @@ def fused_diffusion_loss(
 
     Source: the specification's ``diffusion_loss_function``.
     """
-    check_loss_arguments(logits, y, x, mask_id, pk, pm, ignore_index, reduction)
+    logits, y, x, mask_id, pk, pm, ignore_index = check_loss_arguments(
+        logits, y, x, mask_id, pk, pm, ignore_index, reduction
+    )
     check_choice("impl", impl, IMPLEMENTATIONS)
-    check_upstream_scale(upstream_scale)
+    upstream_scale = check_upstream_scale(upstream_scale)
     if overwrite_logits:
         check_overwritable(logits)
-    is_fused = uses_triton(impl, logits)
-    if torch.compiler.is_compiling():
+    is_fused = uses_triton(impl, logits, logits.dtype)
+    if torch.compiler.is_compiling() or is_traced(logits):
         return compiled_diffusion_loss(
             logits, y, x, mask_id, pk, pm, ignore_index=ignore_index, reduction=reduction,
             uses_triton=is_fused, return_cases=return_cases, check_labels=check_labels,
@@ -119,8 +126,7 @@ def fused_diffusion_loss(
 
     from . import triton_kernels
 
-    pk, pm = (p.detach() if isinstance(p, Tensor) else p for p in (pk, pm))
-    arguments = (y.reshape(-1), x.reshape(-1), int(mask_id), pk, pm, int(ignore_index))
+    arguments = (y.reshape(-1), x.reshape(-1), mask_id, pk, pm, ignore_index)
     if torch.is_grad_enabled() and logits.requires_grad:
         loss, case, columns = _TritonLoss.apply(
             logits, arguments, reduction, upstream_scale, overwrite_logits
@@ -164,7 +170,7 @@ class _TritonLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         with torch.no_grad():
-            gradient = _TritonLoss._gradient(ctx, upstream)
+            gradient = _TritonLoss._gradient(ctx, check_upstream(upstream))
         if torch.is_grad_enabled():
             (gradient,) = forbid_second_derivative([gradient])
         return gradient, None, None, None, None

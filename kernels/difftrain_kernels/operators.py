@@ -66,8 +66,8 @@ def compiled_linear_diffusion_loss(
 def _as_tensor(penalty: Penalty, like: Tensor) -> Tensor:
     """A penalty as a 0-d tensor. A number that Dynamo traces as variable stays one in a product."""
     if isinstance(penalty, Tensor):
-        return penalty.detach()
-    return torch.ones((), dtype=_loss_dtype(like.dtype), device=like.device) * penalty
+        return penalty
+    return like.new_ones((), dtype=_loss_dtype(like.dtype)) * penalty
 
 
 def _loss_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import reference
+from . import operators, reference
 from .cases import CaseTable
 from .implementation import (
     IMPLEMENTATIONS,
@@ -37,7 +37,10 @@ from .validation import (
     check_label_values,
     check_targets,
     check_tensor,
+    check_untransformed,
+    check_upstream,
     is_dtensor,
+    is_traced,
 )
 
 
@@ -71,18 +74,21 @@ def vocab_parallel_diffusion_loss(
 
     Args:
         logits: (..., V_r) fp32, bf16, fp16 or fp64: the process's columns, where V_r may be 0; or a
-            DTensor (..., V) on a mesh of one dimension, sharded on its last dimension.
+            DTensor (..., V) on a mesh of one dimension, sharded on its last dimension. A fake tensor, or
+            one on meta, gives results without contents: nothing is launched, and nobody is asked.
         y: (...) int64 or int32, the targets in the whole vocabulary; ``ignore_index`` where a
             position does not count.
         x: (...) int64 or int32, the ids the model saw.
         mask_id: id of [MASK], in [0, V).
-        pk: penalty_keep_mask, a number >= 0 or a 0-d float tensor on the logits' device.
+        pk: penalty_keep_mask, a real number >= 0 or a 0-d float tensor on the logits' device, just as
+            :func:`difftrain_kernels.fused_diffusion_loss` takes it.
         pm: penalty_mask_correct, like ``pk``.
         slice_sizes: how many columns each process of the group holds, in the order of ranks, which
             is that of the vocabulary; their sum is V. ``[V // n] * n`` for an even split. Must be
             None for a DTensor, which knows.
         group: the processes that share the vocabulary; all by default. None for a DTensor.
-        ignore_index: the target that marks a position as not counted: loss 0 and gradient exactly 0.
+        ignore_index: the target that marks a position as not counted, within y's dtype: loss 0 and
+            gradient exactly 0.
         reduction: "mean" over all positions, "sum", or "none" (one loss per position).
         impl: "auto" takes "triton" for CUDA logits up to fp32, else "reference", which here is
             eager PyTorch; the same on all processes.
@@ -104,21 +110,21 @@ def vocab_parallel_diffusion_loss(
     """
     if is_dtensor(logits):
         logits, slice_sizes, group = _from_dtensor(logits, slice_sizes, group)
-    check_tensor("logits", logits, LOGITS_DTYPES)
+    logits = check_tensor("logits", logits, LOGITS_DTYPES)
     if logits.dim() == 0:
         raise ValueError("logits must have shape (..., V_r), got ()")
     rank, sizes = _check_slices(logits.shape[-1], slice_sizes, group)
     vocab_size = sum(sizes)
-    check_targets(
-        logits.shape[:-1], vocab_size, logits.device, y, x, mask_id, pk, pm, ignore_index, reduction
+    y, x, mask_id, pk, pm, ignore_index = check_targets(
+        logits.shape[:-1], vocab_size, logits, y, x, mask_id, pk, pm, ignore_index, reduction
     )
     check_choice("impl", impl, IMPLEMENTATIONS)
-    if check_labels:
+    check_untransformed("vocab_parallel_diffusion_loss")
+    if check_labels and not is_traced(logits):
         check_label_values(y, vocab_size, ignore_index)
-    pk, pm = (p.detach() if isinstance(p, Tensor) else float(p) for p in (pk, pm))
     share = _Share(
-        x.reshape(-1), int(mask_id), pk, pm, int(ignore_index), sizes, sum(sizes[:rank]), group,
-        reduction, uses_triton(impl, logits),
+        x.reshape(-1), mask_id, pk, pm, ignore_index, sizes, sum(sizes[:rank]), group,
+        reduction, uses_triton(impl, logits, logits.dtype),
     )  # fmt: skip
     loss, *statistics = _ParallelLoss.apply(logits, y.reshape(-1), share)
     loss = loss.view(y.shape) if reduction == "none" else loss
@@ -152,7 +158,10 @@ def _check_slices(size: int, slice_sizes: object, group) -> tuple[int, list[int]
     rank, n = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("group must hold this process, got a group without it")
-    if not isinstance(slice_sizes, Sequence) or not all(isinstance(s, Integral) for s in slice_sizes):
+    are_ints = isinstance(slice_sizes, Sequence) and all(
+        isinstance(s, Integral) and not isinstance(s, bool) for s in slice_sizes
+    )
+    if not are_ints:
         raise TypeError(f"slice_sizes must be a sequence of {n} ints, got {slice_sizes!r}")
     sizes = [int(s) for s in slice_sizes]
     if len(sizes) != n or min(sizes) < 0 or sum(sizes) == 0:
@@ -171,12 +180,14 @@ class _ParallelLoss(torch.autograd.Function):
         ctx.share = share
         ctx.save_for_backward(logits, y, *statistics)
         ctx.mark_non_differentiable(*statistics)
-        return reduce_rows(statistics[1][0], share.reduction), *statistics
+        row_loss = statistics[1].select(0, 0)  # [0] looks for the device, which a fake tensor need not have
+        return reduce_rows(row_loss, share.reduction), *statistics
 
     @staticmethod
     def backward(ctx, upstream, *_):
         with torch.no_grad():
             logits, y, *statistics = ctx.saved_tensors
+            upstream = check_upstream(upstream)
             upstream = upstream.reshape(-1) if upstream.dim() else upstream
             gradient = ctx.share.gradient(as_rows(logits), y, statistics, upstream).view(logits.shape)
         if torch.is_grad_enabled():
@@ -201,6 +212,9 @@ class _Share:
 
     def statistics(self, rows: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(case (N,), columns (6, N)) of the whole rows, as in the kernels' ``RowStatistics``."""
+        if is_traced(rows):  # nobody is asked
+            dtype = torch.promote_types(rows.dtype, torch.float32)
+            return y.new_empty(len(y), dtype=torch.int32), rows.new_empty(6, len(y), dtype=dtype)
         if self.uses_triton:
             from . import triton_kernels as kernels
 
@@ -229,6 +243,8 @@ class _Share:
 
     def gradient(self, rows: Tensor, y: Tensor, statistics: Sequence[Tensor], upstream: Tensor) -> Tensor:
         """The gradient of this slice, (N, V_r) in the logits' dtype."""
+        if is_traced(rows):
+            return torch.empty_like(rows)
         divisor = max(1, len(y)) if self.reduction == "mean" else 1
         if not self.uses_triton or rows.shape[1] == 0:
             return reference.slice_gradients(rows, y - self.start, statistics, upstream, divisor)
@@ -238,4 +254,6 @@ class _Share:
         return triton_kernels.launch_gradient(rows, y - self.start, statistics, upstream, divisor=divisor)
 
     def table(self, statistics: Sequence[Tensor]) -> CaseTable:
+        if is_traced(self.x):
+            return CaseTable(*operators.case_sums(*statistics, self.uses_triton), len(self.x))
         return CaseTable(*sum_cases(self.uses_triton, statistics), len(self.x))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import cases
 from .cases import CaseTable
-from .validation import Penalty
+from .validation import Penalty, check_loss_arguments
 
 
 def diffusion_loss_reference(
@@ -35,13 +35,16 @@ def diffusion_loss_reference(
     argmax takes the first maximum, and NaN counts as maximum. The weight is a constant: no
     gradient flows through it. Arithmetic is fp32 (fp64 for fp64 logits).
 
-    Arguments, result and errors are those of :func:`difftrain_kernels.fused_diffusion_loss`,
-    which validates them; call that one. A label outside [0, V) makes its row's loss and gradient
+    Arguments, result and errors are those of :func:`difftrain_kernels.fused_diffusion_loss`; call
+    that one. Derivatives of any order and torch.func's transforms work. A label outside [0, V) makes its row's loss and gradient
     NaN. An ignored row has loss 0 and gradient exactly 0, whatever its logits hold. An empty
     batch gives NaN for "mean", 0 for "sum" and an empty tensor for "none".
 
     Source: the specification's ``diffusion_loss_function``.
     """
+    logits, y, x, mask_id, pk, pm, ignore_index = check_loss_arguments(
+        logits, y, x, mask_id, pk, pm, ignore_index, reduction
+    )
     logits_NV = logits.reshape(-1, logits.shape[-1])
     row_loss, case, nll, gap, _ = _score(
         logits_NV, y.reshape(-1), x.reshape(-1), mask_id, pk, pm, ignore_index
@@ -84,12 +87,12 @@ def _weigh(nll, gap, says_mask, says_target, y, x, mask_id, pk, pm, ignore_index
     is_counted = y != ignore_index
     _, is_label = _target_column(y, vocab_size)
     # 1 for an ignored row too: in backward, its 0 times NaN would be NaN.
-    poison = torch.where(is_label | ~is_counted, 1.0, torch.nan).to(nll.dtype)
+    poison = torch.ones_like(nll).masked_fill(is_counted & ~is_label, torch.nan)
     nll = torch.where(is_counted, nll * poison, 0.0)
 
     is_masked = (x == mask_id) & (y != mask_id)
     is_intact = (x == y) & (x != mask_id)
-    pk, pm = (p.detach().to(nll.dtype) if isinstance(p, Tensor) else p for p in (pk, pm))
+    pk, pm = (p.to(nll.dtype) if isinstance(p, Tensor) else p for p in (pk, pm))
     weight = torch.ones_like(x, dtype=nll.dtype)
     weight = torch.where(is_masked & says_mask, pk, weight)
     weight = torch.where(is_intact & says_mask, pm, weight)

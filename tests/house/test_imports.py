@@ -13,11 +13,11 @@ PACKAGE = ROOT / "difftrain"
 # What a file of the losses may import besides the standard library.
 KERNELS = {
     "__init__": {"cases", "linear_loss", "logits_loss", "parallel_loss", "reference"},
-    "cases": {"torch"},
+    "cases": {"torch", "validation"},
     "terms": {"torch"},
     "validation": {"torch"},
     "reference": {"torch", "cases", "validation"},
-    "implementation": {"torch", "reference", "triton_kernels"},
+    "implementation": {"torch", "reference", "validation", "triton_kernels"},
     "chunks": {"torch", "cases", "implementation", "triton_kernels"},
     "operators": {
         "torch",
@@ -46,7 +46,15 @@ KERNELS = {
         "validation",
         "triton_kernels",
     },
-    "parallel_loss": {"torch", "cases", "implementation", "reference", "validation", "triton_kernels"},
+    "parallel_loss": {
+        "torch",
+        "cases",
+        "implementation",
+        "operators",
+        "reference",
+        "validation",
+        "triton_kernels",
+    },
 }
 # The folder triton_kernels: each file also torch, triton and the terms; nothing else outside the folder.
 TRITON_KERNELS = {

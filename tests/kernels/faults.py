@@ -10,6 +10,14 @@ TILES, WEIGHTS, ROW_STATISTICS, BLOCKS, STREAMED_ROWS, SMALL_ROWS, LOSS, GRADIEN
 LOGITS_LOSS = "kernels/difftrain_kernels/logits_loss.py"
 PARALLEL = "kernels/difftrain_kernels/parallel_loss.py"
 REFERENCE = "kernels/difftrain_kernels/reference.py"
+VALIDATION, CASES, IMPLEMENTATION, LINEAR = (
+    f"kernels/difftrain_kernels/{name}.py"
+    for name in ("validation", "cases", "implementation", "linear_loss")
+)
+PLAIN, NUMBERS, DEFAULTS, EMPTY, TABLES = (
+    [f"tests/kernels/test_{name}.py"]
+    for name in ("plain_tensors", "numbers", "defaults", "without_contents", "cases")
+)
 # In this order; a fault is killed by the first stage that fails. Hypothesis is late: it shrinks.
 KERNEL_STAGES = (
     [
@@ -24,8 +32,12 @@ KERNEL_STAGES = (
 )
 STAGES = {
     **dict.fromkeys(TRITON, KERNEL_STAGES),
-    LOGITS_LOSS: (["tests/kernels/test_logits_loss.py"], ["tests/kernels/test_triton_kernels.py"]),
-    PARALLEL: (["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],),
+    LOGITS_LOSS: (["tests/kernels/test_logits_loss.py"], PLAIN, ["tests/kernels/test_triton_kernels.py"]),
+    PARALLEL: (PLAIN, EMPTY, NUMBERS, ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"]),
+    VALIDATION: (PLAIN, NUMBERS, DEFAULTS, EMPTY),
+    CASES: (TABLES, DEFAULTS),
+    IMPLEMENTATION: (PLAIN, EMPTY),
+    LINEAR: (PLAIN, NUMBERS),
     REFERENCE: (
         ["tests/kernels/test_reference.py"],
         ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],
@@ -145,6 +157,46 @@ MUTANTS = [
     (REFERENCE, "target summed with the rest", "torch.where(has_target[:, None], 0.0, exps.gather(1, column))", "exps.gather(1, column)"),
     (REFERENCE, "[MASK] elsewhere passes for a column", "(predicted == mask) * has_mask", "(predicted == max(mask, 0))"),
     (REFERENCE, "ignored rows keep their gradient", "gradient.masked_fill_((case == cases.IGNORED)[:, None], 0.0)", "gradient"),
-    (REFERENCE, "bad label has a loss", "poison = torch.where(is_label | ~is_counted, 1.0, torch.nan)", "poison = torch.where(is_label, 1.0, 1.0)"),
-    (REFERENCE, "bad label -1 poisons the gradient where it is ignored", "torch.where(is_label | ~is_counted, 1.0, torch.nan)", "torch.where(is_label, 1.0, torch.nan)"),
+    (REFERENCE, "bad label has a loss", "masked_fill(is_counted & ~is_label, torch.nan)", "masked_fill(is_counted & ~is_label, 1.0)"),
+    (REFERENCE, "bad label -1 poisons the gradient where it is ignored", "masked_fill(is_counted & ~is_label, torch.nan)", "masked_fill(~is_label, torch.nan)"),
+    (VALIDATION, "a pending negation is forgotten", "return value.resolve_neg() if value.is_neg() else value", "return value"),
+    (VALIDATION, "sparse tensors pass", "if value.layout is not torch.strided:", "if False:"),
+    (VALIDATION, "nested tensors pass", "if value.is_nested:", "if False:"),
+    (VALIDATION, "subclasses without memory pass", "if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:", "if False:"),
+    (VALIDATION, "a result on its way is refused", 'if hasattr(value, "trigger_wait"):', "if False:"),
+    (VALIDATION, "torch.func goes unseen", "    if torch._C._are_functorch_transforms_active():\n        return", "    if False:\n        return"),
+    (VALIDATION, "forward mode goes unseen", "if forward_ad._current_level >= 0", "if forward_ad._current_level >= 9"),
+    (VALIDATION, "a batch of upstream gradients goes unseen", "if is_batched or torch", "if torch"),
+    (VALIDATION, "labels of inference mode are kept as they are", "value.is_inference() and torch.is_grad_enabled()", "False"),
+    (VALIDATION, "a number beside a tensor follows the default dtype", "like.new_full((), p, dtype=dtype)", "torch.full((), p, device=like.device)"),
+    (VALIDATION, "a penalty stays of its type", "finite and >= 0, got {_shown(value)}\")\n    return number", "finite and >= 0, got {_shown(value)}\")\n    return value"),
+    (VALIDATION, "decimals are refused", "(Real, Decimal)", "Real"),
+    (VALIDATION, "0-d arrays are refused", "if not (is_scalar or isinstance", "if not (isinstance"),
+    (VALIDATION, "arrays of one element pass", 'and getattr(value, "ndim", None) == 0', "and value.size == 1"),
+    (VALIDATION, "a penalty in a tensor keeps its graph", "return value.detach()", "return value"),
+    (VALIDATION, "an ignore_index wraps", "if y.dtype == torch.int32 and not", "if False and not"),
+    (VALIDATION, "the last int32 is refused", "-(2**31) <= ignore_index < 2**31", "-(2**31) <= ignore_index < 2**31 - 1"),
+    (VALIDATION, "a vocabulary of 2^31 words passes", "if vocab_size >= 2**31:", "if vocab_size > 2**31:"),
+    (VALIDATION, "True is an id", "if not isinstance(value, Integral) or isinstance(value, bool):", "if not isinstance(value, Integral):"),
+    (VALIDATION, "an integer stays of its type", "value = value if type(value) is int else int(value)", "value = value"),
+    (VALIDATION, "a fake tensor passes for a real one", "return tensor.is_meta or isinstance(tensor, FakeTensor)", "return tensor.is_meta"),
+    (VALIDATION, "meta passes for a device", "return tensor.is_meta or isinstance(tensor, FakeTensor)", "return isinstance(tensor, FakeTensor)"),
+    (LOGITS_LOSS, "an upstream's negation is forgotten", "_gradient(ctx, check_upstream(upstream))", "_gradient(ctx, upstream)"),
+    (LINEAR, "an upstream's negation is forgotten", "_gradients(ctx, check_upstream(upstream))", "_gradients(ctx, upstream)"),
+    (PARALLEL, "an upstream's negation is forgotten", "            upstream = check_upstream(upstream)\n", ""),
+    (LINEAR, "chunks are counted in the caller's type", "chunk_tokens = check_positive(", "check_positive("),
+    (LINEAR, "the workspace is counted in the caller's type", "workspace_mib = check_positive(", "check_positive("),
+    (PARALLEL, "True is a size", "isinstance(s, Integral) and not isinstance(s, bool) for", "isinstance(s, Integral) for"),
+    (PARALLEL, "labels are looked at where there are none", "if check_labels and not is_traced(logits):", "if check_labels:"),
+    (PARALLEL, "without contents a slice is launched", "if is_traced(rows):  # nobody is asked", "if False:"),
+    (IMPLEMENTATION, "a device that is not there is asked", 'device.type in ("meta", "cuda"):', 'device.type == "meta":'),
+    (CASES, "a count travels in one number", "parts += [value // WORD, value % WORD] if", "parts += [value * 0, value] if"),
+    (CASES, "sum does not begin", "return self if isinstance(other, int) and other == 0 else NotImplemented", "return NotImplemented"),
+    (CASES, "NaN is not itself", " | ((a != a) & (b != b))", ""),
+    (CASES, "the first number decides", "(b != b))).all())", "(b != b))).flatten()[0])"),
+    (CASES, "rates follow the default dtype", "return counts / counts.sum(1, keepdim=True)", "return self.counts / self.counts.sum(1, keepdim=True)"),
+    (CASES, "JSON gets NaN", "return str(value) if isinstance(value, float) and not math.isfinite(value) else value", "return value"),
+    (CASES, "counts below 0 pass", " and not (is_whole and (tensor < 0).any())", ""),
+    (CASES, "half a position passes", 'if kind is int and type(value) is not int:', "if False:"),
+    (CASES, "the dtype is lost in JSON", 'else SUM_DTYPES[values["dtype"]]', "else torch.float32"),
 ]  # fmt: skip

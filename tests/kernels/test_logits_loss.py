@@ -239,10 +239,6 @@ def test_the_kernel_asked_for_by_name_never_falls_back(problem, monkeypatch):
     logits, y, x = problem
     with pytest.raises(ValueError, match=r'impl="triton" needs logits in fp32, .*, got torch.float64'):
         kernel_loss(logits.double(), y, x)
-    with pytest.raises(
-        ValueError, match=r'impl="triton" needs a CPU or CUDA device, got meta|needs a CUDA'
-    ):
-        kernel_loss(logits.to("meta"), y.to("meta"), x.to("meta"))
     monkeypatch.setattr(triton_kernels, "is_interpreted", lambda: False)
     with pytest.raises(ValueError, match=r"needs a CUDA device \(or TRITON_INTERPRET=1 .*\), got cpu"):
         kernel_loss(logits.cpu(), y.cpu(), x.cpu())

@@ -507,15 +507,6 @@ def test_a_dtensor_of_logits_is_taken_as_it_is_split(n, found_by):
 # One process, and wrong arguments ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A group of this process alone."""
-    meeting = tmp_path_factory.mktemp("alone") / "meeting"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def call(**changes):
     arguments = {
         "logits": torch.randn(4, 6, 9),

@@ -305,5 +305,5 @@ def test_tables_add_up_and_travel_as_one_vector():
         torch.testing.assert_close(table.nll, whole.nll)
         torch.testing.assert_close(table.gap, whole.gap)
     rates = whole.rates()
-    torch.testing.assert_close(rates.sum(1), torch.ones(3))
+    torch.testing.assert_close(rates.sum(1), torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close(whole.mean_nll(), whole.nll.sum(1) / whole.counts.sum(1))
