@@ -47,7 +47,8 @@ def make_validation_set(corpus: Corpus, config: Config) -> ValidationSet:
     keys = {"seed": config.seed, "split": "val", "vocab_size": corpus.vocabulary.vocab_size}
     batches = []
     for i in range(config.eval_iters):
-        samples = torch.arange(i * config.eval_batch_size, (i + 1) * config.eval_batch_size)
+        first = i * config.eval_batch_size
+        samples = torch.arange(first, first + config.eval_batch_size, dtype=torch.int64, device="cpu")
         if config.mode == "gpt2":
             tokens = corpus.windows("val", samples, seed=config.seed, length=config.block_size + 1)
             batches.append((FIXED, tokens[:, :-1], tokens[:, 1:]))
@@ -84,7 +85,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     parts = sorted({part for part, _, _ in validation_set.batches})
-    sums = {part: torch.zeros(VECTOR_SIZE, dtype=torch.float64) for part in parts}
+    sums = {part: torch.zeros(VECTOR_SIZE, dtype=torch.float64, device="cpu") for part in parts}
     batches = validation_set.batches
     for first in range(0, len(batches), runtime.world_size):
         # Sharded weights are gathered in every pass, so the last one is made by all, counted or not.

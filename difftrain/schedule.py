@@ -48,7 +48,10 @@ class PenaltyTensors:
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self.pk, self.pm = (torch.full((), math.nan, dtype=torch.float32, device=device) for _ in range(2))
+        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
+            self.pk, self.pm = (
+                torch.full((), math.nan, dtype=torch.float32, device=device) for _ in range(2)
+            )
 
     def update(self, step: int, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
         """Set both to :func:`masking_penalties` of a step, in place, and return (pk, pm).

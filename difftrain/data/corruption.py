@@ -68,7 +68,7 @@ def _apply(
 ) -> tuple[Tensor, Tensor]:
     mask_id, length = vocab_size - 1, tokens.shape[1]
     order = words[:, :length].argsort(dim=1, stable=True)
-    place = torch.arange(length, device=tokens.device).expand_as(order)
+    place = torch.arange(length, dtype=torch.int64, device=tokens.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, place)  # the inverse permutation
     is_masked = rank < n_mask[:, None]
     is_replaced = (rank < (n_mask + n_replace)[:, None]) & ~is_masked

@@ -53,7 +53,7 @@ def fill(
         sampled, confidence = _sample(logits_of(x), temperature, top_k, forbid, generator)
         if by_confidence:
             left = is_masked.sum(1, keepdim=True)
-            budget = (left / (max_steps - step)).ceil().long()  # (B, 1)
+            budget = -(-left // (max_steps - step))  # (B, 1), rounded up
             confidence = confidence.masked_fill(~is_masked, -1.0)
             rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             is_masked &= rank < budget

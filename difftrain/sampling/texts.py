@@ -81,7 +81,7 @@ def sample_run(run_dir: Path, request: SampleRequest) -> str:
         return _keep(run_dir, checkpoint, "\n".join([*parts, summary_line(at_step[-1])]))
 
     ids = _start(checkpoint, request)
-    x = torch.tensor(ids, device=device).expand(request.num_samples, -1)
+    x = torch.tensor(ids, dtype=torch.int64, device=device).expand(request.num_samples, -1)
     if checkpoint.config.mode == "gpt2":
         length = request.length or checkpoint.config.block_size
         filled = continue_causal(model, x, length, vocabulary.mask_id, **options)
@@ -132,12 +132,12 @@ def _held_out(checkpoint: Checkpoint, request: SampleRequest) -> tuple[Tensor, T
             f"{corpus.folder}, so this text may not be held out; --allow_changed_data takes it nevertheless"
         )
     n_windows = max(1, min(HELD_OUT_WINDOWS, len(corpus.val) // config.block_size))
-    index = torch.tensor([request.seed])
+    index = torch.tensor([request.seed], dtype=torch.int64, device="cpu")
     tokens = corpus.windows("val", index, seed=config.seed, length=n_windows * config.block_size)
     tokens = tokens.view(n_windows, config.block_size)
     x, _ = mask_share(
         tokens,
-        torch.arange(n_windows) + request.seed * n_windows,
+        torch.arange(n_windows, dtype=torch.int64, device="cpu") + request.seed * n_windows,
         seed=config.seed,
         split="val",
         vocab_size=vocabulary.vocab_size,

@@ -141,7 +141,7 @@ class Run:
         wants_tables = is_logged or bool(
             self.penalties
         )  # always, where asking now and then would compile twice
-        loss_sum, tables = torch.zeros((), device=runtime.device), []
+        loss_sum, tables = torch.zeros((), dtype=torch.float32, device=runtime.device), []
         for micro_step in range(self.micro_steps):
             samples = sample_indices(self.step, micro_step, runtime.rank, runtime.world_size, config)
             x, y = _make_batch(self.corpus, samples, config, runtime)

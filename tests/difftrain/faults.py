@@ -14,6 +14,10 @@ PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPL
         "data/opening", "training/run_folder", "sampling/texts",
     )
 )  # fmt: skip
+MODEL, FILL, EVALUATE, PHILOX = (
+    f"difftrain/{name}.py" for name in ("model", "sampling/fill", "evaluate", "data/philox")
+)
+DEFAULTS = ["tests/difftrain/test_defaults.py"]
 RESUME_TESTS = ["tests/difftrain/test_resume.py", "-k", "float32 or samples"]
 DATA_TESTS = ["tests/difftrain/test_changed_data.py"]
 TRAIN_TESTS = ["tests/difftrain/test_train.py", "-k", "not full_disk"]
@@ -27,7 +31,7 @@ CHECKPOINT_STAGES = (
 )
 STAGES = {
     FOLDER: CHECKPOINT_STAGES,
-    READING: CHECKPOINT_STAGES,
+    READING: (*CHECKPOINT_STAGES, DEFAULTS),
     WRITING: CHECKPOINT_STAGES,
     SAVER: (["tests/difftrain/test_saver.py"], TRAIN_TESTS),
     STEP: (
@@ -40,8 +44,12 @@ STAGES = {
     LOOP: (TRAIN_TESTS, RESUME_TESTS),
     RUNTIME: (TRAIN_TESTS, ["tests/difftrain/test_distributed.py"]),
     LOG: (["tests/difftrain/test_metrics.py"], RESUME_TESTS),
-    SCHEDULE: (["tests/difftrain/test_schedule.py"],),
-    CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS),
+    SCHEDULE: (["tests/difftrain/test_schedule.py"], DEFAULTS),
+    CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS, DEFAULTS),
+    MODEL: (["tests/difftrain/test_model.py"], DEFAULTS),
+    FILL: (["tests/difftrain/test_sample.py"], DEFAULTS),
+    EVALUATE: (["tests/difftrain/test_evaluate.py"], DEFAULTS),
+    PHILOX: (["tests/difftrain/test_philox.py"], DEFAULTS),
     CORRUPTION: (["tests/difftrain/test_corruption.py"],),
     PATHS: (["tests/difftrain/test_paths.py"],),
     SOURCES: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_config.py"]),
@@ -132,4 +140,12 @@ MUTANTS = [
     (CORRUPTION, "a word replaced by itself", "other = other + (other >= tokens).long()", "other = other + 0"),
     (CORRUPTION, "a wrong word's target is the word", "y = torch.where(is_replaced, mask_id, tokens)", "y = tokens"),
     (CORRUPTION, "more is corrupted than allowed", "u_replace * (max_corruption - mask_rate)", "u_replace * max_corruption"),
+    (MODEL, "weights follow the default dtype", 'where = {"device": device, "dtype": torch.float32}', 'where = {"device": device}'),
+    (MODEL, "weights follow the default device", 'where = {"device": device, "dtype": torch.float32}', 'where = {"dtype": torch.float32}'),
+    (FILL, "a share is divided in the default dtype", "-(-left // (max_steps - step))", "(left / (max_steps - step)).ceil().long()"),
+    (SCHEDULE, "tensors of inference mode cannot be set", "with torch.inference_mode(False):", "if True:"),
+    (READING, "moments are read onto the default device", 'warnings.catch_warnings(), torch.device("cpu"):', "warnings.catch_warnings():"),
+    (CORPUS, "samples follow the default device", 'dtype=torch.int64, device="cpu")', "dtype=torch.int64)"),
+    (EVALUATE, "sums follow the default device", 'dtype=torch.float64, device="cpu")', "dtype=torch.float64)"),
+    (PHILOX, "counters follow the default device", "dtype=torch.int64, device=samples.device)", "dtype=torch.int64)"),
 ]  # fmt: skip
