@@ -6,9 +6,15 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test install docs options tree report clean
 
-demo: install
+demo: export PYTHONUNBUFFERED = 1
+demo:
+	@echo "demo, 1 of 4: installing into .venv, if that is not done yet"
+	@$(MAKE) --no-print-directory install
+	@echo "demo, 2 of 4: training (loading torch first)"
 	$(BIN)/difftrain train demo --overwrite
+	@echo "demo, 3 of 4: drawing the curves"
 	$(BIN)/difftrain plot runs/demo
+	@echo "demo, 4 of 4: masking and restoring a held-out text"
 	$(BIN)/difftrain sample runs/demo --held_out --temperature 0 --seed 1
 
 test: .venv/.test
@@ -18,10 +24,17 @@ test: .venv/.test
 
 install: .venv/.plot
 
-# One stamp a set of extras, made anew when what is to be installed changes.
+# One stamp a set of extras, made anew when what is to be installed changes. pip is silent while it
+# fetches into a pipe and while it unpacks: every ten seconds a line says how much is there.
 .venv/.plot .venv/.test .venv/.docs: .venv/.%: setup.py constraints.txt pyproject.toml
+	@echo "making .venv with the extra $*"
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	@mkdir -p .venv/fetched
+	@while sleep 10 >&- 2>&- && kill -0 $$$$; do echo "installing: $$(du -sh .venv | cut -f1) in .venv"; done & \
+	trap "kill $$! 2>&-" EXIT; \
+	TMPDIR="$(CURDIR)/.venv/fetched" \
 	$(PIP) install --no-compile --constraint constraints.txt --editable ".[$*]"
+	@rm -rf .venv/fetched
 	touch $@
 
 # The site from README.md, docs/ and the docstrings; a broken link, or a page that would fetch something, fails.

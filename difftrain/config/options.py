@@ -104,7 +104,14 @@ class Config:
         "linear: from hidden states, logits never whole; logits: fused where CUDA is; reference: eager; "
         "auto: linear on CUDA where the logits pass 256 MiB, else logits",
     )
-    max_iters: int = option(5000, "optimiser steps, exactly", low=1)
+    max_iters: int = option(5000, "optimiser steps, exactly; with a budget, at most", low=1)
+    budget_minutes: float = option(
+        0.0,
+        "time a few steps first, and shorten a new run to about this many minutes, its schedules and intervals "
+        "with it; 0: off",
+        low=0.0,
+    )
+    min_iters: int = option(1, "steps that a budget leaves at least, however slow the machine", low=1)
     learning_rate: float = option(1e-3, "peak learning rate", low=0.0)
     min_lr: float = option(1e-4, "learning rate at and after lr_decay_iters", low=0.0)
     warmup_iters: int = option(100, "steps of linear learning-rate warmup", low=0)

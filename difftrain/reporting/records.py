@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import textwrap
 from typing import Any
 
 from difftrain.config import Config
@@ -13,6 +15,12 @@ from difftrain_kernels.cases import ANSWERS, KINDS
 INERT_SHARE = 1e-3  # a penalty that weighs fewer answers than this does nothing
 DEGENERATE_SHARE = 0.95
 RUNAWAY_GAP = 30.0  # nats: softmax gives [MASK] less than 1e-13
+
+
+def configuration_text(config: Config) -> str:
+    """Every option that is set, ``name=value`` each, in lines of at most 100 characters."""
+    pairs = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v != "")
+    return textwrap.fill(pairs, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def loss_metrics(table: CaseTable, pk: float, pm: float, config: Config) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Run:
             self._restore(checkpoint)
         else:
             self.saved_step = -1
-        say(
+        self.title = (
             f"{model.n_parameters():,} parameters on {runtime.device} in {runtime.dtype_name}, "
             f"{len(corpus.train):,} training tokens, vocabulary {corpus.vocabulary.vocab_size}, "
             f"{runtime.world_size} process(es), steps {self.step} to {config.max_iters}"

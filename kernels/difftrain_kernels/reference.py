@@ -86,7 +86,7 @@ def _weigh(nll, gap, says_mask, says_target, y, x, mask_id, pk, pm, ignore_index
     """What the labels make of each row's nll and answer; returns what :func:`_score` does, 0 where ignored."""
     is_counted = y != ignore_index
     _, is_label = _target_column(y, vocab_size)
-    # 1 for an ignored row too: in backward, its 0 times NaN would be NaN.
+    # Not of an ignored row: the NaN would stop short of its gradient, but anomaly detection would see it.
     poison = torch.ones_like(nll).masked_fill(is_counted & ~is_label, torch.nan)
     nll = torch.where(is_counted, nll * poison, 0.0)
 

@@ -1,4 +1,4 @@
-"""Faults for mutants.py in the trainer: checkpoints, resuming, paths, data, corruption and schedules."""
+"""Faults for mutants.py in the trainer: checkpoints, resuming, paths, data, corruption, schedules, commands."""
 
 FOLDER, READING, WRITING, SAVER, STEP, LOOP, RUNTIME, LOG, SCHEDULE, CORPUS, CORRUPTION = (
     f"difftrain/{name}.py"
@@ -14,10 +14,21 @@ PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPL
         "data/opening", "training/run_folder", "sampling/texts",
     )
 )  # fmt: skip
-MODEL, FILL, EVALUATE, PHILOX = (
-    f"difftrain/{name}.py" for name in ("model", "sampling/fill", "evaluate", "data/philox")
-)
+MODEL, EVALUATE, PHILOX = (f"difftrain/{name}.py" for name in ("model", "evaluate", "data/philox"))
 DEFAULTS = ["tests/difftrain/test_defaults.py"]
+BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS = (
+    f"difftrain/{name}.py"
+    for name in (
+        "training/budget",
+        "training/console",
+        "errors",
+        "sampling/fill",
+        "cli/sample",
+        "cli/questions",
+    )
+)
+CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
+BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
 RESUME_TESTS = ["tests/difftrain/test_resume.py", "-k", "float32 or samples"]
 DATA_TESTS = ["tests/difftrain/test_changed_data.py"]
 TRAIN_TESTS = ["tests/difftrain/test_train.py", "-k", "not full_disk"]
@@ -41,7 +52,7 @@ STAGES = {
         ["tests/difftrain/test_resume.py"],
         ["tests/difftrain/test_distributed.py"],
     ),
-    LOOP: (TRAIN_TESTS, RESUME_TESTS),
+    LOOP: (TRAIN_TESTS, RESUME_TESTS, CLOSED_TESTS, BUDGET_TESTS, ["tests/difftrain/test_cli.py"]),
     RUNTIME: (TRAIN_TESTS, ["tests/difftrain/test_distributed.py"]),
     LOG: (["tests/difftrain/test_metrics.py"], RESUME_TESTS),
     SCHEDULE: (["tests/difftrain/test_schedule.py"], DEFAULTS),
@@ -52,14 +63,19 @@ STAGES = {
     PHILOX: (["tests/difftrain/test_philox.py"], DEFAULTS),
     CORRUPTION: (["tests/difftrain/test_corruption.py"],),
     PATHS: (["tests/difftrain/test_paths.py"],),
-    SOURCES: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_config.py"]),
-    COMMANDS: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_cli.py"]),
+    SOURCES: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_config.py"], BUDGET_TESTS),
+    COMMANDS: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_cli.py"], CLOSED_TESTS),
     TEXTS: (["tests/difftrain/test_texts.py"],),
     PREPARING: (["tests/difftrain/test_texts.py"], ["tests/difftrain/test_permissions.py"]),
     CONTENTS: (["tests/difftrain/test_opening.py"],),
     OPENING: (["tests/difftrain/test_data.py"], ["tests/difftrain/test_opening.py"]),
     RUN_FOLDER: (DATA_TESTS, TRAIN_TESTS),
     SAMPLING: (["tests/difftrain/test_sample.py"], DATA_TESTS),
+    BUDGET: (BUDGET_TESTS,),
+    CONSOLE: (CLOSED_TESTS,),
+    SAMPLE_COMMAND: (CLOSED_TESTS,),
+    ERRORS: (["tests/difftrain/test_errors.py"],),
+    QUESTIONS: (["tests/difftrain/test_questions.py"],),
 }
 # (file, what is wrong, text, replacement); all occurrences are replaced.
 MUTANTS = [
@@ -121,7 +137,7 @@ MUTANTS = [
     (TEXTS, "patterns see names alone", '_name(path, root) if "/" in pattern else path.name', "path.name"),
     (PREPARING, "an edited tokenizer comes from the cache", "{read_tokenizer(tokenizer)}", "{tokenizer}"),
     (PREPARING, "an edited validation text comes from the cache", "_digest(key, train, val)", "_digest(key, train)"),
-    (PREPARING, "what was left out is not said", "if say and summary:", "if say and not summary:"),
+    (PREPARING, "what was left out is not said", "        if summary:\n", "        if not summary:\n"),
     (PREPARING, "a folder for its owner alone", "    aside.mkdir()", "    aside.mkdir(0o700)"),
     (CONTENTS, "ids late in a block go unchecked", "int(np.frombuffer(block, dtype).max())", "int(np.frombuffer(block, dtype)[: 1 << 20].max())"),
     (CONTENTS, "part of a file has no part in its digest", "digest.update(block)", "digest.update(block[:64])"),
@@ -140,6 +156,30 @@ MUTANTS = [
     (CORRUPTION, "a word replaced by itself", "other = other + (other >= tokens).long()", "other = other + 0"),
     (CORRUPTION, "a wrong word's target is the word", "y = torch.where(is_replaced, mask_id, tokens)", "y = tokens"),
     (CORRUPTION, "more is corrupted than allowed", "u_replace * (max_corruption - mask_rate)", "u_replace * max_corruption"),
+    (BUDGET, "every process goes by its own clock", "runtime.sum_over_processes(seconds * runtime.is_main)", "seconds"),
+    (BUDGET, "evaluations cost nothing", " - evaluations * evaluation_seconds\n", "\n"),
+    (BUDGET, "one slow step is taken for all", "statistics.median", "statistics.mean"),
+    (BUDGET, "too few steps on a slow machine", "config.min_iters), config.max_iters)", "1), config.max_iters)"),
+    (BUDGET, "the curriculum keeps its length", '"masking_warmup_iters", ', ""),
+    (BUDGET, "evaluations move in the run", "SHARES = 40", "SHARES = 800"),
+    (SOURCES, "a preset's budget cuts the steps asked for", 'if "max_iters" in explicit:', "if False:"),
+    (LOOP, "a resumed run gets another end", "if resume and config.budget_minutes:", "if False:"),
+    (LOOP, "a run that nobody reads goes on", "stop.requested or say.is_closed, saver.has_failed", "stop.requested, saver.has_failed"),
+    (LOOP, "the last figures wait for the last save", "        say(summary_line(record))  # before the last save is waited for, which can fail\n", "    say(summary_line(record))\n"),
+    (LOOP, "a configuration is shown, then checked", "    checkpoint, corpus = runtime", "    say(configuration_text(config))\n    checkpoint, corpus = runtime"),
+    (CONSOLE, "a closed pipe ends a run in the middle", "except BrokenPipeError:", "except ZeroDivisionError:"),
+    (CONSOLE, "a run that nobody reads ends as if read", "        if self.is_closed:\n", "        if False:\n"),
+    (COMMANDS, "the interpreter's end meets the closed pipe", "os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())", "pass"),
+    (COMMANDS, "a closed pipe fails like a full disk", "    except BrokenPipeError:\n        return _leave(PIPE_CLOSED)\n", ""),
+    (COMMANDS, "a help hides that nobody reads it", "    def print_help(", "    def _print_help("),
+    (SAMPLE_COMMAND, "a text is lost that cannot be kept", "except OSError as error:", "except ZeroDivisionError as error:"),
+    (SAMPLE_COMMAND, "a text that nobody reads is not kept", "    finally:", "    except ZeroDivisionError:"),
+    (ERRORS, "a missing extra is an accident", "except ImportError:", "except ZeroDivisionError:"),
+    (FILL, "the context outgrows block_size", "x[:, -block_size:]", "x"),
+    (FILL, "the context stays at the beginning", "x[:, -block_size:]", "x[:, :block_size]"),
+    (SAMPLING, "a text's name may be taken", '.txt").exists():', '.txt").exists() and False:'),
+    (SAMPLING, "gpt2 stops at block_size", "if length > block_size and not is_causal:", "if length > block_size:"),
+    (QUESTIONS, "a driver that hangs ends the question", "except (OSError, subprocess.TimeoutExpired):", "except OSError:"),
     (MODEL, "weights follow the default dtype", 'where = {"device": device, "dtype": torch.float32}', 'where = {"device": device}'),
     (MODEL, "weights follow the default device", 'where = {"device": device, "dtype": torch.float32}', 'where = {"dtype": torch.float32}'),
     (FILL, "a share is divided in the default dtype", "-(-left // (max_steps - step))", "(left / (max_steps - step)).ceil().long()"),

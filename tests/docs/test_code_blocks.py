@@ -78,7 +78,9 @@ TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf
 
 
 def check_difftrain(words):
-    """Parse a command as ``difftrain`` does, and for ``train`` find its configuration."""
+    """Parse a command as ``difftrain`` does, and for ``train`` find its configuration; alone it shows the help."""
+    if not words:
+        return
     args = _parse(words)
     if words[0] == "train" and not args.resume:
         chosen = {name: word for name, word in vars(args).items() if hasattr(Config, name)}

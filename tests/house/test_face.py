@@ -58,7 +58,9 @@ def test_an_unknown_name_is_named():
         "from difftrain import Config; Config()",
         "from difftrain.cli import main; main(['--help'])",
         "from difftrain.cli import main; main(['train', '--help'])",
+        "from difftrain.cli import main; main([])",
         "from difftrain.cli import main; main(['--version'])",
+        "from difftrain.cli import main; main(['--print-completion', 'bash'])",
         "from difftrain.cli import main; main(['train', '--no_such_option', '1'])",
     ],
 )

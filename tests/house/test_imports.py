@@ -102,7 +102,7 @@ TRAINER = {
     "parallel": {"config", "model", "runtime", "torch"},
     "loss": {"config", "runtime", "difftrain_kernels", "torch"},
     "evaluate": {"config", "data", "runtime", "loss", "difftrain_kernels", "torch"},
-    "reporting": {"errors", "config", "schedule", "difftrain_kernels", "matplotlib"},
+    "reporting": {"errors", "config", "schedule", "difftrain_kernels", "matplotlib", "torch", "wandb"},
     "checkpoints": {
         "errors", "config", "data", "model", "runtime", "parallel", "safetensors", "torch",
     },
@@ -111,7 +111,7 @@ TRAINER = {
         "errors", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluate",
         "reporting", "checkpoints", "difftrain_kernels", "torch", "tqdm",
     },
-    "cli": {"errors", "config", "data", "reporting", "sampling", "training"},
+    "cli": {"errors", "config", "data", "reporting", "sampling", "training", "shtab"},
     "hf_kernel": {"errors", "config"},
     "__init__": {"errors", "config", "schedule", "difftrain_kernels"},
     "__main__": {"cli"},
@@ -195,6 +195,8 @@ def imports_of(path):
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 found.add(inner if inner in MODULES else node.module)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_extra":
+            found.add(node.args[0].value)
     return found
 
 

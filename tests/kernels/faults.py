@@ -158,7 +158,7 @@ MUTANTS = [
     (REFERENCE, "[MASK] elsewhere passes for a column", "(predicted == mask) * has_mask", "(predicted == max(mask, 0))"),
     (REFERENCE, "ignored rows keep their gradient", "gradient.masked_fill_((case == cases.IGNORED)[:, None], 0.0)", "gradient"),
     (REFERENCE, "bad label has a loss", "masked_fill(is_counted & ~is_label, torch.nan)", "masked_fill(is_counted & ~is_label, 1.0)"),
-    (REFERENCE, "bad label -1 poisons the gradient where it is ignored", "masked_fill(is_counted & ~is_label, torch.nan)", "masked_fill(~is_label, torch.nan)"),
+    (REFERENCE, "ignored rows make NaN on the way back", "masked_fill(is_counted & ~is_label, torch.nan)", "masked_fill(~is_label, torch.nan)"),
     (VALIDATION, "a pending negation is forgotten", "return value.resolve_neg() if value.is_neg() else value", "return value"),
     (VALIDATION, "sparse tensors pass", "if value.layout is not torch.strided:", "if False:"),
     (VALIDATION, "nested tensors pass", "if value.is_nested:", "if False:"),
