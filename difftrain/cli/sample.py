@@ -42,7 +42,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--top_k", type=int, default=0, metavar="N", help="sample among the best N; 0: all [0]"
     )
     parser.add_argument(
-        "--by_confidence", action="store_true", help="fill the most certain positions first"
+        "--by_confidence",
+        action="store_true",
+        help="fill the most certain positions first, as recipes llada and mdlm always do",
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the held-out piece [0]")
     parser.add_argument(

@@ -14,6 +14,7 @@ from difftrain.checkpoints.reading import Checkpoint, find_checkpoint
 from difftrain.data import mask_share, open_corpus
 from difftrain.data.vocabulary import Vocabulary
 from difftrain.errors import UserError
+from difftrain.loss import bent_logits
 from difftrain.reporting.log import read_metrics
 from difftrain.reporting.records import summary_line
 from difftrain.runtime import resolve_device
@@ -69,16 +70,20 @@ def sample_run(run_dir: Path, request: SampleRequest) -> Sample:
     if checkpoint.config.mode == "gpt2" and (request.infill is not None or request.held_out):
         raise UserError(f"{run_dir} was trained in gpt2 mode, which cannot fill gaps; give a prompt")
     device = resolve_device(request.device)
-    model = checkpoint.make_model(device)
+    vocabulary, config = checkpoint.vocabulary, checkpoint.config
+    logits_of = bent_logits(checkpoint.make_model(device), vocabulary.mask_id, config)
     generator = torch.Generator(device).manual_seed(request.seed)
     options = {"temperature": request.temperature, "top_k": request.top_k, "generator": generator}
-    vocabulary = checkpoint.vocabulary
+    # A model that never answers [MASK] would fill all of a text in one pass.
+    filling = {
+        "max_steps": request.max_steps,
+        "by_confidence": request.by_confidence or not config.has_penalties,
+    }
 
     if request.held_out:
         evaluations = [r for r in read_metrics(run_dir) if r["kind"] == "eval"]
         tokens, x = _held_out(checkpoint, request)
-        filled = fill(model, x.to(device), vocabulary.mask_id, max_steps=request.max_steps,
-                      by_confidence=request.by_confidence, **options).cpu()  # fmt: skip
+        filled = fill(logits_of, x.to(device), vocabulary.mask_id, **filling, **options).cpu()
         is_masked = x == vocabulary.mask_id
         n_right = int((filled == tokens)[is_masked].sum())
         texts = (vocabulary.decode(t.flatten().tolist(), mask=_mask_sign()) for t in (tokens, x, filled))
@@ -91,13 +96,12 @@ def sample_run(run_dir: Path, request: SampleRequest) -> Sample:
 
     ids = _start(checkpoint, request)
     x = torch.tensor(ids, dtype=torch.int64, device=device).expand(request.num_samples, -1)
-    if checkpoint.config.mode == "gpt2":
-        block_size = checkpoint.config.block_size
+    if config.mode == "gpt2":
+        block_size = config.block_size
         length = request.length or block_size
-        filled = continue_causal(model, x, length, vocabulary.mask_id, block_size=block_size, **options)
+        filled = continue_causal(logits_of, x, length, vocabulary.mask_id, block_size=block_size, **options)
     else:
-        filled = fill(model, x, vocabulary.mask_id, max_steps=request.max_steps,
-                      by_confidence=request.by_confidence, **options)  # fmt: skip
+        filled = fill(logits_of, x, vocabulary.mask_id, **filling, **options)
     texts = [vocabulary.decode(row) for row in filled.tolist()]
     if len(texts) > 1:
         texts = [f"--- {i + 1}\n{text}" for i, text in enumerate(texts)]

@@ -1,4 +1,4 @@
-"""Faults for mutants.py in the trainer: checkpoints, resuming, paths, data, corruption, schedules, commands."""
+"""Faults for mutants.py in the trainer: from paths, texts and options to training, recipes and commands."""
 
 FOLDER, READING, WRITING, SAVER, STEP, LOOP, RUNTIME, LOG, SCHEDULE, CORPUS, CORRUPTION = (
     f"difftrain/{name}.py"
@@ -7,24 +7,25 @@ FOLDER, READING, WRITING, SAVER, STEP, LOOP, RUNTIME, LOG, SCHEDULE, CORPUS, COR
         "training/step", "training/loop", "runtime", "reporting/log", "schedule", "data/corpus", "data/corruption",
     )
 )  # fmt: skip
-PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPLING = (
+PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPLING, LOSS, EVALUATE, RECORDS = (
     f"difftrain/{name}.py"
     for name in (
         "config/paths", "config/sources", "cli/__init__", "data/texts", "data/preparing", "data/contents",
-        "data/opening", "training/run_folder", "sampling/texts",
+        "data/opening", "training/run_folder", "sampling/texts", "loss", "evaluate", "reporting/records",
     )
 )  # fmt: skip
-BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, EVALUATE, PHILOX = (
+BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX = (
     f"difftrain/{name}.py"
     for name in (
         "training/budget", "training/console", "errors", "sampling/fill", "cli/sample", "cli/questions", "model",
-        "evaluate", "data/philox",
+        "data/philox",
     )
 )  # fmt: skip
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
 BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
 DEFAULTS = ["tests/difftrain/test_defaults.py"]
 RESUME_TESTS = ["tests/difftrain/test_resume.py", "-k", "float32 or samples"]
+RECIPE_TESTS = ["tests/difftrain/test_recipes.py"]
 DATA_TESTS = ["tests/difftrain/test_changed_data.py"]
 TRAIN_TESTS = ["tests/difftrain/test_train.py", "-k", "not full_disk"]
 # In this order; a fault is killed by the first stage that fails.
@@ -41,6 +42,7 @@ STAGES = {
     WRITING: CHECKPOINT_STAGES,
     SAVER: (["tests/difftrain/test_saver.py"], TRAIN_TESTS),
     STEP: (
+        RECIPE_TESTS,
         TRAIN_TESTS,
         DATA_TESTS,
         RESUME_TESTS,
@@ -64,13 +66,15 @@ STAGES = {
     PREPARING: (["tests/difftrain/test_texts.py"], ["tests/difftrain/test_permissions.py"]),
     CONTENTS: (["tests/difftrain/test_opening.py"],),
     OPENING: (["tests/difftrain/test_data.py"], ["tests/difftrain/test_opening.py"]),
-    RUN_FOLDER: (DATA_TESTS, TRAIN_TESTS),
+    RUN_FOLDER: (DATA_TESTS, RECIPE_TESTS, TRAIN_TESTS),
     SAMPLING: (["tests/difftrain/test_sample.py"], DATA_TESTS),
     BUDGET: (BUDGET_TESTS,),
     CONSOLE: (CLOSED_TESTS,),
     SAMPLE_COMMAND: (CLOSED_TESTS,),
     ERRORS: (["tests/difftrain/test_errors.py"],),
     QUESTIONS: (["tests/difftrain/test_questions.py"],),
+    LOSS: (RECIPE_TESTS, ["tests/difftrain/test_sample.py"]),
+    RECORDS: (["tests/difftrain/test_evaluate.py"], ["tests/difftrain/test_metrics.py"]),
 }
 # (file, what is wrong, text, replacement); all occurrences are replaced.
 MUTANTS = [
@@ -150,6 +154,28 @@ MUTANTS = [
     (CORRUPTION, "one more masked", "is_masked = rank < n_mask[:, None]", "is_masked = rank <= n_mask[:, None]"),
     (CORRUPTION, "a word replaced by itself", "other = other + (other >= tokens).long()", "other = other + 0"),
     (CORRUPTION, "a wrong word's target is the word", "y = torch.where(is_replaced, mask_id, tokens)", "y = tokens"),
+    (CORRUPTION, "a sequence is masked as a whole", "u[:, 1:] < p", "u[:, :1] < p"),
+    (CORRUPTION, "masking alone takes the specification's numbers", "MASKING_STREAMS[split]", "STREAMS[split]"),
+    (CORRUPTION, "p_mask comes near 0", "LEAST_P_MASK + (1.0 - LEAST_P_MASK) * (", "("),
+    (LOSS, "masked positions weigh 1 under every p_mask", 'return recipe(is_masked, p_mask)["token_weights"]', "return is_masked.float()"),
+    (LOSS, "uniform weights count intact positions too", "return is_masked.float()", "return is_masked.float().clamp(min=1)"),
+    (LOSS, "smoothing stays an option", '        "label_smoothing": config.label_smoothing,\n', ""),
+    (LOSS, "the gate stays an option", 'if config.has_penalties and config.gate == "probability":', "if config.gate is None:"),
+    (LOSS, "a sampler sees no softcap", "Terms(softcap=config.softcap or None, ", "Terms("),
+    (LOSS, "a sampler answers a forbidden [MASK]", "or None, forbid_mask=config.forbids_mask)", "or None)"),
+    (STEP, "training leaves the weights out", "token_weights=weights, **self.terms,", "**self.terms,"),
+    (STEP, "training leaves the terms out", "token_weights=weights, **self.terms,", "token_weights=weights,"),
+    (STEP, "evaluation leaves the terms out", "self.runtime, self.loss_impl, **self.terms", "self.runtime, self.loss_impl"),
+    (STEP, "another term keeps the old best", "self.measure += [self.terms] if self.terms else []", "pass"),
+    (EVALUATE, "evaluation leaves the weights out", "token_weights=weights, **terms", "**terms"),
+    (EVALUATE, "the fixed set masks as training does", "config, level=level, **keys)", "config, **keys)"),
+    (EVALUATE, "weights are no part of the set's id", "for t in tensors if t is not None", "for t in tensors[:2]"),
+    (RECORDS, "positions that do not count thin the nll", "table.gap, n_counted)", "table.gap, table.n_positions)"),
+    (RECORDS, "an infinite gap is recorded", "None if config.forbids_mask else ", ""),
+    (RECORDS, "penalties that are none are warned of", " or not config.has_penalties", ""),
+    (RUN_FOLDER, "a run goes on under another recipe", ', "recipe")', ")"),
+    (SAMPLING, "all of a text in one pass", " or not config.has_penalties", ""),
+    (SAMPLING, "a text is sampled from the bare logits", "bent_logits(checkpoint.make_model(device), vocabulary.mask_id, config)", "checkpoint.make_model(device)"),
     (CORRUPTION, "more is corrupted than allowed", "u_replace * (max_corruption - mask_rate)", "u_replace * max_corruption"),
     (BUDGET, "every process goes by its own clock", "runtime.sum_over_processes(seconds * runtime.is_main)", "seconds"),
     (BUDGET, "evaluations cost nothing", " - evaluations * evaluation_seconds\n", "\n"),

@@ -46,6 +46,8 @@ def test_two_processes_train_as_one_and_evaluate_all_batches(tiny, tmp_path):
         {"parallel": "fsdp", "n_layer": 2},
         {"parallel": "fsdp", "loss_impl": "linear"},
         {"parallel": "fsdp", "mode": "gpt2", "position": "learned", "bias": True},
+        {"recipe": "llada", "softcap": 3.0, "z_loss": 1e-3, "label_smoothing": 0.1},
+        {"parallel": "fsdp", "loss_impl": "linear", "recipe": "mdlm", "token_weighting": "uniform"},
     ]
     # 3 fixed batches and 4 others: an odd number, so that one process has one batch more to count.
     shape = {"max_iters": 6, "batch_size": 2, "gradient_accumulation_steps": 4, "dtype": "float64"}

@@ -7,6 +7,7 @@ import torch
 
 from difftrain.data.vocabulary import Characters
 from difftrain.errors import UserError
+from difftrain.loss import bent_logits
 from difftrain.reporting.log import FILE
 from difftrain.sampling import texts as texts_module
 from difftrain.sampling.fill import continue_causal, fill
@@ -250,6 +251,61 @@ def test_a_gpt2_run_continues_a_prompt_beyond_block_size_and_refuses_gaps(tiny, 
         write(Path(config.out_dir), prompt="red green red green")
     with pytest.raises(UserError, match="gpt2 mode, which cannot fill gaps"):
         write(Path(config.out_dir), held_out=True)
+
+
+def test_sampling_sees_the_logits_that_the_loss_does(tiny, monkeypatch):
+    """With the softcap, and without [MASK]: at temperature 0 as well, and in the probabilities drawn from."""
+    drawn, real = [], torch.multinomial
+    monkeypatch.setattr(
+        torch, "multinomial", lambda p, *a, **o: (drawn.append(p.clone()), real(p, *a, **o))[1]
+    )
+    config = tiny(recipe="mdlm", softcap=2.0, max_iters=1)
+    model = fixed([[1.0, 3.0, 2.9, -1.0, 99.0]])
+    logits_of = bent_logits(model, MASK_ID, config)
+    x = torch.full((1, 1), MASK_ID)
+    assert fill(model, x, MASK_ID, temperature=0).tolist() == [[1]]
+    assert model.passes == 65, "[MASK], the most probable, was answered in all passes but the last"
+    model.passes = 0
+    assert fill(logits_of, x, MASK_ID, temperature=0).tolist() == [[1]]
+    assert model.passes == 1
+    fill(logits_of, x, MASK_ID, temperature=0.5)
+    capped = 2.0 * torch.tanh(torch.tensor([1.0, 3.0, 2.9, -1.0]) / 2.0)
+    expected = torch.cat(((capped / 0.5).softmax(0), torch.zeros(1)))
+    torch.testing.assert_close(drawn[-1], expected[None])
+    # Where the cap makes them alike, the order of filling by confidence changes too.
+    two = [[60.0, 0.0, 0.0, 0.0, 0.0], [5.0, -9.0, -9.0, -9.0, 0.0]]
+    orders = []
+    for logits in (fixed(two), bent_logits(fixed(two), MASK_ID, config)):
+        seen = []
+        watched = lambda x, f=logits, seen=seen: (seen.append(x.clone()), f(x))[1]  # noqa: E731
+        fill(watched, torch.full((1, 2), MASK_ID), MASK_ID, max_steps=2, temperature=0, by_confidence=True)
+        orders.append((seen[1] != MASK_ID).int().tolist())
+    assert orders == [[[1, 0]], [[0, 1]]]
+
+
+def test_a_model_without_terms_is_asked_as_it_is(tiny):
+    model = fixed(one_hot(1))
+    assert bent_logits(model, MASK_ID, tiny(z_loss=1e-4, label_smoothing=0.1, recipe="llada")) is model
+    for changes in ({"softcap": 5.0}, {"recipe": "mdlm"}, {"recipe": "llada", "forbid_mask": True}):
+        assert bent_logits(model, MASK_ID, tiny(**changes)) is not model
+
+
+def test_a_run_that_never_answers_mask_fills_its_steps_share_in_each_pass(tiny, monkeypatch):
+    config = tiny(recipe="mdlm", softcap=3.0, max_iters=2)
+    train(config)
+    calls, real = [], texts_module.fill
+
+    def spy(logits_of, x, mask_id, **options):
+        calls.append((logits_of(x), options))
+        return real(logits_of, x, mask_id, **options)
+
+    monkeypatch.setattr(texts_module, "fill", spy)
+    for changes in ({}, {"held_out": True}):
+        write(Path(config.out_dir), **changes)
+        logits, options = calls.pop()
+        assert options["by_confidence"]
+        assert logits[..., -1].eq(-torch.inf).all()
+        assert logits[..., :-1].abs().max() < 3.0
 
 
 def test_a_temperature_near_zero_is_greedy_and_does_not_overflow():

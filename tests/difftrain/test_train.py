@@ -722,10 +722,21 @@ def test_every_implementation_of_the_loss_trains_the_same_model(tiny, impl, dtyp
         torch.testing.assert_close(value, weights_of(other)[name], rtol=0.1, atol=tolerance)
 
 
+TERMS = {"softcap": 4.0, "label_smoothing": 0.1, "z_loss": 1e-3}
+
+
 @pytest.mark.parametrize("impl", ["linear", "logits"])
-@pytest.mark.parametrize("how", ["model", "step"])
+@pytest.mark.parametrize(
+    ("how", "changes"),
+    [
+        ("model", {}),
+        ("step", {}),
+        ("step", {"gate": "probability", **TERMS}),
+        ("step", {"recipe": "mdlm", **TERMS}),
+    ],
+)
 def test_a_compiled_run_trains_the_same_model_and_its_curriculum_compiles_nothing_anew(
-    tiny, how, impl, monkeypatch
+    tiny, how, impl, changes, monkeypatch
 ):
     compiled, real = [], torch.compile
 
@@ -736,7 +747,7 @@ def test_a_compiled_run_trains_the_same_model_and_its_curriculum_compiles_nothin
 
         return real(function, backend=backend)
 
-    usual = tiny(loss_impl=impl, max_iters=12, log_interval=5, gradient_accumulation_steps=2)
+    usual = tiny(loss_impl=impl, max_iters=12, log_interval=5, gradient_accumulation_steps=2, **changes)
     train(usual)
     monkeypatch.setattr(step_module.torch, "compile", compile_without_code)
     torch._dynamo.reset()

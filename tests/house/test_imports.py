@@ -97,7 +97,7 @@ TRAINER = {
     "checkpoints": {
         "errors", "config", "data", "model", "runtime", "parallel", "safetensors", "torch",
     },
-    "sampling": {"errors", "config", "data", "runtime", "reporting", "checkpoints", "torch"},
+    "sampling": {"errors", "config", "data", "runtime", "loss", "reporting", "checkpoints", "torch"},
     "training": {
         "errors", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluate",
         "reporting", "checkpoints", "difftrain_kernels", "torch", "tqdm",
