@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,8 @@ from difftrain.training import budget as budget_module
 from difftrain.training import step as step_module
 from difftrain.training.budget import FIRST_STEPS, TIMED_STEPS, shorten
 from difftrain.training.loop import train
-from launch import run
+from launch import obey, train_command
+from processes import run_in_processes
 from run_digests import digests_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,32 +166,25 @@ def test_only_the_demo_has_a_budget_and_steps_that_are_asked_for_are_taken(tmp_p
     assert resolve_config("demo", str(file), {}).budget_minutes == 2.0
 
 
+def train_by_own_clock(configs, rank):
+    """How the runs end where time goes fast for the main process and slowly for the others."""
+    ticks = itertools.count(0.0, 3.0 if rank == 0 else 0.01)
+    budget_module.time = SimpleNamespace(perf_counter=lambda: next(ticks))
+    return [obey(train_command(config)) for config in configs]
+
+
+@pytest.mark.xdist_group("processes")
 def test_processes_whose_clocks_differ_agree_on_the_steps(budgeted, tmp_path):
-    script = tmp_path / "clocks.py"
-    script.write_text(
-        "import gc, itertools, os, sys\n"
-        "from types import SimpleNamespace\n"
-        "import torch.distributed as dist\n"
-        "from difftrain import cli\n"
-        "from difftrain.training import budget\n"
-        "dist.init_process_group('gloo')\n"
-        "ticks = itertools.count(0.0, 3.0 if os.environ['RANK'] == '0' else 0.01)\n"
-        "budget.time = SimpleNamespace(perf_counter=lambda: next(ticks))\n"
-        "codes = [cli.main(['train', '--config', path]) for path in sys.argv[1:]]\n"
-        "gc.collect()\n"
-        "dist.destroy_process_group()\n"
-        "sys.exit(max(codes))\n"
-    )
     configs = [
         budgeted(gradient_accumulation_steps=2, parallel=kind, out_dir=str(tmp_path / kind))
         for kind in ("ddp", "fsdp")
     ]
-    for config in configs:
-        Path(f"{config.out_dir}.toml").write_text(config.to_toml())
-    code, out, err = run(script, *(f"{config.out_dir}.toml" for config in configs), processes=2)
-    assert code == 0, out + err
-    # An evaluation's 8 batches are timed whole by two processes: 5 times 3 s, and 15 steps of 3 s.
-    assert out.count("this machine does 0.33 steps a second: 14 steps, about 1 min") == 2, out
+    ended = run_in_processes(2, partial(train_by_own_clock, configs), tmp_path)
+    for code, out, err in ended[0]:
+        assert code == 0, out + err
+        # An evaluation's 8 batches are timed whole by two processes: 5 times 3 s, and 15 steps of 3 s.
+        assert out.count("this machine does 0.33 steps a second: 14 steps, about 1 min") == 1, out
+    assert [code for code, *_ in ended[1]] == [0, 0]
     assert [read_metrics(Path(config.out_dir))[-1]["step"] for config in configs] == [14, 14]
 
 

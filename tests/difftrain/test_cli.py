@@ -1,10 +1,7 @@
 import dataclasses
-import os
 import pickle
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 
@@ -12,8 +9,8 @@ from difftrain.cli import main
 from difftrain.config import Config
 from difftrain.config.sources import preset_names
 from difftrain.training.run_folder import locked
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+from launch import finish, start
+from waiting import wait_until
 
 
 @pytest.fixture
@@ -180,17 +177,16 @@ def test_difftrain_alone_shows_the_help(capsys):
 
 def test_ctrl_c_in_a_real_process_saves_and_exits_with_0(words, tmp_path):
     argv = words(max_iters=10**6, log_interval=1, eval_interval=10**6)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "difftrain", "train", *argv],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start("-m", "difftrain", "train", *argv)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    for _ in range(600):
-        if metrics.exists() and metrics.read_text().count("\n") > 3:
-            break
-        time.sleep(0.1)
+
+    def is_under_way():
+        assert process.poll() is None, finish(process)
+        return metrics.exists() and metrics.read_text().count("\n") > 3
+
+    wait_until(is_under_way, "the first steps")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    code, out, err = finish(process)
+    assert code == 0, err
     assert "go on with: difftrain train --resume --out_dir" in out.splitlines()[-1]
     assert (tmp_path / "run" / "checkpoints" / "latest").exists()

@@ -16,8 +16,9 @@ from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.cli import PIPE_CLOSED, main
 from difftrain.errors import OutputClosed
 from difftrain.training.loop import train
-from launch import finish, start
+from launch import finish, start, train_command
 from run_digests import digests_of
+from waiting import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -29,17 +30,11 @@ def run_unread(*words, is_error_read=True, is_buffered=True):
     os.close(reader)
     done = subprocess.run(
         [sys.executable, "-m", "difftrain", *map(str, words)],
-        env=ENVIRONMENT | {"PYTHONUNBUFFERED": "" if is_buffered else "1"}, text=True, timeout=120,
+        env=ENVIRONMENT | {"PYTHONUNBUFFERED": "" if is_buffered else "1"}, text=True, timeout=PATIENCE,
         stdout=writer, stderr=subprocess.PIPE if is_error_read else writer,
     )  # fmt: skip
     os.close(writer)
     return done.returncode, done.stderr
-
-
-def command(config):
-    path = Path(f"{config.out_dir}.toml")
-    path.write_text(config.to_toml())
-    return ["train", "--config", path]
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["--version"]], ids=" ".join)
@@ -98,7 +93,7 @@ def test_a_text_that_nobody_reads_is_kept_and_token_files_are_not_half_made(tiny
 
 def test_training_that_nobody_reads_stops_as_at_ctrl_c_and_goes_on_exactly(tiny):
     config = tiny(max_iters=6)
-    code, err = run_unread(*command(config))
+    code, err = run_unread(*train_command(config))
     assert code == 141
     (line,) = err.splitlines()
     assert line == (
@@ -112,9 +107,10 @@ def test_training_that_nobody_reads_stops_as_at_ctrl_c_and_goes_on_exactly(tiny)
     assert digests_of(config) == digests_of(straight)
 
 
+@pytest.mark.xdist_group("processes")
 def test_training_whose_reader_leaves_saves_the_step_it_is_at_on_all_processes(tiny):
     config = tiny(max_iters=10**6, eval_interval=10**6, gradient_accumulation_steps=2)
-    process = start("-m", "difftrain", *command(config), processes=2)
+    process = start("-m", "difftrain", *train_command(config), processes=2)
     for line in process.stdout:
         if line.startswith("step      5 | train"):
             break
@@ -162,7 +158,7 @@ def test_the_last_figures_are_shown_though_the_last_save_fails(tiny, monkeypatch
         return real(run_dir, step, *rest, **options)
 
     monkeypatch.setattr(saver_module, "save_checkpoint", full)
-    assert main(list(map(str, command(tiny(max_iters=4))))) == 1
+    assert main(train_command(tiny(max_iters=4))) == 1
     shown = capsys.readouterr()
     assert shown.out.splitlines()[-1].startswith("unigram entropy 2")
     assert "the disk is full" in shown.err

@@ -74,7 +74,7 @@ IN_BLOCKS = [
 IN_PROSE = [
     (name, words) for name in NAMES for words in code_words_of(TEXTS[name]) if words.split()[0] in PROGRAMS
 ]
-TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def check_difftrain(words):

@@ -13,8 +13,11 @@ import oracle
 from difftrain_kernels import fused_diffusion_loss, vocab_parallel_diffusion_loss
 from processes import run_in_processes
 
-# numpy warns where hardware computes inf and NaN in silence.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.xdist_group("processes"),
+    # numpy warns where hardware computes inf and NaN in silence.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 
 INF, NAN = math.inf, math.nan
 IMPLS = ["reference", "triton"] if importlib.util.find_spec("triton") else ["reference"]
