@@ -230,4 +230,5 @@ MUTANTS = [
     (CASES, "counts below 0 pass", " and not (is_whole and (tensor < 0).any())", ""),
     (CASES, "half a position passes", 'if kind is int and type(value) is not int:', "if False:"),
     (CASES, "the dtype is lost in JSON", 'else SUM_DTYPES[values["dtype"]]', "else torch.float32"),
+    (TERM_ARGUMENTS, "smoothing is missing from the gradient", '_columns(terms, "TARGET_TERM", "UNIFORM")', '_columns(terms, "TARGET_TERM")'),
 ]  # fmt: skip
