@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .cases import CaseTable
 from .rows import RowOutputs, move_back, row_outputs
+from .term_validation import check_normalizer
 from .terms import Terms, make_terms
-from .validation import Penalty, check_integer, check_label_values, check_normalizer, check_targets
+from .validation import Penalty, check_integer, check_label_values, check_targets
 
 Result = (
     Tensor | tuple[Tensor, CaseTable] | tuple[Tensor, RowOutputs] | tuple[Tensor, CaseTable, RowOutputs]

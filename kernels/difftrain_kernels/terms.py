@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .validation import check_bounded, check_case_weights, check_choice, check_constant, check_token_weights
+from .term_validation import check_bounded, check_case_weights, check_constant, check_token_weights
+from .validation import check_choice
 
 ARGMAX, PROBABILITY = GATES = ("argmax", "probability")
 
