@@ -7,85 +7,33 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difftrain_kernels import triton_kernels
 from difftrain_kernels.terms import PLAIN, Terms
 from difftrain_kernels.triton_kernels.scores import scaling_of, slopes_of, units_of
 from difftrain_kernels.triton_kernels.term_arguments import gradient_arguments
-from kernel_terms import CAP_ROUNDINGS, EPS, WAYS, assert_near_oracle, expected_of, launch
-from loss_problems import DTYPES, random_problem, rows_are, strided_copy
+from kernel_terms import (
+    CAP_ROUNDINGS,
+    CELLS,
+    EPS,
+    PROPERTY,
+    WAYS,
+    WEIGHT_DTYPES,
+    assert_near_oracle,
+    every_term,
+    expected_of,
+    launch,
+    on_device,
+    problems,
+)
+from loss_problems import random_problem, rows_are, strided_copy
 
 # numpy warns where hardware computes inf and NaN in silence.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 INF, NAN = math.inf, math.nan
-PROPERTY = {
-    "derandomize": True,
-    "deadline": None,
-    "database": None,
-    "suppress_health_check": list(HealthCheck),
-}
-CELLS = (0.25, 1.5, 0.75, 0.5, 1.25, 2.0, 1.75, 0.0, 3.0)
-WEIGHT_DTYPES = [
-    torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool,
-]  # fmt: skip
-# Each term, and values that it may have on n rows; tensors on the device are made by `on_device`.
-VALUES = {
-    "token_weights": lambda draw, n: _token_weights(draw, n),
-    "case_weights": lambda draw, n: draw(st.sampled_from([CELLS, torch.tensor(CELLS).view(3, 3)])),
-    "gate": lambda draw, n: "probability",
-    "softcap": lambda draw, n: draw(st.sampled_from([2.0, 15.0, 50.0])),
-    "label_smoothing": lambda draw, n: draw(st.sampled_from([0.1, 0.9])),
-    "z_loss": lambda draw, n: draw(st.sampled_from([1e-4, 0.5])),
-    "forbid_mask": lambda draw, n: True,
-    "logit_scale": lambda draw, n: draw(
-        st.sampled_from([0.375, 2.5, torch.tensor(0.375), torch.tensor(1.0)])
-    ),
-    "rows": lambda draw, n: True,
-    "entropy": lambda draw, n: True,
-}
-
-
-def _token_weights(draw, n):
-    """(n,) weights, or one for all; zeros and negative ones among them."""
-    dtype = draw(st.sampled_from(WEIGHT_DTYPES))
-    values = draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, -1.5, 0.3]), min_size=n, max_size=n))
-    weights = torch.tensor(values, dtype=torch.float64).to(dtype)
-    return weights[:1].expand(n) if n and draw(st.booleans()) else weights
-
-
-def on_device(terms, device):
-    tensors = ("token_weights", "case_weights", "logit_scale")
-    return Terms(**{
-        name: value.to(device) if name in tensors and isinstance(value, torch.Tensor) else value
-        for name, value in vars(terms).items()
-    })  # fmt: skip
-
-
-@st.composite
-def problems(draw, max_rows, vocab_sizes):
-    names = draw(st.lists(st.sampled_from(sorted(VALUES)), min_size=1, max_size=2, unique=True))
-    n, vocab_size = draw(st.integers(1, max_rows)), draw(vocab_sizes)
-    terms = Terms(**{name: VALUES[name](draw, n) for name in names})
-    if terms.forbid_mask:
-        vocab_size = max(2, vocab_size)
-    mask_id = draw(st.sampled_from(sorted({0, vocab_size // 2, vocab_size - 1})))
-    # Under a cap an offset, or a spread, would make ties of what differs.
-    is_capped = terms.softcap is not None
-    logits, y, x = random_problem(
-        n, vocab_size, mask_id, draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 2**32 - 1)),
-        spread=draw(st.sampled_from([1e-3, 3.0] if is_capped else [1e-3, 3.0, 30.0])),
-        offset=0.0 if is_capped else draw(st.sampled_from([0.0, -1e3, 3e4])),
-        tie_levels=draw(st.sampled_from([0, 1, 4])),
-    )  # fmt: skip
-    return {
-        "logits": logits, "y": y, "x": x, "mask_id": mask_id, "terms": terms,
-        "pk": draw(st.sampled_from([0.0, 0.25, 2.5])), "pm": draw(st.sampled_from([0.5, 1.0])),
-        "padding": draw(st.sampled_from([0, 1, 8])), "phase": draw(st.sampled_from([0, 3])),
-        "way": draw(st.sampled_from(WAYS)), "upstream": draw(st.sampled_from([1.0, -0.3, 1024.0])),
-    }  # fmt: skip
 
 
 def check(problem, device):
@@ -136,16 +84,6 @@ def test_many_small_rows_of_any_two_terms_match_the_oracle(problem, device):
 def test_many_streamed_rows_of_any_two_terms_match_the_oracle(problem, device):
     with rows_are("streamed"):
         check(problem, device)
-
-
-def every_term(n, device):
-    """All terms at once; the last row does not count."""
-    weights = torch.linspace(0.5, 2.0, n, device=device)
-    weights[-1] = 0.0
-    return Terms(
-        token_weights=weights, case_weights=CELLS, gate="probability", softcap=20.0, label_smoothing=0.1,
-        z_loss=0.01, forbid_mask=True, logit_scale=0.75, rows=True, entropy=True,
-    )  # fmt: skip
 
 
 def test_all_terms_at_once_match_the_oracle_whichever_way_the_gradient_is_made(family, device):

@@ -208,8 +208,8 @@ def _combine_kernel(
     kind, weight = kind_and_weight(x, y, says_mask, mask_id, pk, pm)
     case = kind * 3 + tl.where(says_mask, 0, tl.where(answer == 2.0, 1, 2))
     case = tl.where(is_left_out(y, token_weight, ignore_index, terms), IGNORED, case)
-    # A label outside the vocabulary has logit 0 here: its row is NaN, and so all that it would add.
-    target_unit = units_of(target_logit, scaling)
+    # A label outside the vocabulary has logit 0 here.
+    target_unit = tl.where(is_label, units_of(target_logit, scaling), float("-inf"))
     mask_unit = units_of(mask_logit, scaling)
     if terms.FORBID_MASK:
         mask_unit = float("-inf")
