@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: the interpreter compiles nothing
@@ -34,6 +33,7 @@ from triton.language import constexpr
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from difftrain_kernels import triton_kernels
 from difftrain_kernels.terms import PLAIN, Terms
+from measuring.arguments import user_path
 from measuring.machine_code import int32_address_products, read_amd, read_nvidia
 
 TARGETS = {
@@ -172,7 +172,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--json", type=Path, help="write the table as a list of objects")
+    parser.add_argument("--json", type=user_path, help="write the table as a list of objects")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--vocab-size", nargs="+", type=int, default=list(VOCAB_SIZES))

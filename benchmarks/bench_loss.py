@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -29,6 +28,7 @@ import measuring.checkout  # noqa: F401  our packages are this checkout's, insta
 from comparison.contenders import CONTENDERS
 from comparison.entries import Entry
 from comparison.worker import DTYPES, Job, work
+from measuring.arguments import user_path
 from measuring.environment import environment
 from measuring.supervision import run_jobs
 from reporting.plot_loss import plot_entries, pyplot
@@ -113,8 +113,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="contenders whose name holds a text")
     parser.add_argument("--minutes", type=float, help="end after this long (8, with --quick 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as stage loss of FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them (needs matplotlib)")
+    parser.add_argument(
+        "--json", type=user_path, metavar="FILE", help="write the results as stage loss of FILE"
+    )
+    parser.add_argument("--plot", type=user_path, metavar="FILE.png", help="draw them (needs matplotlib)")
     parser.add_argument("--commit", help="what to record where git cannot tell")
     options = parser.parse_args(arguments)
     if options.rows is not None and not options.vocab:

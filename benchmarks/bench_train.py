@@ -33,6 +33,7 @@ from difftrain.model import Transformer, make_optimizer, restore_optimizer
 from difftrain.runtime import Runtime, start_runtime
 from difftrain.schedule import masking_penalties
 from difftrain_kernels import fused_diffusion_loss
+from measuring.arguments import user_path
 from measuring.timing import quantiles
 
 PARTS = ("data", "corruption", "forward", "loss", "backward", "optimizer")
@@ -146,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--saves", type=int, default=20, help="checkpoints saved and resumed from [20]")
     parser.add_argument("--deterministic", action="store_true", help="as the option of difftrain train")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=user_path, help="write the figures here too")
     args = parser.parse_args(arguments)
     config = Config(
         **{name: getattr(args, name) for name in shape},

@@ -18,12 +18,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
+from measuring.arguments import user_path
 from measuring.environment import environment
 from reporting.result_files import ResultError, default_path, read_result, save_stage
 
@@ -122,7 +122,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="these alone")
     parser.add_argument("--minutes", type=float, default=60.0, help="for all stages together [60]")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="results file [benchmarks/results/<gpu>-<date>.json]"
+        "--json", type=user_path, metavar="FILE", help="results file [benchmarks/results/<gpu>-<date>.json]"
     )
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_STEPS} training steps, bench_loss.py --quick"

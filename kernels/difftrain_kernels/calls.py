@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .cases import CaseTable
+from .cases import CaseTable, divided
 from .rows import RowOutputs, move_back, row_outputs
-from .term_validation import check_normalizer
+from .term_validation import check_no_penalties, check_normalizer
 from .terms import Terms, make_terms
 from .validation import Penalty, check_integer, check_label_values, check_targets
 
@@ -82,7 +82,7 @@ class LossCall:
             row_values: gives the case (N,) and the fields of :class:`RowOutputs` (N,) by name.
         """
         if self.normalizer is not None:
-            loss = _divided(loss, self.normalizer)
+            loss = divided(loss, self.normalizer)
         if self.reduction == "none":
             loss = move_back(loss.view(self.shape), self.shift)
         results = [loss]
@@ -91,16 +91,6 @@ class LossCall:
         if self.return_rows:
             results.append(row_outputs(*row_values(), self.shape, self.shift))
         return tuple(results) if len(results) > 1 else loss
-
-
-def _divided(total: Tensor, normalizer: float | Tensor) -> Tensor:
-    """The sum over a divisor, and 0 with a gradient of 0 where that is 0; no wait for the device."""
-    if isinstance(normalizer, Tensor):
-        divisor = normalizer.detach().to(total.dtype)
-    else:  # a number that Dynamo traces as variable stays one in a product
-        divisor = total.new_ones(()) * normalizer
-    is_zero = divisor == 0
-    return torch.where(is_zero, 0.0, total / torch.where(is_zero, 1.0, divisor))
 
 
 def prepare_call(
@@ -128,11 +118,8 @@ def prepare_call(
         like: on the loss's device; a penalty that becomes a tensor gets its dtype, fp32 at least.
         terms: the other options of :func:`make_terms`.
     """
-    if terms["case_weights"] is not None and not (pk is None and pm is None):
-        raise ValueError(
-            "pk and pm must be None where case_weights are given, which hold them: pk where a masked position "
-            f"is answered [MASK] (row 0, column 0), pm where an intact one is (row 1, column 0); got pk {pk!r}, pm {pm!r}"
-        )
+    if terms["case_weights"] is not None:
+        check_no_penalties(pk, pm)
     pk, pm = (1.0 if p is None else p for p in (pk, pm))
     y, x, mask_id, pk, pm, ignore_index = check_targets(
         shape, vocab_size, like, y, x, mask_id, pk, pm, ignore_index, reduction

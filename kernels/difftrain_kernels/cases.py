@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .validation import check_number, is_traced
+from .term_validation import check_case_weights, check_no_penalties, check_normalizer
+from .validation import check_penalty, is_traced
 
 KINDS = ("masked", "intact", "corrupted")
 ANSWERS = ("mask", "target", "other")
@@ -64,8 +65,8 @@ class CaseTable:
 
     def loss_at(
         self,
-        pk: float | Tensor = 1.0,
-        pm: float | Tensor = 1.0,
+        pk: float | Tensor | None = None,
+        pm: float | Tensor | None = None,
         *,
         case_weights: Tensor | Sequence[Sequence[float]] | None = None,
         normalizer: float | Tensor | None = None,
@@ -75,25 +76,31 @@ class CaseTable:
         Nothing is recomputed: loss = (S0 + pk * S1 + pm * S3) / n_positions, and the z-loss beside it.
 
         Args:
-            pk, pm: the penalties.
+            pk, pm: the penalties, 1 by default.
             case_weights: all nine weights instead, as the losses take them.
-            normalizer: the divisor in place of ``n_positions``.
+            normalizer: the divisor in place of ``n_positions``; 0 gives 0.
+
+        Raises:
+            TypeError, ValueError: for what the losses refuse under the same name.
         """
+        device = self.nll.device
         if case_weights is None:
-            pk, pm = (
-                p if isinstance(p, Tensor) else check_number(name, p, "a number or a 0-d tensor")
-                for name, p in (("pk", pk), ("pm", pm))
-            )
+            pk = check_penalty("pk", 1.0 if pk is None else pk, device)
+            pm = check_penalty("pm", 1.0 if pm is None else pm, device)
             rest = self.weighted.clone()
             rest[MASKED, MASK].zero_()
             rest[INTACT, MASK].zero_()
             total = rest.sum() + pk * self.weighted[MASKED, MASK] + pm * self.weighted[INTACT, MASK]
         else:
-            total = sum(case_weights[k][a] * self.weighted[k, a] for k in range(3) for a in range(3))
+            check_no_penalties(pk, pm)
+            weights = check_case_weights(case_weights, device)
+            if not isinstance(weights, Tensor):
+                weights = [weights[kind * 3 : kind * 3 + 3] for kind in range(3)]
+            total = sum(weights[k][a] * self.weighted[k, a] for k in range(3) for a in range(3))
         if self.z_loss is not None:
             total = total + self.z_loss
         if normalizer is not None:
-            return total / normalizer
+            return divided(total, check_normalizer(normalizer, "mean", device))
         return total / self.n_positions if self.n_positions else total * torch.nan
 
     def rates(self) -> Tensor:
@@ -111,6 +118,7 @@ class CaseTable:
 
     def to(self, device: torch.device | str) -> CaseTable:
         """The table on another device."""
+        device = torch.device(device)  # a dtype would be taken too
         values = (getattr(self, entry.name) for entry in fields(self))
         return CaseTable(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
 
@@ -269,6 +277,16 @@ def _numbers(value: Any, kind: type) -> Any:
     if kind is int and type(value) is not int:
         raise TypeError("not an int")
     return kind(value)
+
+
+def divided(total: Tensor, normalizer: float | Tensor) -> Tensor:
+    """The sum over a divisor, and 0 with a gradient of 0 where that is 0; no wait for the device."""
+    if isinstance(normalizer, Tensor):
+        divisor = normalizer.detach().to(total.dtype)
+    else:  # a number that Dynamo traces as variable stays one in a product
+        divisor = total.new_ones(()) * normalizer
+    is_zero = divisor == 0
+    return torch.where(is_zero, 0.0, total / torch.where(is_zero, 1.0, divisor))
 
 
 def tabulate(

@@ -118,7 +118,8 @@ def fused_diffusion_loss(
             requires a gradient is refused. A position of weight 0 does not count, as if it were
             ignored; a negative one counts, and NaN or infinity shows in the loss.
         normalizer: what the sum over positions is divided by in place of their number, for "mean" and
-            "sum" alike: a number >= 0, or a 0-d tensor on the device. 0 gives loss 0 and gradient 0.
+            "sum" alike: a number >= 0, or a 0-d tensor on the device. 0 gives loss 0 and,
+            where loss and gradient of each position are finite, gradient 0.
         case_weights: the nine weights by case in place of ``pk`` and ``pm``: three rows (masked, intact,
             corrupted) of three numbers >= 0 (answered [MASK], the target, something else), or a (3, 3)
             floating-point tensor on the device.

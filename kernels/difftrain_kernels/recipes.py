@@ -7,7 +7,9 @@ Each function gives keyword arguments for any of the losses::
 y is the clean text (or ``ignore_index`` outside it), x the masked one. Nothing waits for the device:
 divisors that depend on the batch are 0-d tensors on it, and a batch in which no position counts gives
 loss 0. Whoever accumulates over micro-batches or processes passes the divisor of all of them as
-``normalizer`` instead: ``fused_diffusion_loss(..., **recipe | {"normalizer": n})``.
+``normalizer`` instead: ``fused_diffusion_loss(..., **recipe | {"normalizer": n})``. Masks may have any
+dtype; what is not 0 is True. Positions that the loss itself leaves out, by ``ignore_index`` or ``shift``,
+belong in ``is_supervised`` too where a recipe divides by the positions that it counts.
 
 | recipe | positions that count | weight of one | divided by |
 |---|---|---|---|
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from .validation import check_choice
 
-SCHEDULES = ("linear", "log-linear", "cosine")
+SCHEDULES = ("linear", "log-linear", "cosine", "mdlm-cosine")
 NORMALIZATIONS = ("token", "sequence", "batch")
 
 
@@ -50,7 +52,7 @@ def llada(is_masked: Tensor, p_mask: Tensor) -> dict:
 
     Source: arXiv:2502.09992, equation 3; its divisor is all B * T positions.
     """
-    return {"token_weights": is_masked / p_mask}
+    return {"token_weights": torch.where(is_masked.bool(), 1 / p_mask, 0)}
 
 
 def llada_sft(is_masked: Tensor, p_mask: Tensor, is_prompt: Tensor) -> dict:
@@ -61,23 +63,36 @@ def llada_sft(is_masked: Tensor, p_mask: Tensor, is_prompt: Tensor) -> dict:
 
     Source: arXiv:2502.09992, equation 5, with the answer's length and the batch as divisors.
     """
-    length = (~is_prompt).sum(-1, keepdim=True).clamp(min=1)
-    weights = (is_masked & ~is_prompt) / (p_mask * length)
+    is_answer = ~is_prompt.bool()
+    length = is_answer.sum(-1, keepdim=True).clamp(min=1)
+    weights = torch.where(is_masked.bool() & is_answer, 1 / (p_mask * length), 0)
     return {"token_weights": weights, "normalizer": float(len(is_masked))}
 
 
 def schedule_weight(t: Tensor, schedule: str = "linear") -> Tensor:
     """-alpha'(t) / (1 - alpha(t)), the weight of a masked position at time t in (0, 1].
 
-    "linear" is alpha = 1 - t, so 1 / t; MDLM calls it "log-linear", after its noise -log(alpha).
-    "cosine" is alpha = 1 - cos(pi / 2 * (1 - t)).
+    Two trainings call different schedules by one name:
 
-    Source: MDLM (arXiv:2406.07524), equation 10; the schedules as dllm has them.
+    - "linear" is alpha = 1 - t, so 1 / t; MDLM calls it "log-linear", after its noise -log(alpha).
+    - "cosine" is dllm's, alpha = 1 - cos(pi / 2 * (1 - t)).
+    - "mdlm-cosine" is MDLM's, alpha = cos(pi / 2 * t); the eps in its code cancels in the weight.
+    - MDLM's "linear" is linear in the noise and has two constants: give its weight,
+      dsigma / expm1(sigma), to :func:`mdlm` as ``weight``.
+
+    Source: MDLM (arXiv:2406.07524), equation 10, and its ``noise_schedule.py``; dllm's schedulers.
     """
     check_choice("schedule", schedule, SCHEDULES)
     if schedule == "cosine":
-        return math.pi / 2 * torch.tan(math.pi / 2 * (1 - t))
+        return (math.pi / 2 * torch.tan(math.pi / 2 * (1 - t))).clamp(min=0)  # its tan may pass pi / 2
+    if schedule == "mdlm-cosine":
+        return math.pi / 2 / torch.tan(math.pi / 4 * t)
     return 1 / t
+
+
+def _masks(is_masked: Tensor, is_supervised: Tensor | None) -> tuple[Tensor, Tensor]:
+    is_masked = is_masked.bool()
+    return is_masked, torch.ones_like(is_masked) if is_supervised is None else is_supervised.bool()
 
 
 def mdlm(
@@ -87,7 +102,7 @@ def mdlm(
     schedule: str = "linear",
     is_supervised: Tensor | None = None,
     normalization: str = "token",
-    is_weighted: bool = True,
+    weight: float | Tensor | None = None,
 ) -> dict:
     """MDLM's bound, and dllm's trainer of that name with its three normalisations.
 
@@ -100,13 +115,14 @@ def mdlm(
         is_supervised: (B, T) bool, positions that may count; all by default.
         normalization: "token", over the batch's supervised tokens; "sequence", over each sequence's, and
             then over sequences; "batch", over sequences alone.
-        is_weighted: False for weights of 1, dllm's ``loss_weight_type="uniform"``.
+        weight: of a masked position, in place of the schedule's: a number or (B, 1) or (B, T). 1 is dllm's
+            ``loss_weight_type="uniform"``.
 
     Source: arXiv:2406.07524, equation 10 (in continuous time); dllm's ``MDLMTrainer``.
     """
     check_choice("normalization", normalization, NORMALIZATIONS)
-    is_supervised = torch.ones_like(is_masked) if is_supervised is None else is_supervised
-    weights = schedule_weight(t, schedule) if is_weighted else torch.ones_like(t)
+    is_masked, is_supervised = _masks(is_masked, is_supervised)
+    weights = schedule_weight(t, schedule) if weight is None else torch.ones_like(t) * weight
     weights = torch.where(is_masked & is_supervised, weights, 0)
     if normalization == "sequence":
         weights = weights / is_supervised.sum(-1, keepdim=True).clamp(min=1)
@@ -127,8 +143,9 @@ def nemo(
 
     Source: NeMo Automodel's dLLM losses, p_mask clamped at 1e-8.
     """
-    counts = is_masked if is_supervised is None else is_masked & is_supervised
-    return {"token_weights": counts / p_mask.clamp(min=1e-8), "normalizer": n_supervised}
+    is_masked, is_supervised = _masks(is_masked, is_supervised)
+    weights = (is_masked & is_supervised) / p_mask.clamp(min=1e-8)
+    return {"token_weights": weights, "normalizer": n_supervised}
 
 
 def bd3lm(is_masked: Tensor, t: Tensor, **options) -> dict:
@@ -140,18 +157,26 @@ def bd3lm(is_masked: Tensor, t: Tensor, **options) -> dict:
 
     Source: Block diffusion (arXiv:2503.09573), equation 8.
     """
-    return mdlm(is_masked, t.repeat_interleave(is_masked.shape[-1] // t.shape[-1], dim=-1), **options)
+    length, n_blocks = is_masked.shape[-1], t.shape[-1]
+    if n_blocks == 0 or length % n_blocks:
+        raise ValueError(
+            f"t must have one time for each of n_blocks that divide T = {length}, got {n_blocks}"
+        )
+    return mdlm(is_masked, t.repeat_interleave(length // n_blocks, dim=-1), **options)
 
 
-def i_dlm(is_masked: Tensor, alpha: float | Tensor = 0.2) -> dict:
+def i_dlm(is_masked: Tensor, alpha: float | Tensor = 0.2, is_supervised: Tensor | None = None) -> dict:
     """I-DLM: the mean over masked positions plus alpha times the mean over clean ones.
 
     Args:
         alpha: weight of the clean positions' mean; balanced by hand from the two losses, if wanted, with
             ``return_cases``.
+        is_supervised: (B, T), positions that may count; all by default.
 
     Source: I-DLM's training loss: masked and clean positions, each divided by its own number.
     """
-    n_masked = is_masked.sum().clamp(min=1)
-    n_clean = (~is_masked).sum().clamp(min=1)
-    return {"token_weights": torch.where(is_masked, 1 / n_masked, alpha / n_clean), "normalizer": 1.0}
+    is_masked, is_supervised = _masks(is_masked, is_supervised)
+    n_masked = (is_masked & is_supervised).sum().clamp(min=1)
+    n_clean = (~is_masked & is_supervised).sum().clamp(min=1)
+    weights = torch.where(is_masked, 1 / n_masked, alpha / n_clean) * is_supervised
+    return {"token_weights": weights, "normalizer": 1.0}

@@ -35,6 +35,13 @@ def check_bounded(
     return number
 
 
+def check_flag(name: str, value: object) -> bool:
+    """True or False, of Python's type; TypeError for anything else."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
 def check_constant(name: str, value: Tensor, device: torch.device, shape: tuple[int, ...] = ()) -> Tensor:
     """A plain floating-point tensor of this shape on ``device``, without gradient; ValueError for any other."""
     value = check_plain(name, value)
@@ -76,6 +83,15 @@ def check_token_weights(value: object, shape: torch.Size, device: torch.device) 
     return _without_gradient("token_weights", value).expand(shape)
 
 
+def check_no_penalties(pk: object, pm: object) -> None:
+    """ValueError for penalties beside case weights."""
+    if not (pk is None and pm is None):
+        raise ValueError(
+            "pk and pm must be None where case_weights are given, which hold them: pk where a masked position "
+            f"is answered [MASK] (row 0, column 0), pm where an intact one is (row 1, column 0); got pk {pk!r}, pm {pm!r}"
+        )
+
+
 def check_case_weights(value: object, device: torch.device) -> tuple[float, ...] | Tensor:
     """The nine weights, row by row, as floats; or the (3, 3) tensor that holds them. Raises otherwise."""
     if isinstance(value, Tensor):
@@ -112,4 +128,4 @@ def check_normalizer(value: object, reduction: str, device: torch.device) -> flo
         )
     if value.device != device:
         raise ValueError(f"normalizer must be on device {device}, got {value.device}")
-    return value.detach()
+    return _without_gradient("normalizer", value)

@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .term_validation import check_bounded, check_case_weights, check_constant, check_token_weights
+from .term_validation import (
+    check_bounded,
+    check_case_weights,
+    check_constant,
+    check_flag,
+    check_token_weights,
+)
 from .validation import check_choice
 
 ARGMAX, PROBABILITY = GATES = ("argmax", "probability")
@@ -98,7 +104,7 @@ def make_terms(
         softcap=softcap,
         label_smoothing=check_bounded("label_smoothing", label_smoothing, low=0.0, below=1.0),
         z_loss=check_bounded("z_loss", z_loss, low=0.0),
-        forbid_mask=bool(forbid_mask),
+        forbid_mask=check_flag("forbid_mask", forbid_mask),
         logit_scale=logit_scale,
         rows=rows,
         entropy=entropy,

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "difftrain"
 # What a file of the losses may import besides the standard library.
 KERNELS = {
     "__init__": {"cases", "linear_loss", "logits_loss", "parallel_loss", "recipes", "reference", "rows"},
-    "cases": {"torch", "validation"},
+    "cases": {"torch", "term_validation", "validation"},
     "validation": {"torch"},
     "term_validation": {"torch", "validation"},
     "terms": {"torch", "term_validation", "validation"},

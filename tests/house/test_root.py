@@ -12,6 +12,7 @@ FILES = {
     "pyproject.toml", "constraints.txt", "mkdocs.yml", ".gitignore", ".pre-commit-config.yaml",
 }  # fmt: skip
 LARGEST_FILE = 1 << 20  # bytes
+MOST_LINES = 350  # of a module
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +31,9 @@ def test_the_root_holds_only_what_is_on_the_list(tracked):
 def test_no_tracked_file_is_larger_than_a_mebibyte(tracked):
     sizes = {str(path): (ROOT / path).stat().st_size for path in tracked if (ROOT / path).is_file()}
     assert {path: size for path, size in sizes.items() if size > LARGEST_FILE} == {}
+
+
+def test_a_module_is_short_enough_to_read_from_top_to_bottom(tracked):
+    modules = [path for path in tracked if path.suffix == ".py" and path.parts[0] != "tests"]
+    lengths = {str(path): len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in modules}
+    assert {path: length for path, length in lengths.items() if length > MOST_LINES} == {}

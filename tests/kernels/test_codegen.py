@@ -50,6 +50,25 @@ def test_so_do_those_of_other_vocabularies(tmp_path):
     assert_within_budget(gate(tmp_path, (50304, 151936)), (50304, 151936))
 
 
+FREE_TERMS = (
+    "token_weights", "case_weights", "case_weights_on_device", "gate", "z_loss", "logit_scale",
+    "logit_scale_on_device", "forbid_mask", "rows",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terms", FREE_TERMS)
+def test_terms_of_a_row_take_no_instruction_of_a_logit(tmp_path, rows, terms):
+    arguments = ("--target", "sm_90", "--dtype", "bf16", "--vocab-size", "50305", "--terms", terms)
+    plain = {row["kernel"]: row for row in rows if row["vocab_size"] == 50305}
+    measured = [row for row in measure(tmp_path, *arguments) if row["slots_scan"] or row["slots_grad"]]
+    assert len(measured) == 4
+    for row in measured:
+        for loop in ("slots_scan", "slots_grad"):
+            assert (row[loop] or 0) <= (plain[row["kernel"]][loop] or 0), row
+        assert row["spill_instructions"] == 0, row
+
+
 def assert_within_budget(rows, sizes):
     # The gate. Where a measurement on a GPU favours slower-looking code, change it here and say why.
     streamed = [row for row in rows if row["slots_scan"] or row["slots_grad"]]

@@ -70,13 +70,20 @@ def test_llada_sft_leaves_the_prompt_out_and_divides_by_the_answers_length(batch
 
 
 @pytest.mark.parametrize("normalization", recipes.NORMALIZATIONS)
-@pytest.mark.parametrize("schedule", recipes.SCHEDULES)
+@pytest.mark.parametrize("schedule", [*recipes.SCHEDULES, "mdlm-linear"])
 def test_mdlm_weighs_by_its_schedule_and_never_answers_mask(batch, schedule, normalization):
     is_masked, is_supervised = batch["is_masked"], ~batch["is_prompt"]
     t = batch["t"].clone().requires_grad_()
-    alpha = 1 - torch.cos(math.pi / 2 * (1 - t)) if schedule == "cosine" else 1 - t
+    alpha = {
+        "cosine": 1 - torch.cos(math.pi / 2 * (1 - t)),
+        "mdlm-cosine": 1e-3 + (1 - 1e-3) * torch.cos(math.pi / 2 * t),
+        "mdlm-linear": torch.exp(-(1e-3 + t * (7 - 1e-3))),
+    }.get(schedule, 1 - t)
     (slope,) = torch.autograd.grad(alpha.sum(), t)
     weight = (-slope / (1 - alpha)).detach()
+    how = {"schedule": schedule}
+    if schedule == "mdlm-linear":
+        how = {"weight": (7 - 1e-3) / torch.expm1(1e-3 + batch["t"] * (7 - 1e-3))}
 
     def eager(z):
         terms = nll_of(z, batch["tokens"], forbid=True) * weight * (is_masked & is_supervised)
@@ -87,14 +94,14 @@ def test_mdlm_weighs_by_its_schedule_and_never_answers_mask(batch, schedule, nor
         return terms.sum() / B
 
     recipe = recipes.mdlm(
-        is_masked, batch["t"], schedule=schedule, is_supervised=is_supervised, normalization=normalization
+        is_masked, batch["t"], **how, is_supervised=is_supervised, normalization=normalization
     )
     check(batch, recipe, eager)
 
 
 def test_dllm_leaves_mask_in_and_may_weigh_uniformly(batch):
     is_masked = batch["is_masked"]
-    recipe = recipes.mdlm(is_masked, batch["t"], is_weighted=False) | {"forbid_mask": False}
+    recipe = recipes.mdlm(is_masked, batch["t"], weight=1) | {"forbid_mask": False}
     check(batch, recipe, lambda z: nll_of(z, batch["tokens"])[is_masked].sum() / (B * T))
 
 
@@ -127,6 +134,58 @@ def test_i_dlm_adds_a_mean_of_masked_and_one_of_clean_positions(batch):
         return nll[is_masked].mean() + 0.2 * nll[~is_masked].mean()
 
     check(batch, recipes.i_dlm(is_masked), eager, rtol=1e-6)  # counts are turned into fp32 weights
+
+
+def test_i_dlm_leaves_out_what_is_not_supervised(batch):
+    is_masked, counts = batch["is_masked"], ~batch["is_prompt"]
+
+    def eager(z):
+        nll = nll_of(z, batch["tokens"])
+        return nll[is_masked & counts].mean() + 0.2 * nll[~is_masked & counts].mean()
+
+    check(batch, recipes.i_dlm(is_masked, is_supervised=counts), eager, rtol=1e-6)
+
+
+def test_masks_of_integers_and_floats_are_those_of_bool(batch):
+    is_masked, t, is_prompt = batch["is_masked"], batch["t"], batch["is_prompt"]
+    for made in (
+        lambda a, b: recipes.llada(a, t),
+        lambda a, b: recipes.llada_sft(a, t, b),
+        lambda a, b: recipes.mdlm(a, t, is_supervised=b),
+        lambda a, b: recipes.nemo(a, t, 7.0, b),
+        lambda a, b: recipes.bd3lm(a, t, is_supervised=b),
+        lambda a, b: recipes.i_dlm(a, 0.2, b),
+    ):
+        wanted = made(is_masked, is_prompt)
+        for dtype in (torch.int64, torch.float32):
+            got = made(is_masked.to(dtype), is_prompt.to(dtype))
+            assert torch.equal(got["token_weights"], wanted["token_weights"])
+            assert got.get("normalizer") == wanted.get("normalizer")
+
+
+def test_a_sequence_that_is_never_masked_has_weights_of_0(batch):
+    p_mask = batch["t"].clone()
+    p_mask[0] = 0.0
+    is_masked = batch["is_masked"].clone()
+    is_masked[0] = False
+    for recipe in (
+        recipes.llada(is_masked, p_mask),
+        recipes.llada_sft(is_masked, p_mask, batch["is_prompt"]),
+    ):
+        assert not recipe["token_weights"][0].any()
+        assert recipe["token_weights"].isfinite().all()
+
+
+def test_a_weight_of_a_schedule_is_never_negative():
+    t = torch.tensor([1e-9, 1e-8, 1e-7, 0.5, 1.0])
+    for schedule in recipes.SCHEDULES:
+        assert (recipes.schedule_weight(t, schedule) >= 0).all()
+
+
+@pytest.mark.parametrize("n_blocks", [0, 5, 32])
+def test_bd3lm_refuses_blocks_that_do_not_divide_a_sequence(batch, n_blocks):
+    with pytest.raises(ValueError, match=rf"n_blocks that divide T = {T}, got {n_blocks}"):
+        recipes.bd3lm(batch["is_masked"], torch.ones(B, n_blocks))
 
 
 def test_the_specification_is_the_plain_call(batch):

@@ -1,6 +1,7 @@
 """Terms beyond the two penalties in the reference and in the losses around it, against the oracle in fp64."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -226,6 +227,35 @@ def test_a_normalizer_of_0_gives_loss_0_and_gradients_of_0(loss_name, kind):
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [logits, head])])
     assert loss.item() == 0
     assert not gradient.any()
+    _, cases = diffusion_loss_reference(logits, y, x, MASK_ID, 0.25, 0.5, return_cases=True)
+    assert cases.loss_at(0.25, 0.5, normalizer=normalizer).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"pk": -1}, ValueError, "pk must be finite and >= 0, got -1"),
+        (
+            {"pk": 0.5, "case_weights": [[1] * 3] * 3},
+            ValueError,
+            "pk and pm must be None where case_weights",
+        ),
+        ({"case_weights": [[1, 1]] * 3}, ValueError, "case_weights must have shape (3, 3)"),
+        (
+            {"case_weights": torch.ones(4, 4)},
+            ValueError,
+            "case_weights must be a floating-point tensor of shape (3, 3)",
+        ),
+        ({"case_weights": [1, 2, 3]}, TypeError, "case_weights must be three rows of three numbers"),
+        ({"normalizer": "3"}, TypeError, "normalizer must be a number, got str"),
+    ],
+    ids=str,
+)
+def test_the_table_refuses_what_the_losses_refuse(options, kind, message):
+    logits, y, x = batch()
+    _, cases = fused_diffusion_loss(logits, y, x, MASK_ID, return_cases=True)
+    with pytest.raises(kind, match=re.escape(message)):
+        cases.loss_at(**options)
 
 
 def test_a_batch_in_which_nothing_counts_gives_0_over_its_own_count():
@@ -327,6 +357,8 @@ BAD = [
     ({"logit_scale": torch.ones((), requires_grad=True)}, ValueError, "logit_scale must not require a gradient"),
     ({"normalizer": -1.0}, ValueError, "normalizer must be finite and >= 0.0, got -1.0"),
     ({"normalizer": torch.ones(2)}, ValueError, "normalizer must be a 0-d real tensor"),
+    ({"normalizer": torch.ones((), requires_grad=True)}, ValueError, "normalizer must not require a gradient"),
+    ({"forbid_mask": "no"}, TypeError, "forbid_mask must be True or False, got no"),
     ({"normalizer": 2.0, "reduction": "none"}, ValueError, 'normalizer must be None for reduction "none"'),
     ({"entropy": True}, ValueError, "entropy must come with return_rows"),
     ({"shift": -1}, ValueError, "shift must be >= 0"),

@@ -99,7 +99,9 @@ def penalty_arguments(pk: float | Tensor, pm: float | Tensor, device: torch.devi
     on_device = isinstance(pk, Tensor) or isinstance(pm, Tensor)
     if on_device:
         pk, pm = (
-            p.detach().to(torch.float32) if isinstance(p, Tensor) else torch.full((), p, device=device)
+            p.detach().to(torch.float32)
+            if isinstance(p, Tensor)
+            else torch.full((), p, dtype=torch.float32, device=device)
             for p in (pk, pm)
         )
     else:
