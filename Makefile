@@ -1,27 +1,54 @@
 # make demo: install, train a small model, plot, restore a held-out text.  make test: ruff and pytest.
+# make test-all: with the tests that repeat at length.  make test-core: each kernel and command once.
 # make install: only their common set-up. make docs: the site, into site/. Nothing is installed twice.
 PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test install docs options tree report clean
+.PHONY: demo test test-all test-core lint install install-dev docs options tree report clean
 
-demo: install
+demo: export PYTHONUNBUFFERED = 1
+demo:
+	@echo "demo, 1 of 4: installing into .venv, if that is not done yet"
+	@$(MAKE) --no-print-directory install
+	@echo "demo, 2 of 4: training (loading torch first)"
 	$(BIN)/difftrain train demo --overwrite
+	@echo "demo, 3 of 4: drawing the curves"
 	$(BIN)/difftrain plot runs/demo
+	@echo "demo, 4 of 4: masking and restoring a held-out text"
 	$(BIN)/difftrain sample runs/demo --held_out --temperature 0 --seed 1
 
-test: .venv/.test
+test: lint
+	$(PYTEST) -n auto
+
+test-all: lint
+	$(PYTEST) -n auto -m ""
+
+test-core: lint
+	$(PYTEST) -m core tests/house
+
+lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 install: .venv/.plot
 
-# One stamp a set of extras, made anew when what is to be installed changes.
-.venv/.plot .venv/.test .venv/.docs: .venv/.%: setup.py constraints.txt pyproject.toml
+# For who changes the code: what the tests need, and ruff before each commit.
+install-dev: .venv/.test .venv/.dev
+	if git rev-parse --git-dir > /dev/null 2>&1; then $(BIN)/pre-commit install; fi
+
+# One stamp a set of extras, made anew when what is to be installed changes. pip is silent while it
+# fetches into a pipe and while it unpacks: every ten seconds a line says how much is there.
+.venv/.plot .venv/.test .venv/.dev .venv/.docs: .venv/.%: setup.py constraints.txt pyproject.toml
+	@echo "making .venv with the extra $*"
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	@mkdir -p .venv/fetched
+	@while sleep 10 >&- 2>&- && kill -0 $$$$; do echo "installing: $$(du -sh .venv | cut -f1) in .venv"; done & \
+	trap "kill $$! 2>&-" EXIT; \
+	TMPDIR="$(CURDIR)/.venv/fetched" \
 	$(PIP) install --no-compile --constraint constraints.txt --editable ".[$*]"
+	@rm -rf .venv/fetched
 	touch $@
 
 # The site from README.md, docs/ and the docstrings; a broken link, or a page that would fetch something, fails.

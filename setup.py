@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent
 PLOT = ["matplotlib>=3.7"]
 # ruff formats the signatures in the API page.
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.9"]
-TEST = [*PLOT, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"]
+COMPLETION = ["shtab>=1.7"]
+TEST = [*PLOT, *COMPLETION, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"]
 
 setup(
     name="difftrain",
@@ -41,6 +42,7 @@ setup(
     ],
     extras_require={
         "plot": PLOT,
+        "completion": COMPLETION,
         "tb": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.16"],
         "tok": ["tokenizers>=0.20", "tiktoken>=0.7"],

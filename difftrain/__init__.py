@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from difftrain.schedule import PenaltyTensors, learning_rate, masking_penalties
     from difftrain_kernels import (
         CaseTable,
+        RowOutputs,
         diffusion_loss_reference,
         fused_diffusion_loss,
         fused_linear_diffusion_loss,
+        recipes,
         vocab_parallel_diffusion_loss,
     )
 
@@ -24,6 +26,7 @@ __all__ = [
     "CaseTable",
     "Config",
     "PenaltyTensors",
+    "RowOutputs",
     "UserError",
     "__version__",
     "diffusion_loss_reference",
@@ -31,6 +34,7 @@ __all__ = [
     "fused_linear_diffusion_loss",
     "learning_rate",
     "masking_penalties",
+    "recipes",
     "vocab_parallel_diffusion_loss",
 ]
 
@@ -38,12 +42,14 @@ _HOMES = {
     "CaseTable": "difftrain_kernels",
     "Config": "difftrain.config",
     "PenaltyTensors": "difftrain.schedule",
+    "RowOutputs": "difftrain_kernels",
     "UserError": "difftrain.errors",
     "diffusion_loss_reference": "difftrain_kernels",
     "fused_diffusion_loss": "difftrain_kernels",
     "fused_linear_diffusion_loss": "difftrain_kernels",
     "learning_rate": "difftrain.schedule",
     "masking_penalties": "difftrain.schedule",
+    "recipes": "difftrain_kernels",
     "vocab_parallel_diffusion_loss": "difftrain_kernels",
 }
 

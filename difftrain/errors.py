@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+from importlib import import_module
+from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -14,6 +16,19 @@ class UserError(ValueError):
 
 class FailedElsewhere(UserError):
     """Another process failed and says why; this one ends without a word."""
+
+
+class OutputClosed(BrokenPipeError):
+    """Nobody reads standard output any longer; what was asked for has stopped or is done, as the message says."""
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """A module that comes with an extra of ours; raises UserError with the one command that installs it."""
+    try:
+        return import_module(module)
+    except ImportError:
+        name = module.rsplit(".", maxsplit=1)[-1]
+        raise UserError(f"{name} is not installed: pip install 'difftrain[{extra}]'") from None
 
 
 def near_matches(name: str, known: list[str]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from difftrain.config import Config
-from difftrain.data import Corpus, corrupt, mask_share
-from difftrain.loss import model_loss
+from difftrain.data import Corpus, corrupt_by_recipe, mask_share
+from difftrain.loss import model_loss, token_weights
 from difftrain.runtime import Runtime
 from difftrain_kernels import CaseTable
 from difftrain_kernels.cases import VECTOR_SIZE
@@ -26,11 +27,12 @@ class ValidationSet:
     """Corrupted validation batches, the same in every evaluation of a run.
 
     Attributes:
-        batches: (part, x, y) each; x and y (eval_batch_size, T) int64 on the CPU.
+        batches: (part, x, y, token weights) each; x and y (eval_batch_size, T) int64 on the CPU, and fp32
+            weights like them where the recipe has some, else None.
         id: digest of all batches, in every log line: equal ids mean comparable numbers.
     """
 
-    batches: list[tuple[str, Tensor, Tensor]]
+    batches: list[tuple[str, Tensor, Tensor, Tensor | None]]
     id: str
 
 
@@ -41,30 +43,36 @@ def make_validation_set(corpus: Corpus, config: Config) -> ValidationSet:
     (first) to 0.99 (last). The parts "training", "15", "50" and "85" take the texts of every
     fourth of these batches again, corrupted as in training or masked to that per cent, so that
     their numbers can be compared with each other. In gpt2 mode there is only "fixed", uncorrupted.
+    Under a recipe that masks alone the growing number is the probability of masking.
 
     Source: the specification, "Fixed validation set"; the levels are an addition.
     """
-    keys = {"seed": config.seed, "split": "val", "vocab_size": corpus.vocabulary.vocab_size}
+    keys = {"split": "val", "vocab_size": corpus.vocabulary.vocab_size}
+
+    def corrupted(tokens: Tensor, samples: Tensor, level: float | None) -> tuple:
+        x, y, p_mask = corrupt_by_recipe(tokens, samples, config, level=level, **keys)
+        return x, y, token_weights(x, p_mask, corpus.vocabulary.mask_id, config)
+
     batches = []
     for i in range(config.eval_iters):
-        samples = torch.arange(i * config.eval_batch_size, (i + 1) * config.eval_batch_size)
+        first = i * config.eval_batch_size
+        samples = torch.arange(first, first + config.eval_batch_size, dtype=torch.int64, device="cpu")
         if config.mode == "gpt2":
             tokens = corpus.windows("val", samples, seed=config.seed, length=config.block_size + 1)
-            batches.append((FIXED, tokens[:, :-1], tokens[:, 1:]))
+            batches.append((FIXED, tokens[:, :-1], tokens[:, 1:], None))
             continue
         tokens = corpus.windows("val", samples, seed=config.seed, length=config.block_size)
         growth = i / max(1, config.eval_iters - 1)
         most = LEAST_CORRUPTION + growth * (MOST_CORRUPTION - LEAST_CORRUPTION)
-        batches.append((FIXED, *corrupt(tokens, samples, max_corruption=most, **keys)))
+        batches.append((FIXED, *corrupted(tokens, samples, most)))
         if i % 4 == 0:
-            batches.append(
-                (TRAINING, *corrupt(tokens, samples, max_corruption=config.max_corruption, **keys))
-            )
+            batches.append((TRAINING, *corrupted(tokens, samples, None)))
             for level, share in LEVELS.items():
-                batches.append((level, *mask_share(tokens, samples, share=share, **keys)))
+                x, y = mask_share(tokens, samples, share=share, seed=config.seed, **keys)
+                batches.append((level, x, y, None))
     digest = hashlib.sha256()
-    for part, x, y in batches:
-        digest.update(part.encode() + x.numpy().tobytes() + y.numpy().tobytes())
+    for part, *tensors in batches:
+        digest.update(part.encode() + b"".join(t.numpy().tobytes() for t in tensors if t is not None))
     return ValidationSet(batches, digest.hexdigest()[:12])
 
 
@@ -75,24 +83,27 @@ def evaluate(
     mask_id: int,
     runtime: Runtime,
     loss_impl: str = "logits",
+    **terms: Any,
 ) -> dict[str, CaseTable]:
     """One pass of the model over the validation set: the case table of each of its parts.
 
     The batches are shared out among the processes, and the tables added up over all of them, so
     every process returns the same global counts. The model is put into evaluation mode and back.
+    ``terms`` are those of :func:`difftrain.loss.loss_terms`.
     """
     was_training = model.training
     model.eval()
-    parts = sorted({part for part, _, _ in validation_set.batches})
-    sums = {part: torch.zeros(VECTOR_SIZE, dtype=torch.float64) for part in parts}
+    parts = sorted({part for part, *_ in validation_set.batches})
+    sums = {part: torch.zeros(VECTOR_SIZE, dtype=torch.float64, device="cpu") for part in parts}
     batches = validation_set.batches
     for first in range(0, len(batches), runtime.world_size):
         # Sharded weights are gathered in every pass, so the last one is made by all, counted or not.
-        part, x, y = batches[(first + runtime.rank) % len(batches)]
-        x, y = x.to(runtime.device), y.to(runtime.device)
+        part, *tensors = batches[(first + runtime.rank) % len(batches)]
+        x, y, weights = (None if t is None else t.to(runtime.device) for t in tensors)
         _, table = model_loss(
-            model, x, y, mask_id, 1.0, 1.0, runtime=runtime, impl=loss_impl, return_cases=True
-        )
+            model, x, y, mask_id, 1.0, 1.0,
+            runtime=runtime, impl=loss_impl, return_cases=True, token_weights=weights, **terms,
+        )  # fmt: skip
         if first + runtime.rank < len(batches):
             sums[part] += table.to_vector()
     model.train(was_training)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from difftrain.config import Config
 from difftrain.runtime import Runtime
-from difftrain_kernels import fused_diffusion_loss, fused_linear_diffusion_loss
+from difftrain_kernels import fused_diffusion_loss, fused_linear_diffusion_loss, recipes
+from difftrain_kernels.reference import bend
+from difftrain_kernels.terms import PLAIN, Terms
 
 LARGE_LOGITS = 256 << 20  # bytes; the linear loss's workspace
 
@@ -19,6 +22,49 @@ def choose_loss(config: Config, vocab_size: int, runtime: Runtime) -> str:
         return config.loss_impl
     logits_bytes = config.batch_size * config.block_size * vocab_size * runtime.dtype.itemsize
     return "linear" if runtime.device.type == "cuda" and logits_bytes > LARGE_LOGITS else "logits"
+
+
+def token_weights(x: Tensor, p_mask: Tensor | None, mask_id: int, config: Config) -> Tensor | None:
+    """The weight of each position by the run's recipe, (B, T) fp32; None where all weigh 1.
+
+    Args:
+        x: (B, T), what the model sees.
+        p_mask: (B, 1), with what probability each token became [MASK]; None where that is not the recipe.
+    """
+    if p_mask is None:
+        return None
+    is_masked = x == mask_id
+    if config.token_weighting == "uniform":
+        return is_masked.float()
+    # Their divisor is the mean's: MDLM's supervised tokens are all.
+    recipe = {"llada": recipes.llada, "mdlm": recipes.mdlm}[config.recipe]
+    return recipe(is_masked, p_mask)["token_weights"]
+
+
+def loss_terms(config: Config) -> dict[str, Any]:
+    """What the configuration adds to the loss beside weights, as options of the loss; those that are off are left out."""
+    terms: dict[str, Any] = {
+        "softcap": config.softcap,
+        "label_smoothing": config.label_smoothing,
+        "z_loss": config.z_loss,
+        "forbid_mask": config.forbids_mask,
+    }
+    if config.has_penalties and config.gate == "probability":
+        terms["gate"] = config.gate
+    return {name: value for name, value in terms.items() if value}
+
+
+def bent_logits(model: nn.Module, mask_id: int, config: Config) -> Callable[[Tensor], Tensor]:
+    """The model as the loss sees it, ids (B, T) to logits (B, T, V): with its softcap, and without [MASK] where it is forbidden."""
+    terms = Terms(softcap=config.softcap or None, forbid_mask=config.forbids_mask)
+    if terms == PLAIN:
+        return model
+
+    def logits_of(x: Tensor) -> Tensor:
+        logits = model(x)
+        return bend(logits.flatten(0, 1), terms, mask_id).view_as(logits)
+
+    return logits_of
 
 
 def model_loss(
@@ -38,7 +84,7 @@ def model_loss(
     Args:
         model: a Transformer, compiled or wrapped for several processes.
         impl: "linear", "logits" or "reference".
-        options: of the loss function (``return_cases``, ``upstream_scale``).
+        options: of the loss function (``return_cases``, ``token_weights``, those of :func:`loss_terms`).
 
     Returns:
         What the loss function returns.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,14 @@ ROTARY_BASE = 10000.0
 class Attention(nn.Module):
     """Multi-head self-attention, causal or not, with optional rotary positions."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, **where: Any):
         super().__init__()
         self.n_head = config.n_head
         self.is_causal = config.mode == "gpt2"
         self.is_rotary = config.position == "rotary"
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias, **where)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias, **where)
 
     def forward(self, h: Tensor, rotation: Tensor | None) -> Tensor:  # (B, T, D) -> (B, T, D)
         B, T, D = h.shape
@@ -40,11 +41,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers, four times as wide between, with GELU."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, **where: Any):
         super().__init__()
         self.dropout = config.dropout
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias, **where)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias, **where)
 
     def forward(self, h: Tensor) -> Tensor:
         return F.dropout(self.proj(F.gelu(self.up(h))), self.dropout, self.training)
@@ -53,12 +54,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, **where: Any):
         super().__init__()
-        self.norm_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attention = Attention(config)
-        self.norm_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.norm_1 = nn.LayerNorm(config.n_embd, bias=config.bias, **where)
+        self.attention = Attention(config, **where)
+        self.norm_2 = nn.LayerNorm(config.n_embd, bias=config.bias, **where)
+        self.mlp = MLP(config, **where)
 
     def forward(self, h: Tensor, rotation: Tensor | None) -> Tensor:
         h = h + self.attention(self.norm_1(h), rotation)
@@ -68,20 +69,27 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Ids -> hidden states or logits; the head's weight is the token embedding's."""
 
-    def __init__(self, config: Config, vocab_size: int):
-        """Args: config, of which the model's keys count; vocab_size, data words and [MASK]."""
+    def __init__(self, config: Config, vocab_size: int, *, device: torch.device | str = "cpu"):
+        """The weights in fp32, whatever torch's default dtype and device are.
+
+        Args:
+            config: of which the model's keys count.
+            vocab_size: data words and [MASK].
+            device: of the weights; "meta" for shapes alone.
+        """
         super().__init__()
+        where = {"device": device, "dtype": torch.float32}
         self.block_size = config.block_size
         self.dropout = config.dropout
-        self.embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.embedding = nn.Embedding(vocab_size, config.n_embd, **where)
         is_learned = config.position == "learned"
-        self.positions = nn.Embedding(config.block_size, config.n_embd) if is_learned else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        self.positions = nn.Embedding(config.block_size, config.n_embd, **where) if is_learned else None
+        self.blocks = nn.ModuleList(Block(config, **where) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd, bias=config.bias, **where)
+        self.head = nn.Linear(config.n_embd, vocab_size, bias=False, **where)
         self.head.weight = self.embedding.weight
         head_size = config.n_embd // config.n_head
-        rotation = None if is_learned else rotation_table(config.block_size, head_size)
+        rotation = None if is_learned else rotation_table(config.block_size, head_size, device)
         self.register_buffer("rotation", rotation, persistent=False)
         self.apply(_initialise)
         for name, parameter in self.named_parameters():
@@ -111,13 +119,15 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def rotation_table(length: int, head_size: int) -> Tensor:
+def rotation_table(length: int, head_size: int, device: torch.device | str = "cpu") -> Tensor:
     """Cosine and sine of each position's angles: (2, length, head_size / 2) fp32.
 
     Source: Su et al., "RoFormer" (2021), in the half-split form.
     """
-    frequency = ROTARY_BASE ** (-torch.arange(0, head_size, 2).float() / head_size)
-    angle = torch.outer(torch.arange(length).float(), frequency)
+    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
+    angle = torch.outer(
+        torch.arange(length, dtype=torch.float32, device=device), ROTARY_BASE ** (-exponent)
+    )
     return torch.stack((angle.cos(), angle.sin()))
 
 
@@ -173,7 +183,7 @@ def restore_optimizer(
 
 def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:
     return {
-        "step": torch.zeros((), device=parameter.device),
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
         "exp_avg": torch.zeros_like(parameter),
         "exp_avg_sq": torch.zeros_like(parameter),
     }

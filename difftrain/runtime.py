@@ -66,7 +66,8 @@ class Runtime:
         """Whether each flag is set on any process; every process gets the same answer."""
         if self.world_size == 1:
             return list(flags)
-        return (self.sum_over_processes(torch.tensor(flags, dtype=torch.float32)) > 0).tolist()
+        flags = torch.tensor(flags, dtype=torch.float32, device="cpu")
+        return (self.sum_over_processes(flags) > 0).tolist()
 
     def main_first(self, action: Callable[[], Result]) -> Result:
         """The action's result, computed on the main process and then, unless it failed there, on the others."""

@@ -14,8 +14,8 @@ def masking_penalties(step: int, config: Config) -> tuple[float, float]:
 
     With r = step / masking_warmup_iters they move linearly, pk = 1 + r * (penalty_keep_mask - 1)
     and pm = r * penalty_mask_correct, and stay at their configured values from the end of the
-    warmup on; a warmup of 0 means from the first step. In gpt2 mode nothing is masked, and both
-    are 1.
+    warmup on; a warmup of 0 means from the first step. Where no target is [MASK], in gpt2 mode and
+    under the recipes that mask alone, both are 1.
 
     Args:
         step: optimiser step, counted from 0.
@@ -23,7 +23,7 @@ def masking_penalties(step: int, config: Config) -> tuple[float, float]:
 
     Source: the specification's ``get_masking_penalties``.
     """
-    if config.mode == "gpt2":
+    if not config.has_penalties:
         return 1.0, 1.0
     if step >= config.masking_warmup_iters:
         return config.penalty_keep_mask, config.penalty_mask_correct
@@ -48,7 +48,10 @@ class PenaltyTensors:
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self.pk, self.pm = (torch.full((), math.nan, dtype=torch.float32, device=device) for _ in range(2))
+        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
+            self.pk, self.pm = (
+                torch.full((), math.nan, dtype=torch.float32, device=device) for _ in range(2)
+            )
 
     def update(self, step: int, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
         """Set both to :func:`masking_penalties` of a step, in place, and return (pk, pm).

@@ -1,14 +1,19 @@
-"""Shared fixtures: the device the loss is tested on, and reproducible random numbers."""
+"""Shared fixtures: the device the loss is tested on, and reproducible random numbers; the order of the tests."""
 
 import importlib.util
 
 import pytest
-import torch
+
+import compiled_once
+
+compiled_once.keep()
+
+import torch  # noqa: E402  its bytecode is to be kept too
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 NEED_TRITON = [
     "test_codegen.py", "test_kernel_rows_in_place.py", "test_kernel_sums.py", "test_kernel_terms.py",
-    "test_logits_loss.py", "test_triton_kernels.py",
+    "test_logits_loss.py", "test_terms_fused.py", "test_triton_kernels.py",
 ]  # fmt: skip
 collect_ignore = [] if HAS_TRITON else [f"kernels/{name}" for name in NEED_TRITON]
 
@@ -16,6 +21,13 @@ if HAS_TRITON and not torch.cuda.is_available():
     import interpreter  # before anything that imports triton
 
     interpreter.make_faithful()
+    interpreter.make_quick()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Long tests begin first, so that no process is left with one at the end: those of an xdist_group."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,12 @@ def survives(file: str, fault: str, text: str, replacement: str) -> str:
 
 def main() -> int:
     chosen = [int(argument) for argument in sys.argv[1:]] or range(1, len(MUTANTS) + 1)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["DIFFTRAIN_TEST_CACHE"] = cache  # the runs compile alike, but for the fault
+        return run_all(chosen)
+
+
+def run_all(chosen: Sequence[int]) -> int:
     alive = 0
     for number in chosen:
         file, fault, text, replacement = MUTANTS[number - 1]

@@ -35,7 +35,7 @@ def read_log(text: str) -> tuple[dict[str, int], list[str]]:
 
 
 def run_suite(seconds: float, arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run pytest on the repository; record counts, failures and whether it came to its end.
+    """Run the default suite on the repository; record counts, failures and whether it came to its end.
 
     Args:
         seconds: ends it after this long; what had been tested by then is counted.
@@ -48,7 +48,7 @@ def run_suite(seconds: float, arguments: list[str] | None = None) -> dict[str, A
         "-m",
         "pytest",
         "-o",
-        "addopts=--strict-markers",
+        "addopts=--strict-markers -m 'not slow'",
         "-v",
         "--color=no",
         *arguments,

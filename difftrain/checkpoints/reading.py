@@ -93,7 +93,8 @@ class Checkpoint:
                 f"{self.folder / OPTIMIZER} does not fit this model: only one of them has {other}"
             )
         reader = checkpoint.HuggingFaceStorageReader(str(self.folder / OPTIMIZER))
-        with warnings.catch_warnings():
+        # The reader makes tensors on the default device, which is the program's.
+        with warnings.catch_warnings(), torch.device("cpu"):
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             try:
                 checkpoint.load(tensors, storage_reader=reader, no_dist=not is_initialized())

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
-from difftrain import __version__
 from difftrain.cli import plot, prepare, sample, train
+from difftrain.cli.questions import Completion, Version
 from difftrain.config.paths import expand_path
-from difftrain.errors import DISK_FULL, FailedElsewhere, UserError, near_matches
+from difftrain.errors import DISK_FULL, FailedElsewhere, OutputClosed, UserError, near_matches
 
 COMMANDS = (train, sample, plot, prepare)
+PIPE_CLOSED = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+EPILOG = """\
+difftrain COMMAND --help shows a command's options.
+
+A shell completes commands, options and presets with this in its start file (extra: completion):
+  eval "$(difftrain --print-completion bash)"     # or zsh; fish: difftrain --print-completion fish | source"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,14 +32,26 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
+    def print_help(self, file: TextIO | None = None) -> None:  # argparse's hides that nobody reads it
+        print(self.format_help(), end="", file=file)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 failed, 2 the user's mistake."""
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 the user's mistake, 141 nobody reads on."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model may write what the terminal cannot show
     try:
-        args = _parse(sys.argv[1:] if argv is None else list(argv))
-        args.command(args)
+        try:
+            args = _parse(sys.argv[1:] if argv is None else list(argv))
+            args.command(args)
+        except SystemExit:  # a help or the version was shown
+            _flush()
+            raise
+        _flush()
+    except OutputClosed as closed:
+        return _complain(str(closed), PIPE_CLOSED)
+    except BrokenPipeError:
+        return _leave(PIPE_CLOSED)
     except FailedElsewhere:
         return 2
     except UserError as error:
@@ -51,18 +72,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"difftrain: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"difftrain: {' '.join(message.split())}", file=sys.stderr)
+    return _leave(code)
+
+
+def _leave(code: int) -> int:
+    with suppress(OSError):
+        _flush()
     return code
+
+
+def _flush() -> None:
+    """Flush both streams; raises OSError where one takes nothing (no reader, a full disk), and lets it take anything.
+
+    Left to the interpreter's end, such a stream ends it with a complaint and another exit code.
+    """
+    failure = None
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError as error:
+            failure = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if failure:
+        raise failure
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(
-        prog="difftrain", description="Train masked-diffusion language models.", allow_abbrev=False
+        prog="difftrain",
+        description="Train masked-diffusion language models.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"difftrain {__version__}")
-    commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", required=True, parser_class=_Parser
+    parser.add_argument("--version", action=Version, help="show what a bug report needs, and end")
+    parser.add_argument(
+        "--print-completion", action=Completion, metavar="SHELL", help="show a completion script, and end"
     )
+    parser.set_defaults(command=lambda _: parser.print_help(), parser=parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     for command in COMMANDS:
         command.add_parser(commands)
     args, extra = parser.parse_known_args(argv)

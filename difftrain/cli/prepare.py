@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from functools import partial
 from pathlib import Path
 
 from difftrain.config.paths import expand_path
@@ -42,15 +43,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> None:
     from difftrain.data import prepare, read_folder
 
+    say = partial(print, flush=True)
     folder = prepare(
         expand_path(args.source),
         tokenizer=expand_path(args.tokenizer),
         out=args.out,
         patterns=args.pattern,
         newline=args.newline,
-        say=print,
+        say=say,
     )
-    corpus = read_folder(folder, print)
+    corpus = read_folder(folder, say)
     print(
         f"{corpus.folder}: {len(corpus.train):,} training and {len(corpus.val):,} validation tokens, "
         f"{corpus.vocabulary.n_words} words; train with --data {shlex.quote(str(corpus.folder))}"

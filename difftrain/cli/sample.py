@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 
@@ -25,7 +26,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--allow_changed_data", action="store_true", help="take it though the data is not what it was"
     )
     parser.add_argument("--share", type=float, default=0.15, help="share masked with --held_out [0.15]")
-    parser.add_argument("--length", type=int, default=0, metavar="N", help="tokens a text [block_size]")
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens a text; beyond block_size in gpt2 mode alone [block_size]",
+    )
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts, in one batch [1]")
     parser.add_argument("--max_steps", type=int, default=64, metavar="N", help="passes of the model [64]")
     parser.add_argument(
@@ -35,7 +42,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--top_k", type=int, default=0, metavar="N", help="sample among the best N; 0: all [0]"
     )
     parser.add_argument(
-        "--by_confidence", action="store_true", help="fill the most certain positions first"
+        "--by_confidence",
+        action="store_true",
+        help="fill the most certain positions first, as recipes llada and mdlm always do",
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the held-out piece [0]")
     parser.add_argument(
@@ -46,8 +55,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from difftrain.sampling.texts import SampleRequest, sample_run
+    from difftrain.sampling.texts import SampleRequest, keep_sample, sample_run
 
     names = {field.name for field in dataclasses.fields(SampleRequest)}
     request = SampleRequest(**{name: value for name, value in vars(args).items() if name in names})
-    print(sample_run(args.run, request))
+    sample = sample_run(args.run, request)
+    try:
+        print(sample.text, flush=True)
+    finally:  # kept even where nobody reads on, and a failure to keep it loses nothing that was shown
+        try:
+            keep_sample(args.run, sample)
+        except OSError as error:
+            print(f"difftrain: warning: no copy of the text is kept: {error}", file=sys.stderr)

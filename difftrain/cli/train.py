@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import textwrap
 
 from difftrain.config.options import GROUPS, TYPES, Config
 from difftrain.config.sources import preset_names, preset_summary, resolve_config
@@ -59,9 +58,6 @@ def _run(args: argparse.Namespace) -> None:
         config = resolve_config(args.preset, args.config, words, resume=args.resume)
     except UserError as error:  # the same on every process that torchrun started: one tells it
         raise error if is_main else FailedElsewhere(str(error)) from None
-    if is_main:
-        pairs = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v != "")
-        print(textwrap.fill(pairs, 100, break_long_words=False, break_on_hyphens=False))
     from difftrain.training.loop import train
 
     train(

@@ -11,6 +11,7 @@ from difftrain.errors import UserError
 
 TOML_HEADER = "# difftrain: the configuration of a run"  # by which a run's folder is known
 LARGEST_INT = 2**31 - 1
+LARGEST_FLOAT = 3.4e38  # what fp32 holds
 
 
 def option(
@@ -26,7 +27,8 @@ GROUPS = {
     "out_dir": "Run",
     "data": "Data",
     "n_layer": "Model",
-    "penalty_keep_mask": "Masking",
+    "recipe": "Masking",
+    "token_weighting": "Loss",
     "max_iters": "Optimisation",
     "eval_interval": "Evaluation, logging, checkpoints",
 }
@@ -84,6 +86,11 @@ class Config:
         "rotary", "rotary: rotation of queries and keys; learned: nanoGPT's embedding"
     )
 
+    recipe: Literal["specification", "llada", "mdlm"] = option(
+        "specification",
+        "specification: words are masked and replaced, and weighed by the answer, as the options below say; "
+        "llada: each is masked with probability p_mask, drawn for its sequence; mdlm: so, and never answered [MASK]",
+    )
     penalty_keep_mask: float = option(
         0.25, "final weight where a masked position is answered [MASK]", low=0.0
     )
@@ -97,6 +104,27 @@ class Config:
         0.01, "share of each sequence that corruption leaves alone at least", low=0.0, high=0.999
     )
 
+    token_weighting: Literal["recipe", "uniform"] = option(
+        "recipe", "weight of a masked position under llada and mdlm; recipe: 1 / p_mask; uniform: 1"
+    )
+    gate: Literal["argmax", "probability"] = option(
+        "argmax", "penalties weigh by the answer; probability: they fade in with the probability of [MASK]"
+    )
+    softcap: float = option(
+        0.0,
+        "logits become softcap * tanh(logit / softcap), in sampling too; 0: they stay",
+        low=0.0,
+        high=LARGEST_FLOAT,
+    )
+    label_smoothing: float = option(
+        0.0, "share of the target that is spread over the vocabulary", low=0.0, high=0.999
+    )
+    z_loss: float = option(
+        0.0, "factor of the squared log-sum-exp added at each position", low=0.0, high=LARGEST_FLOAT
+    )
+    forbid_mask: bool = option(
+        False, "[MASK] is never an answer, as if its logit were -inf; always so under mdlm"
+    )
     # auto: linear where the logits of a micro-batch would take more than the linear loss's whole
     # workspace (256 MiB) on CUDA: batch_size * block_size * vocab_size * bytes; else logits.
     loss_impl: Literal["auto", "linear", "logits", "reference"] = option(
@@ -104,7 +132,14 @@ class Config:
         "linear: from hidden states, logits never whole; logits: fused where CUDA is; reference: eager; "
         "auto: linear on CUDA where the logits pass 256 MiB, else logits",
     )
-    max_iters: int = option(5000, "optimiser steps, exactly", low=1)
+    max_iters: int = option(5000, "optimiser steps, exactly; with a budget, at most", low=1)
+    budget_minutes: float = option(
+        0.0,
+        "time a few steps first, and shorten a new run to about this many minutes, its schedules and intervals "
+        "with it; 0: off",
+        low=0.0,
+    )
+    min_iters: int = option(1, "steps that a budget leaves at least, however slow the machine", low=1)
     learning_rate: float = option(1e-3, "peak learning rate", low=0.0)
     min_lr: float = option(1e-4, "learning rate at and after lr_decay_iters", low=0.0)
     warmup_iters: int = option(100, "steps of linear learning-rate warmup", low=0)
@@ -146,6 +181,14 @@ class Config:
             raise UserError(
                 f"n_embd / n_head must be even for rotary positions, got {self.n_embd // self.n_head}"
             )
+        if self.recipe != "specification" and self.mode == "gpt2":
+            raise UserError(
+                f"recipe must be specification in gpt2 mode, which masks nothing, got {self.recipe}"
+            )
+        if self.forbid_mask and self.has_penalties:
+            raise UserError(
+                "forbid_mask must be false with recipe specification, where [MASK] is the answer to a wrong word"
+            )
         if self.compile != "off" and self.parallel == "fsdp":
             raise UserError(f"compile must be off with parallel fsdp, got {self.compile}")
         if 0.0 < self.spike_factor <= 1.0:
@@ -170,6 +213,16 @@ class Config:
                 f"for {world_size} processes, got {self.batch_size} * {self.gradient_accumulation_steps}"
             )
         return micro_steps, self.global_batch_size // (world_size * micro_steps)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether positions are weighed by the answer; where none has [MASK] for its target, none is."""
+        return self.mode == "diffusion" and self.recipe == "specification"
+
+    @property
+    def forbids_mask(self) -> bool:
+        """Whether [MASK] is never an answer."""
+        return self.forbid_mask or self.recipe == "mdlm"
 
     @property
     def max_corruption(self) -> float:

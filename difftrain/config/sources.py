@@ -92,7 +92,8 @@ def resolve_config(
     """Defaults < preset < TOML file < command line; a resumed run's own configuration replaces the preset.
 
     Paths are expanded, and so a run is saved with the places that it used: a resume finds them whatever
-    its environment. What a run was saved with is taken as it stands.
+    its environment. What a run was saved with is taken as it stands. A preset's ``budget_minutes`` goes
+    where ``max_iters`` is given.
 
     Args:
         preset: name of a preset.
@@ -106,6 +107,8 @@ def resolve_config(
     base = _expanded(read_preset(preset)) if preset else {}
     explicit = read_toml(expand_path(file)) if file else {}
     explicit = _expanded(explicit | {name: parse_word(name, word) for name, word in words.items()})
+    if "max_iters" in explicit:  # steps that are asked for are taken, exactly
+        base.pop("budget_minutes", None)
     if not resume:
         return Config(**(base | explicit))
     out_dir = str((base | explicit).get("out_dir", Config.out_dir))

@@ -77,4 +77,4 @@ def sample_indices(step: int, micro_step: int, rank: int, world_size: int, confi
     """
     micro_steps, sequences = config.micro_batches(world_size)
     first = step * config.global_batch_size + (rank * micro_steps + micro_step) * sequences
-    return torch.arange(first, first + sequences)
+    return torch.arange(first, first + sequences, dtype=torch.int64, device="cpu")

@@ -5,9 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from difftrain.config import Config
 from difftrain.data.philox import below, random_words, uniform
 
-STREAMS = {"train": 1, "val": 2}  # Philox streams; those of the text windows are in data.py
+STREAMS = {"train": 1, "val": 2}  # Philox streams; those of the text windows are in corpus.py
+MASKING_STREAMS = {"train": 5, "val": 6}
+LEAST_P_MASK = 1e-3  # so that 1 / p_mask, a position's weight, stays below a thousand
+
+
+def corrupt_by_recipe(
+    tokens: Tensor,
+    samples: Tensor,
+    config: Config,
+    *,
+    split: str,
+    vocab_size: int,
+    level: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x and y as the run's recipe has them, and p_mask (B, 1) where it masks alone, else None.
+
+    Args:
+        tokens, samples, split, vocab_size: those of :func:`corrupt`.
+        level: how much instead of as in training: the largest corruption, or p_mask where it masks alone.
+    """
+    keys = {"seed": config.seed, "split": split, "vocab_size": vocab_size}
+    if config.recipe != "specification":
+        return mask_alone(tokens, samples, p_mask=level, **keys)
+    most = config.max_corruption if level is None else level
+    return *corrupt(tokens, samples, max_corruption=most, **keys), None
 
 
 def corrupt(
@@ -50,6 +75,32 @@ def corrupt(
     return _apply(tokens, words[:, 2:], n_mask, n_replace, vocab_size)
 
 
+def mask_alone(
+    tokens: Tensor, samples: Tensor, *, seed: int, split: str, vocab_size: int, p_mask: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask each token independently, with one probability for its sequence, and replace none.
+
+    With U uniform in (0, 1] the probability is 0.001 + 0.999 * U. It need not mask any token.
+
+    Args:
+        tokens, samples, seed, split, vocab_size: those of :func:`corrupt`, which draws other numbers.
+        p_mask: the probability instead, for all sequences.
+
+    Returns:
+        x, y: (B, T) int64; the target of every position is its token.
+        p_mask: (B, 1) fp32. A sample's result depends on what that of :func:`corrupt` depends on.
+
+    Source: LLaDA (arXiv:2502.09992), algorithm 1, with the smallest probability of its guidelines.
+    """
+    words = random_words(seed, MASKING_STREAMS[split], samples, 1 + tokens.shape[1])
+    u = uniform(words)
+    if p_mask is None:
+        p = LEAST_P_MASK + (1.0 - LEAST_P_MASK) * (1.0 - u[:, :1])
+    else:
+        p = torch.full_like(u[:, :1], p_mask)
+    return torch.where(u[:, 1:] < p, vocab_size - 1, tokens), tokens, p
+
+
 def mask_share(
     tokens: Tensor, samples: Tensor, *, seed: int, split: str, vocab_size: int, share: float
 ) -> tuple[Tensor, Tensor]:
@@ -68,7 +119,7 @@ def _apply(
 ) -> tuple[Tensor, Tensor]:
     mask_id, length = vocab_size - 1, tokens.shape[1]
     order = words[:, :length].argsort(dim=1, stable=True)
-    place = torch.arange(length, device=tokens.device).expand_as(order)
+    place = torch.arange(length, dtype=torch.int64, device=tokens.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, place)  # the inverse permutation
     is_masked = rank < n_mask[:, None]
     is_replaced = (rank < (n_mask + n_replace)[:, None]) & ~is_masked

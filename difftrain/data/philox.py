@@ -47,7 +47,7 @@ def random_words(seed: int, stream: int, samples: Tensor, n: int) -> Tensor:
         (B, n) int64 with values in [0, 2^32), on the samples' device. Row b depends on the seed,
         the stream and samples[b] alone; the first words do not depend on n.
     """
-    block = torch.arange((n + 3) // 4, device=samples.device).expand(len(samples), -1)
+    block = torch.arange((n + 3) // 4, dtype=torch.int64, device=samples.device).expand(len(samples), -1)
     sample = samples[:, None].expand_as(block)
     counter = (block, torch.full_like(block, stream), sample & _LOW, sample >> 32)
     words = philox4x32(counter, (seed & _LOW, seed >> 32 & _LOW))

@@ -41,11 +41,13 @@ def prepare(
         out: the folder to make; by default one in the cache, named by the text's digest.
         patterns: which files of a folder to take, by name or path; by default every text.
         newline: "universal": a byte-order mark goes, CRLF and CR become LF; "keep": as they are.
-        say: is told, where a folder of texts is prepared, what was taken and what was left out.
+        say: is told what is under way, where the folder is made; and where it is made from a folder of
+            texts, what was taken and what was left out.
 
     Raises:
         UserError: no text to train on, a pattern where there is no folder, an ``out`` that is there.
     """
+    say = say or (lambda _: None)
     if newline not in NEWLINES:
         raise UserError(f"newline must be {' or '.join(NEWLINES)}, got {newline!r}")
     if patterns and (name == "stdlib" or not Path(name).is_dir()):
@@ -56,8 +58,9 @@ def prepare(
         # The digest of a version string spares reading the whole library at every start.
         folder = out or cache_folder() / f"stdlib-{_digest(key, sys.version)}"
         if out or not (folder / "meta.json").exists():
+            say("preparing stdlib: reading its files")
             texts = (read_text(file, newline) for file in _stdlib_files())
-            _write_folder(folder, *_split([text for text in texts if text]), tokenizer)
+            _write_folder(folder, *_split([text for text in texts if text]), tokenizer, say)
         return folder
     texts, summary = _read(Path(name), patterns, newline)
     train, val = _split(texts)
@@ -65,9 +68,9 @@ def prepare(
         raise UserError(f"{name} is too short to train on: {len(train) + len(val)} characters")
     folder = out or cache_folder() / f"{Path(name).stem}-{_digest(key, train, val)}"
     if out or not (folder / "meta.json").exists():
-        if say and summary:
+        if summary:
             say(f"{name}: {summary}")
-        _write_folder(folder, train, val, tokenizer)
+        _write_folder(folder, train, val, tokenizer, say)
     return folder
 
 
@@ -125,7 +128,7 @@ def _split(texts: list[str]) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _write_folder(folder: Path, train: str, val: str, tokenizer: str) -> None:
+def _write_folder(folder: Path, train: str, val: str, tokenizer: str, say: Callable[[str], None]) -> None:
     """Write the token files aside and rename the folder into place, so that no half of it is ever read."""
     vocabulary = make_vocabulary(tokenizer, train + val)
     dtype = np.uint16 if vocabulary.n_words <= 1 << 16 else np.uint32
@@ -136,6 +139,7 @@ def _write_folder(folder: Path, train: str, val: str, tokenizer: str) -> None:
     aside.mkdir()  # not tempfile's: its folders are for their owner alone, whatever the umask
     try:
         for split, text in (("train", train), ("val", val)):
+            say(f"preparing {folder}: {split}.bin from {len(text):,} characters")
             np.asarray(vocabulary.encode(text), dtype=dtype).tofile(aside / f"{split}.bin")
         meta = vocabulary.to_meta() | {"dtype": np.dtype(dtype).name}
         (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from difftrain.errors import UserError
+from difftrain.errors import UserError, import_extra
 
 
 class Vocabulary:
@@ -102,10 +102,7 @@ class Tokenizer(Vocabulary):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        try:
-            import tokenizers
-        except ImportError:
-            raise UserError("a tokenizer.json needs the extra: pip install 'difftrain[tok]'") from None
+        tokenizers = import_extra("tokenizers", "tok")
         try:
             return tokenizers.Tokenizer.from_str(self.definition)
         except Exception as error:  # the library raises no narrower class
@@ -133,10 +130,7 @@ class Tiktoken(Vocabulary):
 
     @cached_property
     def _encoding(self) -> Any:
-        try:
-            import tiktoken
-        except ImportError:
-            raise UserError("a tiktoken encoding needs the extra: pip install 'difftrain[tok]'") from None
+        tiktoken = import_extra("tiktoken", "tok")
         try:
             return tiktoken.get_encoding(self.name)
         except ValueError as error:

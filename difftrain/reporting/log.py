@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from difftrain.config import Config
-from difftrain.errors import UserError
+from difftrain.errors import UserError, import_extra
 
 FILE = "metrics.jsonl"
 
@@ -16,9 +16,9 @@ FILE = "metrics.jsonl"
 def check_trackers(config: Config) -> None:
     """Raise UserError where a tracker is asked for and not installed."""
     if config.wandb_log:
-        _import_extra("wandb", "wandb")
+        import_extra("wandb", "wandb")
     if config.tensorboard:
-        _import_extra("torch.utils.tensorboard", "tb")
+        import_extra("torch.utils.tensorboard", "tb")
 
 
 class MetricsLog:
@@ -32,11 +32,11 @@ class MetricsLog:
         if not is_writing:
             return
         if config.wandb_log:
-            wandb = _import_extra("wandb", "wandb")
+            wandb = import_extra("wandb", "wandb")
             name = config.wandb_run_name or run_dir.name
             self._wandb = wandb.init(project=config.wandb_project, name=name, dir=run_dir)
         if config.tensorboard:
-            module = _import_extra("torch.utils.tensorboard", "tb")
+            module = import_extra("torch.utils.tensorboard", "tb")
             self._tensorboard = module.SummaryWriter(str(run_dir / "tensorboard"))
         self._file = (run_dir / FILE).open("a", encoding="utf-8")
 
@@ -110,13 +110,6 @@ def drop_records_after(run_dir: Path, step: int, *, is_evaluated: bool) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _import_extra(module: str, extra: str) -> Any:
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError:
-        raise UserError(f"{module} is not installed: pip install 'difftrain[{extra}]'") from None
 
 
 def _flatten(prefix: str, value: dict[str, Any]) -> list[tuple[str, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from difftrain.errors import UserError
+from difftrain.errors import UserError, import_extra
 from difftrain.reporting.log import read_metrics
 
 COLOURS = {"loss": "#1f77b4", "loss_final": "#d62728", "nll": "#555555"}
@@ -28,11 +28,7 @@ def plot_run(run_dir: Path, out: Path | None = None) -> Path:
     records = read_metrics(run_dir)
     if out is not None and out.suffix != ".png":
         raise UserError(f"out must be a .png file, got {out}")
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("plotting needs matplotlib: pip install 'difftrain[plot]'") from None
-    matplotlib.use("Agg")
+    import_extra("matplotlib", "plot").use("Agg")
     from matplotlib import pyplot as plt
 
     train = [r for r in records if r["kind"] == "train"]

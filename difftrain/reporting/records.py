@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import textwrap
 from typing import Any
 
 from difftrain.config import Config
@@ -15,18 +17,29 @@ DEGENERATE_SHARE = 0.95
 RUNAWAY_GAP = 30.0  # nats: softmax gives [MASK] less than 1e-13
 
 
+def configuration_text(config: Config) -> str:
+    """Every option that is set, ``name=value`` each, in lines of at most 100 characters."""
+    pairs = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v != "")
+    return textwrap.fill(pairs, 100, break_long_words=False, break_on_hyphens=False)
+
+
 def loss_metrics(table: CaseTable, pk: float, pm: float, config: Config) -> dict[str, Any]:
     """The losses and case rates of one table, as they stand in ``metrics.jsonl``.
 
     Keys: ``loss`` at the penalties (pk, pm), ``loss_final`` at the configured final ones, ``nll``
-    with no weights; and unless the mode is gpt2 ``cases``: for each kind of position the share of
-    each answer, the mean nll, its sum in each cell, and the mean gap between the largest logit and [MASK]'s.
+    with no weights, smoothing or z-loss over the positions that count; and unless the mode is gpt2
+    ``cases``: for each kind of position the share of each answer, the mean nll, its sum in each cell, and
+    the mean gap between the largest logit and [MASK]'s, None where [MASK] is forbidden. Where not all
+    positions count, ``counted`` is the share of those that do.
     """
+    n_counted = int(table.counts.sum())
     metrics: dict[str, Any] = {
         "loss": table.loss_at(pk, pm).item(),
         "loss_final": table.loss_at(*masking_penalties(config.masking_warmup_iters, config)).item(),
-        "nll": table.loss_at(1.0, 1.0).item(),
+        "nll": CaseTable(table.counts, table.nll, table.gap, n_counted).loss_at().item(),
     }
+    if config.recipe != "specification":
+        metrics["counted"] = n_counted / table.n_positions
     if config.mode == "diffusion":
         rates, nll, gap = table.rates(), table.mean_nll(), table.mean_gap()
         metrics["cases"] = {
@@ -35,7 +48,7 @@ def loss_metrics(table: CaseTable, pk: float, pm: float, config: Config) -> dict
                 **{answer: rates[k, a].item() for a, answer in enumerate(ANSWERS)},
                 "nll": nll[k].item(),
                 "nll_sums": {answer: table.nll[k, a].item() for a, answer in enumerate(ANSWERS)},
-                "gap": gap[k].item(),
+                "gap": None if config.forbids_mask else gap[k].item(),
             }
             for k, kind in enumerate(KINDS)
         }
@@ -80,7 +93,7 @@ def _number(value: float | None) -> str:
 def health_warnings(record: dict[str, Any], config: Config) -> list[tuple[str, str]]:
     """What an evaluation record shows to be wrong with the penalties: (key, message) each."""
     cases = record.get("cases")
-    if not cases or record["step"] == 0:
+    if not cases or record["step"] == 0 or not config.has_penalties:
         return []
     masked, intact = cases["masked"], cases["intact"]
     warnings = []

@@ -53,7 +53,7 @@ def fill(
         sampled, confidence = _sample(logits_of(x), temperature, top_k, forbid, generator)
         if by_confidence:
             left = is_masked.sum(1, keepdim=True)
-            budget = (left / (max_steps - step)).ceil().long()  # (B, 1)
+            budget = -(-left // (max_steps - step))  # (B, 1), rounded up
             confidence = confidence.masked_fill(~is_masked, -1.0)
             rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             is_masked &= rank < budget
@@ -72,13 +72,20 @@ def continue_causal(
     length: int,
     mask_id: int,
     *,
+    block_size: int,
     temperature: float = 1.0,
     top_k: int = 0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Append tokens from left to right until ``x`` (B, T) has ``length`` columns: the gpt2 mode's sampler."""
+    """Append tokens from left to right until ``x`` (B, T) has ``length`` columns: the gpt2 mode's sampler.
+
+    The model sees the last ``block_size`` columns, at positions from 0 on: rotary positions count
+    distances alone, and learned ones were trained on exactly these.
+
+    Source: nanoGPT's ``generate``.
+    """
     while x.shape[1] < length:
-        sampled, _ = _sample(logits_of(x)[:, -1:], temperature, top_k, mask_id, generator)
+        sampled, _ = _sample(logits_of(x[:, -block_size:])[:, -1:], temperature, top_k, mask_id, generator)
         x = torch.cat((x, sampled), dim=1)
     return x
 

@@ -14,6 +14,7 @@ from difftrain.checkpoints.reading import Checkpoint, find_checkpoint
 from difftrain.data import mask_share, open_corpus
 from difftrain.data.vocabulary import Vocabulary
 from difftrain.errors import UserError
+from difftrain.loss import bent_logits
 from difftrain.reporting.log import read_metrics
 from difftrain.reporting.records import summary_line
 from difftrain.runtime import resolve_device
@@ -51,8 +52,16 @@ class SampleRequest:
             raise UserError(f"share must be in (0, 1], got {self.share}")
 
 
-def sample_run(run_dir: Path, request: SampleRequest) -> str:
-    """Write text with a run's model; the text is also kept in the run's folder ``samples``.
+@dataclass(frozen=True)
+class Sample:
+    """A text, and the step of the checkpoint whose model wrote it."""
+
+    text: str
+    step: int
+
+
+def sample_run(run_dir: Path, request: SampleRequest) -> Sample:
+    """Write text with a run's model; nothing is stored.
 
     Raises:
         UserError: not a run folder, no such checkpoint, or a text that does not fit the model.
@@ -61,37 +70,54 @@ def sample_run(run_dir: Path, request: SampleRequest) -> str:
     if checkpoint.config.mode == "gpt2" and (request.infill is not None or request.held_out):
         raise UserError(f"{run_dir} was trained in gpt2 mode, which cannot fill gaps; give a prompt")
     device = resolve_device(request.device)
-    model = checkpoint.make_model(device)
+    vocabulary, config = checkpoint.vocabulary, checkpoint.config
+    logits_of = bent_logits(checkpoint.make_model(device), vocabulary.mask_id, config)
     generator = torch.Generator(device).manual_seed(request.seed)
     options = {"temperature": request.temperature, "top_k": request.top_k, "generator": generator}
-    vocabulary = checkpoint.vocabulary
+    # A model that never answers [MASK] would fill all of a text in one pass.
+    filling = {
+        "max_steps": request.max_steps,
+        "by_confidence": request.by_confidence or not config.has_penalties,
+    }
 
     if request.held_out:
+        evaluations = [r for r in read_metrics(run_dir) if r["kind"] == "eval"]
         tokens, x = _held_out(checkpoint, request)
-        filled = fill(model, x.to(device), vocabulary.mask_id, max_steps=request.max_steps,
-                      by_confidence=request.by_confidence, **options).cpu()  # fmt: skip
+        filled = fill(logits_of, x.to(device), vocabulary.mask_id, **filling, **options).cpu()
         is_masked = x == vocabulary.mask_id
         n_right = int((filled == tokens)[is_masked].sum())
         texts = (vocabulary.decode(t.flatten().tolist(), mask=_mask_sign()) for t in (tokens, x, filled))
         titles = ("original", f"masked ({100 * request.share:.0f} %)", "restored")
         parts = [f"--- {title}\n{text}" for title, text in zip(titles, texts, strict=True)]
         parts.append(f"--- {n_right} of {int(is_masked.sum())} masked tokens restored exactly")
-        evaluations = [r for r in read_metrics(run_dir) if r["kind"] == "eval"]
         at_step = [r for r in evaluations if r["step"] == checkpoint.step] or evaluations
-        return _keep(run_dir, checkpoint, "\n".join([*parts, summary_line(at_step[-1])]))
+        parts += [summary_line(record) for record in at_step[-1:]]
+        return Sample("\n".join(parts), checkpoint.step)
 
     ids = _start(checkpoint, request)
-    x = torch.tensor(ids, device=device).expand(request.num_samples, -1)
-    if checkpoint.config.mode == "gpt2":
-        length = request.length or checkpoint.config.block_size
-        filled = continue_causal(model, x, length, vocabulary.mask_id, **options)
+    x = torch.tensor(ids, dtype=torch.int64, device=device).expand(request.num_samples, -1)
+    if config.mode == "gpt2":
+        block_size = config.block_size
+        length = request.length or block_size
+        filled = continue_causal(logits_of, x, length, vocabulary.mask_id, block_size=block_size, **options)
     else:
-        filled = fill(model, x, vocabulary.mask_id, max_steps=request.max_steps,
-                      by_confidence=request.by_confidence, **options)  # fmt: skip
+        filled = fill(logits_of, x, vocabulary.mask_id, **filling, **options)
     texts = [vocabulary.decode(row) for row in filled.tolist()]
     if len(texts) > 1:
         texts = [f"--- {i + 1}\n{text}" for i, text in enumerate(texts)]
-    return _keep(run_dir, checkpoint, "\n".join(texts))
+    return Sample("\n".join(texts), checkpoint.step)
+
+
+def keep_sample(run_dir: Path, sample: Sample) -> Path:
+    """Store a text in the run's folder ``samples``, beside those that are there; returns its file."""
+    folder = run_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    number = len(list(folder.iterdir())) + 1
+    while (path := folder / f"step-{sample.step:08d}-{number:03d}.txt").exists():
+        number += 1
+    with path.open("x", encoding="utf-8") as file:
+        file.write(sample.text + "\n")
+    return path
 
 
 def _start(checkpoint: Checkpoint, request: SampleRequest) -> list[int]:
@@ -106,11 +132,15 @@ def _start(checkpoint: Checkpoint, request: SampleRequest) -> list[int]:
         return ids
     length = request.length or block_size
     prompt = vocabulary.encode(request.prompt)
-    if length > block_size:
+    is_causal = checkpoint.config.mode == "gpt2"
+    if length > block_size and not is_causal:
         raise UserError(f"length must be at most block_size {block_size}, got {length}")
     if len(prompt) >= length:
-        raise UserError(f"the prompt must have fewer tokens than the text's {length}, got {len(prompt)}")
-    if checkpoint.config.mode == "gpt2":
+        remedy = "; give a greater length" if is_causal else ""
+        raise UserError(
+            f"the prompt must have fewer tokens than the text's {length}, got {len(prompt)}{remedy}"
+        )
+    if is_causal:
         # Left to right there must be something to start from: a newline, as nanoGPT has it, or any word.
         try:
             return prompt or vocabulary.encode("\n")
@@ -132,12 +162,12 @@ def _held_out(checkpoint: Checkpoint, request: SampleRequest) -> tuple[Tensor, T
             f"{corpus.folder}, so this text may not be held out; --allow_changed_data takes it nevertheless"
         )
     n_windows = max(1, min(HELD_OUT_WINDOWS, len(corpus.val) // config.block_size))
-    index = torch.tensor([request.seed])
+    index = torch.tensor([request.seed], dtype=torch.int64, device="cpu")
     tokens = corpus.windows("val", index, seed=config.seed, length=n_windows * config.block_size)
     tokens = tokens.view(n_windows, config.block_size)
     x, _ = mask_share(
         tokens,
-        torch.arange(n_windows) + request.seed * n_windows,
+        torch.arange(n_windows, dtype=torch.int64, device="cpu") + request.seed * n_windows,
         seed=config.seed,
         split="val",
         vocab_size=vocabulary.vocab_size,
@@ -153,15 +183,6 @@ def _mask_sign() -> str:
     except UnicodeEncodeError:
         return "#"
     return "\u2591"
-
-
-def _keep(run_dir: Path, checkpoint: Checkpoint, text: str) -> str:
-    """Write a text into the run's folder too; returns it."""
-    folder = run_dir / "samples"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{checkpoint.step:08d}-{len(list(folder.iterdir())) + 1:03d}.txt"
-    path.write_text(text + "\n", encoding="utf-8")
-    return text
 
 
 def encode_template(text: str, vocabulary: Vocabulary) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,11 +16,19 @@ from difftrain.checkpoints.saver import CheckpointSaver
 from difftrain.checkpoints.writing import point_to_best
 from difftrain.config import Config
 from difftrain.data import Corpus, open_corpus
-from difftrain.errors import FailedElsewhere
+from difftrain.errors import FailedElsewhere, UserError
 from difftrain.reporting.log import MetricsLog, check_trackers, drop_records_after
-from difftrain.reporting.records import console_line, health_warnings, loss_metrics, summary_line
+from difftrain.reporting.records import (
+    configuration_text,
+    console_line,
+    health_warnings,
+    loss_metrics,
+    summary_line,
+)
 from difftrain.runtime import Runtime, is_lost_peer, start_runtime, stop_requests
 from difftrain.schedule import learning_rate, masking_penalties
+from difftrain.training.budget import fit_to_budget
+from difftrain.training.console import Console
 from difftrain.training.run_folder import (
     check_run_dir,
     claim_run_dir,
@@ -58,6 +65,7 @@ def train(
         UserError: the configuration, the data or ``out_dir`` does not fit.
         TrainingFailed: ``max_bad_steps`` steps in a row could not be applied, or another process is gone.
         OSError: a checkpoint could not be written, such as on a full disk.
+        OutputClosed: nobody reads standard output any longer; the run has stopped as at Ctrl-C, saved.
     """
     with start_runtime(config) as runtime:
         try:
@@ -79,21 +87,28 @@ def train(
 
 
 def _train(config: Config, runtime: Runtime, **asked: bool) -> dict[str, Any]:
-    say = _say if runtime.is_main else _say_nothing
+    say = Console(runtime.is_main)
+    is_writing = runtime.is_main and not asked["eval_only"]
     checkpoint, corpus = runtime.main_first(lambda: _open(config, say, **asked))
-    run = Run(config, runtime, corpus, checkpoint, say)
-    if asked["eval_only"]:
-        record = run.evaluate()
-        say(summary_line(record))
-        return record
     with ExitStack() as stack:
-        runtime.main_first(lambda: runtime.is_main and _claim(run, stack, resume=asked["resume"]))
-        return _loop(run)
+        runtime.main_first(lambda: is_writing and stack.enter_context(locked(Path(config.out_dir))))
+        if config.budget_minutes and not asked["eval_only"]:
+            config = fit_to_budget(config, runtime, corpus, say)
+        run = Run(config, runtime, corpus, checkpoint, say)
+        runtime.main_first(lambda: is_writing and _claim(run, resume=asked["resume"]))
+        say(configuration_text(config))
+        say(run.title)
+        if asked["eval_only"]:
+            record = run.evaluate()
+            say(summary_line(record))
+        else:
+            record = _loop(run)
+    say.check()
+    return record
 
 
-def _claim(run: Run, stack: ExitStack, *, resume: bool) -> None:
-    """Make the folder this run's, as long as the stack is open; from here on it is written to."""
-    stack.enter_context(locked(run.folder))
+def _claim(run: Run, *, resume: bool) -> None:
+    """Make the locked folder this run's; from here on it is written to."""
     claim_run_dir(run.folder, run.config, resume=resume)
     drop_records_after(run.folder, run.step, is_evaluated=run.is_evaluated)
     point_to_best(run.folder / "checkpoints", run.best_step)
@@ -113,6 +128,8 @@ def _open(
     if not eval_only:
         check_run_dir(run_dir, resume=resume, overwrite=overwrite)
         check_trackers(config)
+    if resume and config.budget_minutes:
+        raise UserError("budget_minutes must be 0 to resume a run, whose steps are fixed: give max_iters")
     corpus = open_corpus(config.data, say)
     corpus.check_length(config.block_size + (config.mode == "gpt2"))
     if not resume:
@@ -162,7 +179,7 @@ def _loop(run: Run) -> dict[str, Any]:
                 log.write(record)
                 if config.always_save_checkpoint or is_best or is_last:
                     save()
-                (is_stopping,) = runtime.any_process(stop.requested)
+                (is_stopping,) = runtime.any_process(stop.requested or say.is_closed)
             if is_stopping and not (is_last and run.is_evaluated):
                 if run.saved_step != run.step:
                     save()
@@ -181,7 +198,9 @@ def _loop(run: Run) -> dict[str, Any]:
             pk, pm = masking_penalties(run.step, config)
             is_logged = run.step % config.log_interval == 0
             loss_sum, tables = run.gradients(lr, is_logged=is_logged)
-            grad_norm, (is_stopping, has_failed) = run.update(loss_sum, stop.requested, saver.has_failed)
+            grad_norm, (is_stopping, has_failed) = run.update(
+                loss_sum, stop.requested or say.is_closed, saver.has_failed
+            )
             seconds += time.perf_counter() - began
             if has_failed:
                 saver.finish()
@@ -205,17 +224,7 @@ def _loop(run: Run) -> dict[str, Any]:
                 )
                 log.write(train_record)
             run.step += 1
-    if not record:  # a finished run, resumed
-        record = run.evaluate()
-    say(summary_line(record))
+        if not record:  # a finished run, resumed
+            record = run.evaluate()
+        say(summary_line(record))  # before the last save is waited for, which can fail
     return record
-
-
-def _say(message: str) -> None:
-    """Print above the progress bar, at once even into a pipe."""
-    tqdm.write(message)
-    sys.stdout.flush()
-
-
-def _say_nothing(message: str) -> None:
-    """What every process but the main one says."""

@@ -19,7 +19,8 @@ from difftrain.reporting.log import FILE
 
 RUN_ENTRIES = (FILE, "checkpoints", "samples", "plots", "tensorboard", "wandb", CONFIG_FILE)
 LOCK = ".lock"
-MODEL_KEYS = ("mode", "block_size", "n_layer", "n_head", "n_embd", "bias", "position")
+# What a run is to its end: the model, and what it learns to answer.
+LASTING_KEYS = ("mode", "block_size", "n_layer", "n_head", "n_embd", "bias", "position", "recipe")
 
 
 def check_run_dir(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
@@ -95,7 +96,7 @@ def find_resume_point(run_dir: Path, config: Config, corpus: Corpus) -> tuple[Ch
         raise UserError(
             f"max_iters must be at least the {checkpoint.step} steps done, got {config.max_iters}"
         )
-    for key in MODEL_KEYS:
+    for key in LASTING_KEYS:
         was, now = getattr(checkpoint.config, key), getattr(config, key)
         if was != now:
             raise UserError(f"{key} must be {was!r} to resume {run_dir}, got {now!r}")

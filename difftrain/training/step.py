@@ -12,10 +12,10 @@ from torch import Tensor
 
 from difftrain.checkpoints.reading import Checkpoint
 from difftrain.config import Config
-from difftrain.data import Corpus, corrupt, sample_indices
+from difftrain.data import Corpus, corrupt_by_recipe, sample_indices
 from difftrain.errors import UserError
 from difftrain.evaluate import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
-from difftrain.loss import choose_loss, model_loss
+from difftrain.loss import choose_loss, loss_terms, model_loss, token_weights
 from difftrain.model import Transformer, make_optimizer, restore_optimizer
 from difftrain.parallel import gradient_sync, replicate, reshard, shard, whole
 from difftrain.reporting.records import console_line, loss_metrics
@@ -58,12 +58,14 @@ class Run:
         self.penalties = PenaltyTensors(runtime.device) if is_one_graph else None
         self.loss = torch.compile(model_loss) if is_one_graph else model_loss
         self.loss_impl = choose_loss(config, corpus.vocabulary.vocab_size, runtime)
+        self.terms = loss_terms(config)
         self.micro_steps, _ = config.micro_batches(runtime.world_size)
 
         self.validation_set = make_validation_set(corpus, config)
         self.unigram_entropy = corpus.unigram_entropy()
         # What the best loss is measured by: a best of another measure says nothing.
         self.measure = [self.validation_set.id, config.penalty_keep_mask, config.penalty_mask_correct]
+        self.measure += [self.terms] if self.terms else []
         self.step = self.saved_step = 0
         self.best_loss, self.best_step, self.is_evaluated = math.inf, None, False
         self.bad_steps, self.skipped_steps = 0, 0  # not applied: in a row, in all
@@ -72,7 +74,7 @@ class Run:
             self._restore(checkpoint)
         else:
             self.saved_step = -1
-        say(
+        self.title = (
             f"{model.n_parameters():,} parameters on {runtime.device} in {runtime.dtype_name}, "
             f"{len(corpus.train):,} training tokens, vocabulary {corpus.vocabulary.vocab_size}, "
             f"{runtime.world_size} process(es), steps {self.step} to {config.max_iters}"
@@ -117,7 +119,9 @@ class Run:
     def evaluate(self) -> dict[str, Any]:
         """One pass over the validation set, as a metrics record."""
         pk, pm = masking_penalties(self.step, self.config)
-        tables = evaluate(self.compiled, self.validation_set, self.mask_id, self.runtime, self.loss_impl)
+        tables = evaluate(
+            self.compiled, self.validation_set, self.mask_id, self.runtime, self.loss_impl, **self.terms
+        )
         reshard(self.model)
         record = {"kind": "eval", "step": self.step, **loss_metrics(tables[FIXED], pk, pm, self.config)}
         record |= {"pk": pk, "pm": pm, "lr": learning_rate(self.step, self.config)}
@@ -141,14 +145,15 @@ class Run:
         wants_tables = is_logged or bool(
             self.penalties
         )  # always, where asking now and then would compile twice
-        loss_sum, tables = torch.zeros((), device=runtime.device), []
+        loss_sum, tables = torch.zeros((), dtype=torch.float32, device=runtime.device), []
         for micro_step in range(self.micro_steps):
             samples = sample_indices(self.step, micro_step, runtime.rank, runtime.world_size, config)
-            x, y = _make_batch(self.corpus, samples, config, runtime)
+            x, y, weights = _make_batch(self.corpus, samples, config, runtime)
             with gradient_sync(self.network, micro_step == self.micro_steps - 1):
                 loss = self.loss(
                     self.network, x, y, self.mask_id, pk, pm,
                     runtime=runtime, impl=self.loss_impl, return_cases=wants_tables, upstream_scale=upstream_scale,
+                    token_weights=weights, **self.terms,
                 )  # fmt: skip
                 if wants_tables:
                     loss, table = loss
@@ -198,21 +203,23 @@ class Run:
         return is_spike
 
 
-def _make_batch(corpus: Corpus, samples: Tensor, config: Config, runtime: Runtime) -> tuple[Tensor, Tensor]:
-    """x and y of the given training samples, on the device."""
+def _make_batch(
+    corpus: Corpus, samples: Tensor, config: Config, runtime: Runtime
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, y and token weights, if any, of the given training samples, on the device."""
     if config.mode == "gpt2":
         tokens = corpus.windows("train", samples, seed=config.seed, length=config.block_size + 1)
         tokens = tokens.to(runtime.device, non_blocking=True)
-        return tokens[:, :-1], tokens[:, 1:]
+        return tokens[:, :-1], tokens[:, 1:], None
     tokens = corpus.windows("train", samples, seed=config.seed, length=config.block_size)
-    return corrupt(
+    x, y, p_mask = corrupt_by_recipe(
         tokens.to(runtime.device, non_blocking=True),
         samples.to(runtime.device),
-        seed=config.seed,
+        config,
         split="train",
         vocab_size=corpus.vocabulary.vocab_size,
-        max_corruption=config.max_corruption,
     )
+    return x, y, token_weights(x, p_mask, corpus.vocabulary.mask_id, config)
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cases import CaseTable
-from .implementation import row_gradients, score_rows, sum_cases
+from .implementation import row_gradients, score_rows
+from .terms import PLAIN, Terms
 
 # 256 MiB hold 2560 bf16 rows at V = 50304 and 1024 at V = 128256. A chunk reads and writes the fp32
 # sum of the weight's gradient, 8 bytes per element against 2 * rows FLOP: on an H100 (about 7e14
@@ -34,15 +34,16 @@ MAX_CHUNK_TOKENS = 4096
 TILE_ROWS = 128  # chunks are a multiple of it: a matrix product works on tiles of so many rows
 
 
-def row_bytes(vocab_size: int, dtype: torch.dtype, uses_triton: bool) -> int:
+def row_bytes(vocab_size: int, dtype: torch.dtype, uses_triton: bool, terms: Terms = PLAIN) -> int:
     """Bytes that one position takes in a chunk.
 
     The kernel works in place on rows padded to 16 bytes. The reference also makes up to three rows
-    in fp32 (fp64 for fp64) at a time.
+    in fp32 (fp64 for fp64) at a time, and five where there are terms.
     """
     if uses_triton:
         return -(-vocab_size * dtype.itemsize // 16) * 16
-    return vocab_size * (dtype.itemsize + 3 * torch.promote_types(dtype, torch.float32).itemsize)
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    return vocab_size * (dtype.itemsize + (3 if terms == PLAIN else 5) * wide)
 
 
 def choose_chunk_tokens(n_tokens: int, bytes_per_row: int, workspace_mib: float) -> int:
@@ -74,10 +75,12 @@ def gradient_dtype(dtype: torch.dtype, device: torch.device, uses_triton: bool) 
 
 @dataclass(frozen=True)
 class ChunkedLoss:
-    """One call's targets and chunks. Rows are positions; (N, D) hidden, (V, D) weight."""
+    """One call's targets and chunks. Rows are positions; (..., D) hidden, (V, D) weight."""
 
     y: Tensor
+    mask_id: int
     ignore_index: int
+    terms: Terms
     reduction: str
     made_for: float  # the upstream gradient for which the gradients are made
     divisor: int
@@ -87,28 +90,31 @@ class ChunkedLoss:
 
     @classmethod
     def plan(
-        cls, vocab_size: int, y: Tensor, ignore_index: int, reduction: str, dtype: torch.dtype,
-        uses_triton: bool, chunk_tokens: int | None, workspace_bytes: int, upstream_scale: float | None = None,
+        cls, vocab_size: int, terms: Terms, y: Tensor, mask_id: int, ignore_index: int, reduction: str,
+        dtype: torch.dtype, uses_triton: bool, chunk_tokens: int | None, workspace_bytes: int,
+        upstream_scale: float | None = None,
     ) -> ChunkedLoss:  # fmt: skip
         """How to compute one call's loss; y is (N,)."""
         n = len(y)
         if chunk_tokens is None:
-            bytes_per_row = row_bytes(vocab_size, dtype, uses_triton)
+            bytes_per_row = row_bytes(vocab_size, dtype, uses_triton, terms)
             chunk_tokens = choose_chunk_tokens(n, bytes_per_row, workspace_bytes / 2**20)
         made_for = upstream_of_gradients(n, reduction, dtype, upstream_scale)
         divisor = max(1, n) if reduction == "mean" else 1
-        return cls(y, ignore_index, reduction, made_for, divisor, chunk_tokens, dtype, uses_triton)
+        return cls(
+            y, mask_id, ignore_index, terms, reduction, made_for, divisor, chunk_tokens, dtype, uses_triton
+        )
 
     def run(self, hidden, weight, bias, needs=(False,) * 3, *, weighting=None, saved=None, upstream=None):
         """One pass over the chunks: (statistics of all rows, gradients of hidden, weight and bias).
 
         Args:
             needs: which of the three gradients are wanted.
-            weighting: what the weights follow from: x (N,), mask_id, pk and pm.
+            weighting: what the weights follow from: x (N,), pk and pm.
             saved: instead of it, the statistics of an earlier pass.
             upstream: (N,) or 0-d factor of each row's gradient; 1 by default.
         """
-        n, vocab_size = len(hidden), len(weight)
+        n, vocab_size = len(self.y), len(weight)
         parts = []
         with torch.no_grad():
             gradients = _Gradients(hidden, weight, needs, self) if any(needs) else None
@@ -117,15 +123,21 @@ class ChunkedLoss:
             buffer = self._buffer(min(n, self.chunk_tokens), vocab_size, hidden.device)
             for start in range(0, max(n, 1), self.chunk_tokens):
                 rows = slice(start, start + self.chunk_tokens)
-                is_ignored = (self.y[rows] == self.ignore_index)[:, None]
+                terms = self.terms.of_rows(rows)
+                is_left_out = self.y[rows] == self.ignore_index
+                if terms.token_weights is not None:
+                    wide = torch.promote_types(self.dtype, torch.float32)
+                    is_left_out |= terms.token_weights.to(wide) == 0
                 # A NaN in a position that does not count would pass through 0 * NaN into the weight's gradient.
-                states = hidden[rows].to(self.dtype).masked_fill(is_ignored, 0.0)
+                states = rows_of(hidden, rows).to(self.dtype).masked_fill(is_left_out[:, None], 0.0)
                 logits = buffer[: len(states)]
                 if bias is None:
                     torch.mm(states, weight.t(), out=logits)
                 else:
                     torch.addmm(bias, states, weight.t(), out=logits)
-                part, gradient = self._score(logits, rows, bool(gradients), weighting, saved, upstream)
+                part, gradient = self._score(
+                    logits, rows, terms, bool(gradients), weighting, saved, upstream
+                )
                 parts.append(part)
                 if gradients:
                     gradients.add(rows, gradient, states, weight)
@@ -137,33 +149,44 @@ class ChunkedLoss:
         width = -(-vocab_size // per_16_bytes) * per_16_bytes
         return torch.empty(rows, width, dtype=self.dtype, device=device)[:, :vocab_size]
 
-    def _score(self, logits, rows, wants_gradient, weighting, saved, upstream):
+    def _score(self, logits, rows, terms, wants_gradient, weighting, saved, upstream):
         """A chunk's statistics and the gradient of its losses, where the kernel runs over the logits."""
         y = self.y[rows]
         if saved is not None:
             part = saved[0][rows], saved[1][:, rows].contiguous()
         else:
-            x, mask_id, pk, pm = weighting
-            arguments = (logits, y, x[rows], mask_id, pk, pm, self.ignore_index)
+            x, pk, pm = weighting
+            arguments = (logits, y, x[rows], self.mask_id, pk, pm, self.ignore_index)
             if self.uses_triton and wants_gradient:
                 from . import triton_kernels
 
                 return triton_kernels.launch_loss_and_gradient(
-                    *arguments, upstream=1.0, divisor=1.0, gradient_out=logits
+                    *arguments, terms=terms, upstream=1.0, divisor=1.0, gradient_out=logits
                 )
-            part = score_rows(self.uses_triton, *arguments)
+            part = score_rows(self.uses_triton, *arguments, terms=terms)
         if not wants_gradient:
             return part, None
         upstream = part[1].new_ones(()) if upstream is None else upstream[rows]
-        return part, row_gradients(self.uses_triton, logits, y, part, upstream, divisor=1.0, overwrite=True)
+        gradient = row_gradients(
+            self.uses_triton, logits, y, part, upstream,
+            divisor=1.0, mask_id=self.mask_id, terms=terms, overwrite=True,
+        )  # fmt: skip
+        return part, gradient
 
     def _join(self, parts: list[tuple]) -> tuple[Tensor, Tensor]:
         """Statistics of all rows from those of the chunks."""
         case, columns = zip(*parts, strict=True)
         return torch.cat(case), torch.cat(columns, dim=1)
 
-    def table(self, statistics) -> CaseTable:
-        return CaseTable(*sum_cases(self.uses_triton, statistics), self.y.numel())
+
+def rows_of(hidden: Tensor, rows: slice) -> Tensor:
+    """Some rows of (..., D), counted over all leading dimensions; of a view that is no (N, D) only they are copied."""
+    if hidden.dim() == 2:
+        return hidden[rows]
+    length = hidden.shape[-2] if hidden.dim() > 1 else 1
+    hidden = hidden.reshape(-1, length, hidden.shape[-1])
+    place = torch.arange(*rows.indices(hidden.shape[0] * length), dtype=torch.int64, device=hidden.device)
+    return hidden[place // max(1, length), place % max(1, length)]
 
 
 class _Gradients:
@@ -172,7 +195,7 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple, chunked: ChunkedLoss):
         wide = torch.promote_types(chunked.dtype, torch.float32)
         narrow = gradient_dtype(chunked.dtype, hidden.device, chunked.uses_triton)
-        self.hidden = hidden.new_empty(hidden.shape, dtype=narrow) if needs[0] else None
+        self.hidden = hidden.new_empty(len(chunked.y), hidden.shape[-1], dtype=narrow) if needs[0] else None
         self.weight = weight.new_empty(weight.shape, dtype=wide) if needs[1] else None
         self.bias = weight.new_zeros(len(weight), dtype=wide) if needs[2] else None
         self.scale = chunked.made_for / chunked.divisor

@@ -8,16 +8,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, stepwise_reference
+from .cases import CaseTable
+from .terms import PLAIN, Terms
+from .validation import active_transform, is_traced
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
-def uses_triton(impl: str, logits: Tensor) -> bool:
-    """Whether the Triton kernel runs; raises ValueError where it was asked for and cannot."""
-    if impl == "reference" or (impl == "auto" and logits.device.type != "cuda"):
+def uses_triton(impl: str, like: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernel runs; raises ValueError where it was asked for and cannot.
+
+    Args:
+        like: on the device of the logits, and with or without contents as they are.
+        dtype: of the logits.
+    """
+    if impl == "reference" or (impl == "auto" and like.device.type != "cuda"):
         return False
-    obstacle = _obstacle_to_triton(logits.dtype, logits.device)
+    transform = active_transform()
+    obstacle = (
+        f"a call outside {transform}"
+        if transform
+        else _obstacle_to_triton(dtype, like.device, launches=not is_traced(like))
+    )
     if obstacle and impl == "triton":
         raise ValueError(f'impl="triton" needs {obstacle}')
     return not obstacle
@@ -25,7 +38,7 @@ def uses_triton(impl: str, logits: Tensor) -> bool:
 
 # Under torch.compile the answer is found once, while tracing, and not traced itself.
 @torch.compiler.assume_constant_result
-def _obstacle_to_triton(dtype: torch.dtype, device: torch.device) -> str:
+def _obstacle_to_triton(dtype: torch.dtype, device: torch.device, *, launches: bool) -> str:
     """What the Triton kernel would need and does not have; empty where it can run."""
     if dtype == torch.float64:
         return "logits in fp32, bf16 or fp16, got torch.float64"
@@ -33,6 +46,8 @@ def _obstacle_to_triton(dtype: torch.dtype, device: torch.device) -> str:
         from . import triton_kernels
     except ImportError:
         return "the package triton, which is not installed"
+    if not launches and device.type in ("meta", "cuda"):
+        return ""  # the machine need not have the device
     if triton_kernels.is_interpreted():
         return "" if device.type in ("cpu", "cuda") else f"a CPU or CUDA device, got {device}"
     if device.type != "cuda":
@@ -42,53 +57,92 @@ def _obstacle_to_triton(dtype: torch.dtype, device: torch.device) -> str:
     return ""
 
 
-def as_rows(logits: Tensor) -> Tensor:
-    """(N, V) with last stride 1; a view wherever the rows are evenly spaced, else a copy."""
+def as_rows(logits: Tensor, *, uneven: bool = False) -> Tensor:
+    """(N, V) with last stride 1; a view wherever the rows are evenly spaced, else a copy.
+
+    With ``uneven``, (B, T, V) where the rows of a slice of sequences are spaced evenly but for the gaps
+    between these: a view too.
+    """
+    logits, size = logits.detach(), logits.shape[-1]
     # Not -1, which has no answer where a slice of a vocabulary holds no column.
-    rows = logits.detach().reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
-    if rows.shape[1] == 1:
+    n = math.prod(logits.shape[:-1])
+    if size == 1:
+        rows = logits.reshape(n, size)
         return rows.as_strided(rows.shape, (rows.stride(0), 1))  # any stride does for one column
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    shapes = [(n, size)]
+    if uneven and logits.dim() > 2:
+        shapes.append((math.prod(logits.shape[:-2]), *logits.shape[-2:]))
+    for shape in shapes:
+        try:
+            rows = logits.view(shape)
+        except RuntimeError:
+            continue
+        return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return logits.reshape(n, size).contiguous()
 
 
 # Row statistics, a pair (case (N,), columns (n, N)): what one pass over logits (N, V) leaves of each
 # row, for the case table and for the gradient. The first column is the row's loss; the number and
-# the sense of the others are each implementation's own.
+# the sense of the others are each implementation's own, and follow from the terms.
 
 
-def score_rows(uses_triton: bool, logits: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    """The statistics of rows; ``arguments`` are y (N,), x (N,), mask_id, pk, pm, ignore_index."""
+def score_rows(uses_triton: bool, logits: Tensor, *labels, terms: Terms = PLAIN) -> tuple[Tensor, Tensor]:
+    """The statistics of rows; ``labels`` are y (N,), x (N,), mask_id, pk, pm, ignore_index."""
     if not uses_triton:
-        return reference.score_rows(logits, *arguments)
+        return stepwise_reference.score_rows(logits, *labels, terms)
     from . import triton_kernels
 
-    return triton_kernels.launch_loss(logits, *arguments)
+    return triton_kernels.launch_loss(logits, *labels, terms=terms)
 
 
 def row_gradients(
     uses_triton: bool, logits: Tensor, y: Tensor, statistics: tuple[Tensor, Tensor], upstream: Tensor,
-    *, divisor: float, overwrite: bool = False,
+    *, divisor: float, mask_id: int, terms: Terms = PLAIN, overwrite: bool = False,
 ) -> Tensor:  # fmt: skip
     """The gradient of sum(row losses * upstream) / divisor; where Triton runs, over the logits if asked."""
     if not uses_triton:
-        return reference.row_gradients(logits, y, statistics, upstream, divisor)
+        return stepwise_reference.row_gradients(
+            logits, y, statistics, upstream, divisor, mask_id=mask_id, terms=terms
+        )
     from . import triton_kernels
 
     statistics = triton_kernels.RowStatistics(*statistics)
     return triton_kernels.launch_gradient(
-        logits, y, statistics, upstream, divisor=divisor, gradient_out=logits if overwrite else None
-    )
+        logits, y, statistics, upstream, divisor=divisor, mask_id=mask_id, terms=terms,
+        gradient_out=logits if overwrite else None,
+    )  # fmt: skip
 
 
-def sum_cases(uses_triton: bool, statistics: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts (3, 3), nll sums (3, 3) and gap sums (3,) of the case table."""
+def sum_cases(uses_triton: bool, statistics: tuple[Tensor, Tensor], terms: Terms = PLAIN) -> tuple:
+    """What :class:`CaseTable` holds but ``n_positions``, in its order; None for what the terms do not have."""
     if uses_triton:
         from . import triton_kernels
 
-        return triton_kernels.launch_case_sums(triton_kernels.RowStatistics(*statistics))
-    case, columns = statistics
-    table = reference.tabulate_cases(case, columns[1], columns[2])
-    return table.counts, table.nll, table.gap
+        sums = triton_kernels.launch_case_sums(triton_kernels.RowStatistics(*statistics), terms)
+        has = (terms.has_own_sums, terms.label_smoothing > 0, terms.z_loss > 0)
+        return *sums[:3], *(part if wanted else None for part, wanted in zip(sums[3:], has, strict=False))
+    table = reference.tabulate_cases(stepwise_reference.scores_of(statistics, terms), terms)
+    weighted = table.weighted if terms.has_own_sums else None
+    return table.counts, table.nll, table.gap, weighted, table.smoothing, table.z_loss
+
+
+def make_table(sums: tuple, n_positions: int) -> CaseTable:
+    """The table of what :func:`sum_cases` returned."""
+    counts, nll, gap, *others = sums
+    return CaseTable(counts, nll, gap, n_positions, *others)
+
+
+def row_values(
+    uses_triton: bool, statistics: tuple[Tensor, Tensor], terms: Terms
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The case of each row, and the fields of :class:`RowOutputs` by name, (N,) each."""
+    if uses_triton:
+        from . import triton_kernels
+
+        statistics = triton_kernels.RowStatistics(*statistics)
+        names = ["nll", "lse", "p_mask", "confidence", *(["entropy"] if terms.entropy else [])]
+        return statistics.case, {name: statistics.column(name.upper(), terms) for name in names}
+    return reference.row_values(stepwise_reference.scores_of(statistics, terms), terms)
 
 
 def reduce_rows(row_loss: Tensor, reduction: str) -> Tensor:

@@ -13,23 +13,33 @@ count). Matrix products of N*D*V multiplications each, and what is kept until ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .cases import CaseTable
+from .calls import Result, prepare_call
 from .chunks import DEFAULT_WORKSPACE_MIB, ChunkedLoss
-from .implementation import IMPLEMENTATIONS, forbid_second_derivative, reduce_rows, uses_triton
-from .operators import compiled_linear_diffusion_loss
+from .implementation import (
+    IMPLEMENTATIONS,
+    forbid_second_derivative,
+    make_table,
+    reduce_rows,
+    row_values,
+    sum_cases,
+    uses_triton,
+)
+from .linear_operators import compiled_linear_diffusion_loss
 from .validation import (
     Penalty,
     check_choice,
-    check_label_values,
     check_linear_arguments,
     check_positive,
-    check_targets,
+    check_untransformed,
+    check_upstream,
     check_upstream_scale,
+    is_traced,
 )
 
 
@@ -39,8 +49,8 @@ def fused_linear_diffusion_loss(
     y: Tensor,
     x: Tensor,
     mask_id: int,
-    pk: Penalty,
-    pm: Penalty,
+    pk: Penalty | None = None,
+    pm: Penalty | None = None,
     *,
     bias: Tensor | None = None,
     ignore_index: int = -1,
@@ -51,7 +61,19 @@ def fused_linear_diffusion_loss(
     chunk_tokens: int | None = None,
     workspace_mib: float = DEFAULT_WORKSPACE_MIB,
     upstream_scale: float | None = None,
-) -> Tensor | tuple[Tensor, CaseTable]:
+    token_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    case_weights: Tensor | Sequence[Sequence[float]] | None = None,
+    gate: str = "argmax",
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    forbid_mask: bool = False,
+    logit_scale: float | Tensor | None = None,
+    return_rows: bool = False,
+    entropy: bool = False,
+    shift: int = 0,
+) -> Result:
     """The loss of ``hidden @ weight.T + bias`` without an N x V tensor, in memory or in the graph.
 
     The formula is that of :func:`difftrain_kernels.diffusion_loss_reference`, and so are the
@@ -69,13 +91,15 @@ def fused_linear_diffusion_loss(
     afterwards; wherever backward computes logits again (see ``reduction``), changed inputs raise.
 
     Args:
-        hidden: (..., D) fp32, bf16, fp16 or fp64, any device; D >= 1.
-        weight: (V, D), the output layer's (tied or not), V >= 1; like ``hidden`` in dtype, except
-            under autocast.
+        hidden: (..., D) fp32, bf16, fp16 or fp64, any device and strides; D >= 1. A fake tensor, or one
+            on meta, gives results without contents, and nothing is launched.
+        weight: (V, D), the output layer's (tied or not), 1 <= V < 2**31; like ``hidden`` in dtype,
+            except under autocast.
         y: (...) int64 or int32, the targets; ``ignore_index`` where a position does not count.
         x: (...) int64 or int32, the ids the model saw.
         mask_id: id of [MASK], in [0, V).
-        pk: penalty_keep_mask, a number >= 0 or a 0-d float tensor on the same device.
+        pk: penalty_keep_mask, a real number >= 0 or a 0-d float tensor on the same device, just as
+            :func:`difftrain_kernels.fused_diffusion_loss` takes it.
         pm: penalty_mask_correct, like ``pk``.
         bias: (V,) or None.
         ignore_index: the target that marks a position as not counted: loss 0 and gradient exactly
@@ -97,10 +121,14 @@ def fused_linear_diffusion_loss(
         upstream_scale: the gradient that will reach this loss, where it is known. Not needed for
             speed: it spares the gradients of ``hidden`` a second rounding where the factor is not
             a power of two. Changes nothing for "none" and in fp16.
+        token_weights, normalizer, case_weights, gate, softcap, label_smoothing, z_loss, forbid_mask,
+            logit_scale, return_rows, entropy, shift: as in :func:`fused_diffusion_loss`. A position of
+            token weight 0 may hold NaN in its hidden state, like an ignored one.
 
     Returns:
         The loss, fp32 (fp64 for fp64): 0-d, or of y's shape for "none". An empty batch gives NaN
-        for "mean" and 0 for "sum". With ``return_cases``, the pair (loss, CaseTable).
+        for "mean" and 0 for "sum". With ``return_cases`` or ``return_rows`` a tuple, as in
+        :func:`fused_diffusion_loss`.
 
     Raises:
         TypeError: an argument of the wrong Python type.
@@ -113,47 +141,61 @@ def fused_linear_diffusion_loss(
     """
     device_type = getattr(getattr(hidden, "device", None), "type", "cpu")
     is_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    check_linear_arguments(hidden, weight, bias, is_autocast)
-    vocab_size, device = weight.shape[0], hidden.device
-    check_targets(hidden.shape[:-1], vocab_size, device, y, x, mask_id, pk, pm, ignore_index, reduction)
+    hidden, weight, bias = check_linear_arguments(hidden, weight, bias, is_autocast)
+    vocab_size = weight.shape[0]
+    call = prepare_call(
+        hidden.shape[:-1], vocab_size, hidden, y, x, mask_id, pk, pm,
+        ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, shift=shift,
+        return_cases=return_cases, return_rows=return_rows, entropy=entropy, token_weights=token_weights,
+        case_weights=case_weights, gate=gate, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss,
+        forbid_mask=forbid_mask, logit_scale=logit_scale,
+    )  # fmt: skip
     check_choice("impl", impl, IMPLEMENTATIONS)
-    check_upstream_scale(upstream_scale)
-    check_positive("workspace_mib", workspace_mib)
+    upstream_scale = check_upstream_scale(upstream_scale)
+    workspace_mib = check_positive("workspace_mib", workspace_mib)
     if chunk_tokens is not None:
-        check_positive("chunk_tokens", chunk_tokens, integer=True)
+        chunk_tokens = check_positive("chunk_tokens", chunk_tokens, integer=True)
+    check_untransformed("fused_linear_diffusion_loss")
 
     dtype = hidden.dtype
     if is_autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-    is_fused = uses_triton(impl, torch.empty(0, dtype=dtype, device=device))
+    is_fused = uses_triton(impl, hidden, dtype)
     workspace_bytes = int(min(workspace_mib * 2**20, 2**62))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_traced(hidden):
         return compiled_linear_diffusion_loss(
-            hidden, weight, bias, y, x, mask_id, pk, pm,
-            ignore_index=ignore_index, reduction=reduction, uses_triton=is_fused,
-            return_cases=return_cases, check_labels=check_labels, dtype=dtype,
+            hidden, weight, bias, call, uses_triton=is_fused, check_labels=check_labels, dtype=dtype,
             chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
         )  # fmt: skip
     if check_labels:
-        check_label_values(y, vocab_size, ignore_index)
-    pk, pm = (p.detach() if isinstance(p, Tensor) else float(p) for p in (pk, pm))
+        call.check_label_values()
     chunked = ChunkedLoss.plan(
-        vocab_size, y.reshape(-1), int(ignore_index), reduction, dtype, is_fused,
-        chunk_tokens, workspace_bytes, upstream_scale,
+        vocab_size, call.terms, call.y, call.mask_id, call.ignore_index, call.reduction, dtype, is_fused,
+        chunk_tokens, workspace_bytes, call.stated(upstream_scale),
     )  # fmt: skip
-    weighting = (x.reshape(-1), int(mask_id), pk, pm)
-    head = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    weighting, head = (call.x, call.pk, call.pm), (_flat(hidden), weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
         loss, *statistics = _LinearLoss.apply(*head, chunked, weighting)
     else:
         statistics, _ = chunked.run(*head, weighting=weighting)
-        loss = reduce_rows(statistics[1][0], reduction)
-    loss = loss.view(y.shape) if reduction == "none" else loss
-    return (loss, chunked.table(statistics)) if return_cases else loss
+        loss = reduce_rows(statistics[1][0], call.reduction)
+    return call.result(
+        loss,
+        lambda: make_table(sum_cases(is_fused, statistics, call.terms), call.y.numel()),
+        lambda: row_values(is_fused, statistics, call.terms),
+    )
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    """(N, D) where that is a view; a slice of sequences stays as it is, and its chunks are copied one by one."""
+    try:
+        return hidden.view(-1, hidden.shape[-1])
+    except RuntimeError:
+        return hidden
 
 
 class _LinearLoss(torch.autograd.Function):
-    """(hidden (N, D), weight, bias, ...) -> (loss, *statistics); the statistics have no gradient."""
+    """(hidden (..., D), weight, bias, ...) -> (loss, *statistics); the statistics have no gradient."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, chunked, weighting):
@@ -162,6 +204,7 @@ class _LinearLoss(torch.autograd.Function):
         statistics, gradients = chunked.run(hidden, weight, bias, needs, weighting=weighting)
         ctx.chunked, ctx.made = chunked, gradients if is_made_now else None
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.shape = hidden.shape
         ctx.save_for_backward(hidden, weight, bias, chunked.y, *statistics)
         ctx.mark_non_differentiable(*statistics)
         return reduce_rows(statistics[1][0], chunked.reduction), *statistics
@@ -169,7 +212,8 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         with torch.no_grad():
-            gradients = _LinearLoss._gradients(ctx, upstream)
+            of_hidden, *others = _LinearLoss._gradients(ctx, check_upstream(upstream))
+            gradients = [None if of_hidden is None else of_hidden.view(ctx.shape), *others]
         if torch.is_grad_enabled():
             gradients = forbid_second_derivative(gradients)
         return *gradients, None, None

@@ -17,20 +17,33 @@ more. Whoever knows ``1 / k`` states it and saves a third. Nothing waits for the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .cases import CaseTable
-from .implementation import IMPLEMENTATIONS, as_rows, forbid_second_derivative, reduce_rows, uses_triton
+from .calls import LossCall, Result, prepare_call
+from .implementation import (
+    IMPLEMENTATIONS,
+    as_rows,
+    forbid_second_derivative,
+    make_table,
+    reduce_rows,
+    row_values,
+    score_rows,
+    sum_cases,
+    uses_triton,
+)
 from .operators import compiled_diffusion_loss
-from .reference import diffusion_loss_reference
+from .reference import reference_loss
 from .validation import (
     Penalty,
     check_choice,
-    check_label_values,
-    check_loss_arguments,
+    check_logits,
     check_overwritable,
+    check_upstream,
     check_upstream_scale,
+    is_traced,
 )
 
 
@@ -39,8 +52,8 @@ def fused_diffusion_loss(
     y: Tensor,
     x: Tensor,
     mask_id: int,
-    pk: Penalty,
-    pm: Penalty,
+    pk: Penalty | None = None,
+    pm: Penalty | None = None,
     *,
     ignore_index: int = -1,
     reduction: str = "mean",
@@ -49,7 +62,19 @@ def fused_diffusion_loss(
     check_labels: bool = False,
     upstream_scale: float | None = None,
     overwrite_logits: bool = False,
-) -> Tensor | tuple[Tensor, CaseTable]:
+    token_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    case_weights: Tensor | Sequence[Sequence[float]] | None = None,
+    gate: str = "argmax",
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    forbid_mask: bool = False,
+    logit_scale: float | Tensor | None = None,
+    return_rows: bool = False,
+    entropy: bool = False,
+    shift: int = 0,
+) -> Result:
     """Cross-entropy weighted by what the model predicts; a drop-in for the eager loss.
 
     The formula is that of :func:`difftrain_kernels.diffusion_loss_reference`. Nothing passed in
@@ -61,15 +86,18 @@ def fused_diffusion_loss(
     no result, are checked and then ignored: the gradient is made in backward, in its own buffer.
 
     Args:
-        logits: (..., V) fp32, bf16, fp16 or fp64, any device; V >= 1.
+        logits: (..., V) fp32, bf16, fp16 or fp64, any device and strides; 1 <= V < 2**31. A fake
+            tensor, or one on meta, gives results without contents, and nothing is launched.
         y: (...) int64 or int32, the targets; ``ignore_index`` where a position does not count.
         x: (...) int64 or int32, the ids the model saw.
         mask_id: id of [MASK], in [0, V).
-        pk: penalty_keep_mask, the weight where a masked position is answered [MASK]. A number >= 0,
-            or a 0-d float tensor on the logits' device.
+        pk: penalty_keep_mask, the weight where a masked position is answered [MASK]. A real number
+            >= 0 (int, float, Fraction, Decimal, a scalar or 0-d array of numpy's; True and False are
+            1 and 0), taken as ``float(pk)``; or a 0-d float tensor on the logits' device, which gets
+            no gradient. 1 by default.
         pm: penalty_mask_correct, the weight where a correct word is answered [MASK]; like ``pk``.
-        ignore_index: the target that marks a position as not counted. Such positions have loss 0
-            and gradient exactly 0, but stay in the mean's divisor.
+        ignore_index: the target that marks a position as not counted, within y's dtype. Such
+            positions have loss 0 and gradient exactly 0, but stay in the mean's divisor.
         reduction: "mean" over all positions, "sum", or "none" (one loss per position).
         impl: "auto" takes "triton" for CUDA logits up to fp32, else the reference; "triton" the
             fused kernel (on CPU tensors too where TRITON_INTERPRET=1); "reference" plain PyTorch.
@@ -85,10 +113,34 @@ def fused_diffusion_loss(
             stay as they are. A later forward use sees the gradient. Any other use of their values
             in backward then raises, and so does a second backward unless ``upstream_scale`` is
             stated. With it, an upstream gradient other than stated rounds each element twice.
+        token_weights: a factor of each position's loss, any real dtype, of a shape that broadcasts to
+            y's: (B, T), (B, 1), (T,) or (). It is read where it lies, and is a constant: one that
+            requires a gradient is refused. A position of weight 0 does not count, as if it were
+            ignored; a negative one counts, and NaN or infinity shows in the loss.
+        normalizer: what the sum over positions is divided by in place of their number, for "mean" and
+            "sum" alike: a number >= 0, or a 0-d tensor on the device. 0 gives loss 0 and gradient 0.
+        case_weights: the nine weights by case in place of ``pk`` and ``pm``: three rows (masked, intact,
+            corrupted) of three numbers >= 0 (answered [MASK], the target, something else), or a (3, 3)
+            floating-point tensor on the device.
+        gate: "argmax" weighs a position by what the model answers; "probability" by what it would answer
+            on average, so that a weight fades in with the probability of [MASK] instead of jumping.
+        softcap: c > 0: logits become c * tanh(logit / c) before everything else.
+        label_smoothing: share in [0, 1) of the target that is spread over the vocabulary.
+        z_loss: factor >= 0 of the squared log-sum-exp that is added to each position that counts, times
+            its token weight, not its weight by case.
+        forbid_mask: [MASK] takes part in nothing, as if its logit were -inf; its gradient is exactly 0,
+            and as a target it is no label.
+        logit_scale: a factor > 0 of the logits, a number or a 0-d floating-point tensor on the device; a
+            constant. Before ``softcap``.
+        return_rows: also return the :class:`RowOutputs` of this batch, from the same pass.
+        entropy: with their entropy.
+        shift: how many positions earlier the logits of a position stand, along y's last dimension: 1 for
+            models that predict the next token. Positions without logits do not count.
 
     Returns:
         The loss, fp32 (fp64 for fp64 logits): 0-d, or of y's shape for "none". An empty batch
-        gives NaN for "mean" and 0 for "sum". With ``return_cases``, the pair (loss, CaseTable).
+        gives NaN for "mean" and 0 for "sum". With ``return_cases`` or ``return_rows`` a tuple: (loss,
+        CaseTable), (loss, RowOutputs) or (loss, CaseTable, RowOutputs).
 
     Raises:
         TypeError: an argument of the wrong Python type.
@@ -98,76 +150,73 @@ def fused_diffusion_loss(
 
     Source: the specification's ``diffusion_loss_function``.
     """
-    check_loss_arguments(logits, y, x, mask_id, pk, pm, ignore_index, reduction)
+    logits = check_logits(logits)
+    call = prepare_call(
+        logits.shape[:-1], logits.shape[-1], logits, y, x, mask_id, pk, pm,
+        ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, shift=shift,
+        return_cases=return_cases, return_rows=return_rows, entropy=entropy, token_weights=token_weights,
+        case_weights=case_weights, gate=gate, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss,
+        forbid_mask=forbid_mask, logit_scale=logit_scale,
+    )  # fmt: skip
     check_choice("impl", impl, IMPLEMENTATIONS)
-    check_upstream_scale(upstream_scale)
+    upstream_scale = check_upstream_scale(upstream_scale)
     if overwrite_logits:
         check_overwritable(logits)
-    is_fused = uses_triton(impl, logits)
-    if torch.compiler.is_compiling():
-        return compiled_diffusion_loss(
-            logits, y, x, mask_id, pk, pm, ignore_index=ignore_index, reduction=reduction,
-            uses_triton=is_fused, return_cases=return_cases, check_labels=check_labels,
-        )  # fmt: skip
+    is_fused = uses_triton(impl, logits, logits.dtype)
+    if torch.compiler.is_compiling() or is_traced(logits):
+        return compiled_diffusion_loss(logits, call, uses_triton=is_fused, check_labels=check_labels)
     if check_labels:
-        check_label_values(y, logits.shape[-1], ignore_index)
+        call.check_label_values()
     if not is_fused:
-        return diffusion_loss_reference(
-            logits, y, x, mask_id, pk, pm,
-            ignore_index=ignore_index, reduction=reduction, return_cases=return_cases,
-        )  # fmt: skip
+        return reference_loss(logits, call)
+    return _triton_loss(logits, call, call.stated(upstream_scale), overwrite_logits)
 
-    from . import triton_kernels
 
-    pk, pm = (p.detach() if isinstance(p, Tensor) else p for p in (pk, pm))
-    arguments = (y.reshape(-1), x.reshape(-1), int(mask_id), pk, pm, int(ignore_index))
+def _triton_loss(logits: Tensor, call: LossCall, stated: float | None, overwrite: bool) -> Result:
     if torch.is_grad_enabled() and logits.requires_grad:
-        loss, case, columns = _TritonLoss.apply(
-            logits, arguments, reduction, upstream_scale, overwrite_logits
-        )
-        statistics = triton_kernels.RowStatistics(case, columns)
+        loss, *statistics = _TritonLoss.apply(logits, call, stated, overwrite)
     else:
-        statistics = triton_kernels.launch_loss(as_rows(logits), *arguments)
-        loss = reduce_rows(statistics.row_loss, reduction)
-    if reduction == "none":
-        loss = loss.view(y.shape)
-    if not return_cases:
-        return loss
-    counts, nll, gap = triton_kernels.launch_case_sums(statistics)
-    return loss, CaseTable(counts, nll, gap, y.numel())
+        statistics = score_rows(True, as_rows(logits, uneven=True), *call.labels, terms=call.terms)
+        loss = reduce_rows(statistics[1][0], call.reduction)
+    return call.result(
+        loss,
+        lambda: make_table(sum_cases(True, statistics, call.terms), call.y.numel()),
+        lambda: row_values(True, statistics, call.terms),
+    )
 
 
 class _TritonLoss(torch.autograd.Function):
     """(logits, ...) -> (loss, case, columns); the last two are the row statistics, no gradient."""
 
     @staticmethod
-    def forward(ctx, logits, arguments, reduction, upstream_scale, overwrite):
+    def forward(ctx, logits, call, stated, overwrite):
         from . import triton_kernels
 
-        rows = as_rows(logits)
-        ctx.divisor = max(1, len(rows)) if reduction == "mean" else 1
-        ctx.stated, ctx.overwrite, ctx.gradient, ctx.made_for = upstream_scale, overwrite, None, None
-        if upstream_scale is None:
-            statistics = triton_kernels.launch_loss(rows, *arguments)
+        rows = as_rows(logits, uneven=True)
+        ctx.divisor = max(1, len(call.y)) if call.reduction == "mean" else 1
+        ctx.stated, ctx.overwrite, ctx.gradient, ctx.made_for = stated, overwrite, None, None
+        ctx.mask_id, ctx.terms = call.mask_id, call.terms
+        if stated is None:
+            statistics = triton_kernels.launch_loss(rows, *call.labels, terms=call.terms)
         else:
             statistics, ctx.gradient = triton_kernels.launch_loss_and_gradient(
-                rows, *arguments, upstream=upstream_scale, divisor=ctx.divisor,
+                rows, *call.labels, terms=call.terms, upstream=stated, divisor=ctx.divisor,
                 gradient_out=rows if overwrite else None,
             )  # fmt: skip
             if overwrite:
                 ctx.gradient = None  # it is the logits, which are saved
                 torch.autograd.graph.increment_version(logits)
-        ctx.save_for_backward(logits, arguments[0], *statistics)
+        ctx.save_for_backward(logits, call.y, *statistics)
         ctx.mark_non_differentiable(*statistics)
-        return reduce_rows(statistics.row_loss, reduction), *statistics
+        return reduce_rows(statistics.row_loss, call.reduction), *statistics
 
     @staticmethod
     def backward(ctx, upstream, *_):
         with torch.no_grad():
-            gradient = _TritonLoss._gradient(ctx, upstream)
+            gradient = _TritonLoss._gradient(ctx, check_upstream(upstream))
         if torch.is_grad_enabled():
             (gradient,) = forbid_second_derivative([gradient])
-        return gradient, None, None, None, None
+        return gradient, None, None, None
 
     @staticmethod
     def _gradient(ctx, upstream):
@@ -175,13 +224,14 @@ class _TritonLoss(torch.autograd.Function):
 
         logits, y, *statistics = ctx.saved_tensors
         statistics = triton_kernels.RowStatistics(*statistics)
-        rows = as_rows(logits)
+        rows = as_rows(logits, uneven=True)
+        terms = {"mask_id": ctx.mask_id, "terms": ctx.terms}
         upstream = upstream.reshape(-1) if upstream.dim() else upstream
         if ctx.overwrite and ctx.stated is not None:
             gradient = _scale_overwritten(ctx, rows, upstream)
         elif ctx.overwrite:
             gradient = triton_kernels.launch_gradient(
-                rows, y, statistics, upstream, divisor=ctx.divisor, gradient_out=rows
+                rows, y, statistics, upstream, divisor=ctx.divisor, gradient_out=rows, **terms
             )
             torch.autograd.graph.increment_version(logits)
         else:
@@ -191,7 +241,7 @@ class _TritonLoss(torch.autograd.Function):
                 made = None  # hooks on saved tensors gave the logits back at another address
             gradient = triton_kernels.launch_gradient(
                 rows, y, statistics, upstream, divisor=ctx.divisor,
-                stated=torch.nan if made is None else ctx.stated, gradient_out=made,
+                stated=torch.nan if made is None else ctx.stated, gradient_out=made, **terms,
             )  # fmt: skip
         return gradient.view(logits.shape)
 
@@ -205,4 +255,4 @@ def _scale_overwritten(ctx, gradient: Tensor, upstream: Tensor) -> Tensor:
         ctx.made_for = upstream.clone()
         return gradient
     ratio = torch.where(upstream == ctx.made_for, 1.0, upstream / ctx.made_for)
-    return (gradient * (ratio[:, None] if ratio.dim() else ratio)).to(gradient.dtype)
+    return (gradient * (ratio.view(*gradient.shape[:-1], 1) if ratio.dim() else ratio)).to(gradient.dtype)

@@ -1,4 +1,4 @@
-"""The losses as operators of PyTorch: what torch.compile puts into its graphs.
+"""The loss of logits as operators of PyTorch: what torch.compile puts into its graphs.
 
 An operator is opaque to the compiler, so what runs is what runs eagerly, bit for bit. Its schema
 holds no float: Dynamo would make a graph for each value. Penalties are 0-d tensors on the device.
@@ -12,6 +12,7 @@ over the logits or give a buffer away, which an operator may not: its results mu
 | ``difftrain::linear_diffusion_loss`` | hidden (N, D), weight (V, D), bias | the loss, row statistics, gradients |
 | ``difftrain::linear_diffusion_loss_backward`` | the same, row statistics | the gradients again |
 | ``difftrain::case_sums`` | row statistics | counts and sums of the case table |
+| ``difftrain::shown_rows`` | row statistics | what is shown of each row |
 """
 
 from __future__ import annotations
@@ -22,118 +23,193 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import reference
+from . import reference, sliced_reference, stepwise_reference
+from .calls import LossCall, Result
 from .cases import CaseTable
-from .chunks import ChunkedLoss, gradient_dtype, upstream_of_gradients
-from .implementation import as_rows, forbid_backward, reduce_rows, row_gradients, score_rows, sum_cases
-from .validation import Penalty, check_label_values
+from .implementation import (
+    as_rows,
+    forbid_backward,
+    make_table,
+    reduce_rows,
+    row_gradients,
+    row_values,
+    score_rows,
+    sum_cases,
+)
+from .terms import PLAIN, Terms
+from .validation import check_label_values
 
 # Names of operators are global: a second copy of this package, such as Hugging Face's kernels loads
 # under a name of its own, must not take those of the first.
 NAMESPACE = "difftrain" if __package__ == "difftrain_kernels" else re.sub(r"\W", "_", __package__)
 
+# The terms in a schema: what they change is constant in a training (a float in a schema is compiled anew
+# for each value), but for weights and the logits' scale, which are tensors.
+TERMS = (
+    "Tensor? token_weights, Tensor? case_weights, Tensor? logit_scale, str gate, float? softcap, "
+    "float label_smoothing, float z_loss, bool forbid_mask, bool rows, bool entropy"
+)
+N_TERMS = 10
+
+
+def flattened(terms: Terms, like: Tensor) -> tuple:
+    """The terms as a schema has them."""
+    token_weights, case_weights, scale = terms.token_weights, terms.case_weights, terms.logit_scale
+    if isinstance(case_weights, tuple):
+        case_weights = torch.stack([as_tensor(weight, like) for weight in case_weights]).view(3, 3)
+    return (
+        None if token_weights is None else token_weights.reshape(-1),
+        case_weights,
+        None if scale is None else as_tensor(scale, like),
+        terms.gate, terms.softcap, terms.label_smoothing, terms.z_loss, terms.forbid_mask, terms.rows, terms.entropy,
+    )  # fmt: skip
+
+
+def terms_of(
+    token_weights, case_weights, logit_scale, gate, softcap, label_smoothing, z_loss, forbid, rows, entropy
+):
+    return Terms(
+        case_weights,
+        gate,
+        token_weights,
+        softcap,
+        label_smoothing,
+        z_loss,
+        forbid,
+        logit_scale,
+        rows,
+        entropy,
+    )
+
+
 # For the losses' public functions.
 
 
 def compiled_diffusion_loss(
-    logits: Tensor, y: Tensor, x: Tensor, mask_id: int, pk: Penalty, pm: Penalty,
-    *, ignore_index: int, reduction: str, uses_triton: bool, return_cases: bool, check_labels: bool,
-) -> Tensor | tuple[Tensor, CaseTable]:  # fmt: skip
+    logits: Tensor, call: LossCall, *, uses_triton: bool, check_labels: bool
+) -> Result:
     """``fused_diffusion_loss`` in a graph, of arguments that were checked."""
-    pk, pm = (_as_tensor(p, logits) for p in (pk, pm))
+    pk, pm = (as_tensor(p, logits) for p in (call.pk, call.pm))
+    terms = flattened(call.terms, logits)
     loss, *statistics = diffusion_loss(
-        logits.reshape(-1, logits.shape[-1]), y.reshape(-1), x.reshape(-1), pk, pm,
-        mask_id, ignore_index, reduction, uses_triton, check_labels,
+        logits.reshape(-1, logits.shape[-1]), call.y, call.x, pk, pm, call.mask_id, call.ignore_index,
+        call.reduction, uses_triton, check_labels, *terms,
     )  # fmt: skip
-    return _shaped(loss, statistics, y, reduction, uses_triton, return_cases)
+    return result_of(loss, statistics, call, terms, uses_triton)
 
 
-def compiled_linear_diffusion_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, x: Tensor, mask_id: int,
-    pk: Penalty, pm: Penalty, *, ignore_index: int, reduction: str, uses_triton: bool,
-    return_cases: bool, check_labels: bool, dtype: torch.dtype, chunk_tokens: int | None, workspace_bytes: int,
-) -> Tensor | tuple[Tensor, CaseTable]:  # fmt: skip
-    """``fused_linear_diffusion_loss`` in a graph, of arguments that were checked."""
-    pk, pm = (_as_tensor(p, hidden) for p in (pk, pm))
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss, case, columns, *_ = linear_diffusion_loss(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, x.reshape(-1), mask_id, pk, pm, check_labels, *needs,
-        y.reshape(-1), ignore_index, reduction, dtype, uses_triton, chunk_tokens, workspace_bytes,
-    )  # fmt: skip
-    return _shaped(loss, (case, columns), y, reduction, uses_triton, return_cases)
+def as_tensor(number: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a 0-d tensor. One that Dynamo traces as variable stays one in a product."""
+    if isinstance(number, Tensor):
+        return number
+    return like.new_ones((), dtype=loss_dtype(like.dtype)) * number
 
 
-def _as_tensor(penalty: Penalty, like: Tensor) -> Tensor:
-    """A penalty as a 0-d tensor. A number that Dynamo traces as variable stays one in a product."""
-    if isinstance(penalty, Tensor):
-        return penalty.detach()
-    return torch.ones((), dtype=_loss_dtype(like.dtype), device=like.device) * penalty
-
-
-def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _shaped(loss, statistics, y, reduction, uses_triton, return_cases):
-    loss = loss.view(y.shape) if reduction == "none" else loss
-    if not return_cases:
-        return loss
-    return loss, CaseTable(*case_sums(*statistics, uses_triton), y.numel())
+def result_of(loss, statistics, call: LossCall, terms: tuple, uses_triton: bool) -> Result:
+    return call.result(
+        loss,
+        lambda: _table(statistics, call, terms, uses_triton),
+        lambda: _rows(statistics, call, terms, uses_triton),
+    )
+
+
+def _table(statistics, call: LossCall, terms: tuple, uses_triton: bool) -> CaseTable:
+    sums = case_sums(*statistics, uses_triton, *terms)
+    # What these terms do not have is empty.
+    return make_table(tuple(part if part.numel() else None for part in sums), call.y.numel())
+
+
+def _rows(statistics, call: LossCall, terms: tuple, uses_triton: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    shown = shown_rows(*statistics, uses_triton, *terms)
+    names = ["nll", "lse", "p_mask", "confidence", *(["entropy"] if call.terms.entropy else [])]
+    return statistics[0], dict(zip(names, shown.unbind(0), strict=True))
+
+
+def traced_table(statistics, call: LossCall, uses_triton: bool) -> CaseTable:
+    """The table of statistics without contents."""
+    return _table(statistics, call, flattened(call.terms, statistics[1]), uses_triton)
+
+
+def traced_rows(statistics, call: LossCall, uses_triton: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """What is shown of rows without contents."""
+    return _rows(statistics, call, flattened(call.terms, statistics[1]), uses_triton)
 
 
 # From logits.
 
 
-@custom_op(f"{NAMESPACE}::diffusion_loss", mutates_args=())
+@custom_op(
+    f"{NAMESPACE}::diffusion_loss",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor y, Tensor x, Tensor pk, Tensor pm, SymInt mask_id, SymInt ignore_index, "
+    f"str reduction, bool uses_triton, bool check_labels, {TERMS}) -> (Tensor, Tensor, Tensor)",
+)
 def diffusion_loss(
-    logits: Tensor, y: Tensor, x: Tensor, pk: Tensor, pm: Tensor, mask_id: int, ignore_index: int,
-    reduction: str, uses_triton: bool, check_labels: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    logits, y, x, pk, pm, mask_id, ignore_index, reduction, uses_triton, check_labels, *flat_terms
+):
+    terms = terms_of(*flat_terms)
     if check_labels:
-        check_label_values(y, logits.shape[1], ignore_index)
-    case, columns = score_rows(uses_triton, as_rows(logits), y, x, mask_id, pk, pm, ignore_index)
+        check_labels_of(y, logits.shape[1], mask_id, ignore_index, terms)
+    case, columns = score_rows(
+        uses_triton, as_rows(logits), y, x, mask_id, pk, pm, ignore_index, terms=terms
+    )
     return reduce_rows(columns[0], reduction), case, columns
 
 
+def check_labels_of(y: Tensor, vocab_size: int, mask_id: int, ignore_index: int, terms: Terms) -> None:
+    forbidden = mask_id if terms.forbid_mask else None
+    check_label_values(y, vocab_size, ignore_index, forbidden=forbidden, token_weights=terms.token_weights)
+
+
 @diffusion_loss.register_fake
-def _(logits, y, x, pk, pm, mask_id, ignore_index, reduction, uses_triton, check_labels):
-    return _fake_loss(y.shape[0], _loss_dtype(logits.dtype), logits, reduction, uses_triton)
+def _(logits, y, x, pk, pm, mask_id, ignore_index, reduction, uses_triton, check_labels, *flat_terms):
+    return fake_loss(
+        y.shape[0], loss_dtype(logits.dtype), logits, reduction, uses_triton, terms_of(*flat_terms)
+    )
 
 
-def _fake_loss(n, dtype, like, reduction, uses_triton):
+def fake_loss(n, dtype, like, reduction, uses_triton, terms):
     loss = like.new_empty((n,) if reduction == "none" else (), dtype=dtype)
     return (
         loss,
         like.new_empty((n,), dtype=torch.int32),
-        like.new_empty(_n_columns(uses_triton), n, dtype=dtype),
+        like.new_empty(n_columns(uses_triton, terms), n, dtype=dtype),
     )
 
 
-def _n_columns(uses_triton: bool) -> int:
-    if not uses_triton:
-        return reference.N_STATISTICS
-    from . import triton_kernels
+def n_columns(uses_triton: bool, terms: Terms, *, sliced: bool = False) -> int:
+    """How many columns the statistics of rows have, or of rows in slices of a vocabulary."""
+    if uses_triton:
+        from . import triton_kernels
 
-    return triton_kernels.N_STATISTICS
+        return len(triton_kernels.columns(terms))
+    plain = sliced_reference.N_SLICED + (terms != PLAIN) if sliced else stepwise_reference.N_STATISTICS
+    return plain + len(reference.other_columns(terms))
 
 
-@custom_op(f"{NAMESPACE}::diffusion_loss_backward", mutates_args=())
+@custom_op(
+    f"{NAMESPACE}::diffusion_loss_backward",
+    mutates_args=(),
+    schema="(Tensor upstream, Tensor logits, Tensor y, Tensor case, Tensor columns, str reduction, bool uses_triton, "
+    f"SymInt mask_id, {TERMS}) -> Tensor",
+)
 def diffusion_loss_backward(
-    upstream: Tensor,
-    logits: Tensor,
-    y: Tensor,
-    case: Tensor,
-    columns: Tensor,
-    reduction: str,
-    uses_triton: bool,
-) -> Tensor:
+    upstream, logits, y, case, columns, reduction, uses_triton, mask_id, *flat_terms
+):
     rows = as_rows(logits)
     divisor = max(1, len(rows)) if reduction == "mean" else 1
-    return row_gradients(uses_triton, rows, y, (case, columns), upstream, divisor=divisor)
+    return row_gradients(
+        uses_triton, rows, y, (case, columns), upstream,
+        divisor=divisor, mask_id=mask_id, terms=terms_of(*flat_terms),
+    )  # fmt: skip
 
 
 @diffusion_loss_backward.register_fake
-def _(upstream, logits, y, case, columns, reduction, uses_triton):
+def _(upstream, logits, y, case, columns, reduction, uses_triton, mask_id, *flat_terms):
     if not uses_triton:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
     from . import triton_kernels
@@ -145,148 +221,66 @@ def _(upstream, logits, y, case, columns, reduction, uses_triton):
 def _keep_for_backward(ctx, inputs, output):
     logits, y = inputs[:2]
     _, case, columns = output
-    ctx.reduction, ctx.uses_triton = inputs[7:9]
-    ctx.save_for_backward(logits, y, case, columns)
+    ctx.mask_id, (ctx.reduction, ctx.uses_triton) = inputs[5], inputs[7:9]
+    token_weights, case_weights, logit_scale, *ctx.terms = inputs[-N_TERMS:]
+    ctx.save_for_backward(logits, y, case, columns, token_weights, case_weights, logit_scale)
     ctx.mark_non_differentiable(case, columns)
 
 
 def _differentiate(ctx, upstream, *_):
-    gradient = diffusion_loss_backward(upstream, *ctx.saved_tensors, ctx.reduction, ctx.uses_triton)
-    return gradient, *(None,) * 9
+    *saved, token_weights, case_weights, logit_scale = ctx.saved_tensors
+    gradient = diffusion_loss_backward(
+        upstream, *saved, ctx.reduction, ctx.uses_triton, ctx.mask_id,
+        token_weights, case_weights, logit_scale, *ctx.terms,
+    )  # fmt: skip
+    return gradient, *(None,) * (9 + N_TERMS)
 
 
 diffusion_loss.register_autograd(_differentiate, setup_context=_keep_for_backward)
 diffusion_loss_backward.register_autograd(forbid_backward)
 
 
-# From hidden states.
-
-# What both passes need to cut the batch into chunks; the arguments of ``ChunkedLoss.plan``.
-_PLAN = (
-    "Tensor y, SymInt ignore_index, str reduction, ScalarType dtype, bool uses_triton, "
-    "SymInt? chunk_tokens, SymInt workspace_bytes"
-)
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
-_WANTS = "bool wants_hidden, bool wants_weight, bool wants_bias"
-_N_PLAN = 7
+# The case table and the rows of either.
 
 
 @custom_op(
-    f"{NAMESPACE}::linear_diffusion_loss",
+    f"{NAMESPACE}::case_sums",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor x, SymInt mask_id, Tensor pk, Tensor pm, bool check_labels, {_WANTS}, {_PLAN}) "
+    schema=f"(Tensor case, Tensor columns, bool uses_triton, {TERMS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def linear_diffusion_loss(
-    hidden, weight, bias, x, mask_id, pk, pm, check_labels, wants_hidden, wants_weight, wants_bias, *plan
-):
-    chunked = ChunkedLoss.plan(len(weight), *plan)
-    if check_labels:
-        check_label_values(chunked.y, len(weight), chunked.ignore_index)
-    needs = _made_in_forward(chunked.reduction, wants_hidden, wants_weight, wants_bias)
-    statistics, gradients = chunked.run(hidden, weight, bias, needs, weighting=(x, mask_id, pk, pm))
-    return reduce_rows(statistics[1][0], chunked.reduction), *statistics, *_present(hidden, gradients)
-
-
-def _made_in_forward(reduction: str, *wanted: bool) -> tuple[bool, ...]:
-    return wanted if reduction != "none" else (False,) * 3
-
-
-def _present(like: Tensor, gradients) -> list[Tensor]:
-    """Gradients, an empty tensor for each that was not made."""
-    return [like.new_empty(0) if g is None else g for g in gradients]
-
-
-@linear_diffusion_loss.register_fake
-def _(
-    hidden, weight, bias, x, mask_id, pk, pm, check_labels, wants_hidden, wants_weight, wants_bias, *plan
-):
-    _, _, reduction, dtype, uses_triton, *_ = plan
-    needs = _made_in_forward(reduction, wants_hidden, wants_weight, wants_bias)
-    return (
-        *_fake_loss(x.shape[0], _loss_dtype(dtype), hidden, reduction, uses_triton),
-        *_fake_gradients(hidden, weight, dtype, uses_triton, needs),
+def case_sums(case, columns, uses_triton, *flat_terms):
+    # The kernel's results are views of one buffer, or one another, which an operator may not return.
+    sums = sum_cases(uses_triton, (case, columns), terms_of(*flat_terms))
+    return tuple(
+        columns.new_empty(0) if part is None else part.clone() for part in (*sums, *(None,) * 3)[:6]
     )
-
-
-def _fake_gradients(hidden, weight, dtype, uses_triton, needs):
-    wide = _loss_dtype(dtype)
-    narrow = gradient_dtype(dtype, hidden.device, uses_triton)
-    made = (
-        hidden.new_empty(hidden.shape, dtype=narrow),
-        weight.new_empty(weight.shape, dtype=wide),
-        weight.new_empty(weight.shape[:1], dtype=wide),
-    )
-    return _present(hidden, (g if need else None for g, need in zip(made, needs, strict=True)))
-
-
-@custom_op(
-    f"{NAMESPACE}::linear_diffusion_loss_backward",
-    mutates_args=(),
-    schema=f"({_HEAD}, Tensor case, Tensor columns, Tensor? upstream, {_WANTS}, {_PLAN}) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-def linear_diffusion_loss_backward(
-    hidden, weight, bias, case, columns, upstream, wants_hidden, wants_weight, wants_bias, *plan
-):
-    needs = (wants_hidden, wants_weight, wants_bias)
-    _, gradients = ChunkedLoss.plan(len(weight), *plan).run(
-        hidden, weight, bias, needs, saved=(case, columns), upstream=upstream
-    )
-    return tuple(_present(hidden, gradients))
-
-
-@linear_diffusion_loss_backward.register_fake
-def _(hidden, weight, bias, case, columns, upstream, wants_hidden, wants_weight, wants_bias, *plan):
-    _, _, _, dtype, uses_triton, *_ = plan
-    needs = (wants_hidden, wants_weight, wants_bias)
-    return tuple(_fake_gradients(hidden, weight, dtype, uses_triton, needs))
-
-
-def _keep_for_linear_backward(ctx, inputs, output):
-    hidden, weight, bias = inputs[:3]
-    y, *ctx.plan = inputs[-_N_PLAN:]
-    ctx.made = _made_in_forward(ctx.plan[1], *inputs[-_N_PLAN - 3 : -_N_PLAN])
-    ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-    ctx.save_for_backward(hidden, weight, bias, y, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _differentiate_linear(ctx, upstream, *_):
-    hidden, weight, bias, y, case, columns, *gradients = ctx.saved_tensors
-    needs = tuple(ctx.needs_input_grad[:3])
-    _, reduction, dtype, *_ = ctx.plan
-    is_per_row = reduction == "none"
-    if any(need and not made for need, made in zip(needs, ctx.made, strict=True)):
-        gradients = linear_diffusion_loss_backward(
-            hidden, weight, bias, case, columns, upstream if is_per_row else None, *needs, y, *ctx.plan
-        )
-    scale = None if is_per_row else upstream / upstream_of_gradients(y.shape[0], reduction, dtype)
-    scaled = (
-        _scaled(gradient, scale, dtype) if need else None
-        for gradient, need, dtype in zip(gradients, needs, ctx.dtypes, strict=True)
-    )
-    return *scaled, *(None,) * (8 + _N_PLAN)
-
-
-def _scaled(made: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """In fp32, rounded once: on a GPU a 0-d tensor beside narrow ones is rounded to their dtype first."""
-    return made.to(dtype) if scale is None else (made.to(_loss_dtype(made.dtype)) * scale).to(dtype)
-
-
-linear_diffusion_loss.register_autograd(_differentiate_linear, setup_context=_keep_for_linear_backward)
-linear_diffusion_loss_backward.register_autograd(forbid_backward)
-
-
-# The case table of either.
-
-
-@custom_op(f"{NAMESPACE}::case_sums", mutates_args=())
-def case_sums(case: Tensor, columns: Tensor, uses_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
-    # The kernel's results are views of one buffer, which an operator may not return.
-    return tuple(part.clone() for part in sum_cases(uses_triton, (case, columns)))
 
 
 @case_sums.register_fake
-def _(case, columns, uses_triton):
-    return case.new_empty(3, 3, dtype=torch.int64), columns.new_empty(3, 3), columns.new_empty(3)
+def _(case, columns, uses_triton, *flat_terms):
+    terms = terms_of(*flat_terms)
+    cells, nothing = columns.new_empty(3, 3), columns.new_empty(0)
+    return (
+        case.new_empty(3, 3, dtype=torch.int64),
+        cells,
+        columns.new_empty(3),
+        torch.empty_like(cells) if terms.has_own_sums else nothing,
+        torch.empty_like(cells) if terms.label_smoothing else columns.new_empty(0),
+        columns.new_empty(()) if terms.z_loss else columns.new_empty(0),
+    )
+
+
+@custom_op(
+    f"{NAMESPACE}::shown_rows",
+    mutates_args=(),
+    schema=f"(Tensor case, Tensor columns, bool uses_triton, {TERMS}) -> Tensor",
+)
+def shown_rows(case, columns, uses_triton, *flat_terms):
+    _, values = row_values(uses_triton, (case, columns), terms_of(*flat_terms))
+    return torch.stack(list(values.values()))
+
+
+@shown_rows.register_fake
+def _(case, columns, uses_triton, *flat_terms):
+    return columns.new_empty(4 + terms_of(*flat_terms).entropy, columns.shape[1])

@@ -20,13 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import reference
+from . import operators, reference, sliced_reference
+from .calls import LossCall, Result, prepare_call
 from .cases import CaseTable
 from .implementation import (
     IMPLEMENTATIONS,
     as_rows,
     forbid_second_derivative,
+    make_table,
     reduce_rows,
+    row_values,
     sum_cases,
     uses_triton,
 )
@@ -34,10 +37,11 @@ from .validation import (
     LOGITS_DTYPES,
     Penalty,
     check_choice,
-    check_label_values,
-    check_targets,
     check_tensor,
+    check_untransformed,
+    check_upstream,
     is_dtensor,
+    is_traced,
 )
 
 
@@ -46,8 +50,8 @@ def vocab_parallel_diffusion_loss(
     y: Tensor,
     x: Tensor,
     mask_id: int,
-    pk: Penalty,
-    pm: Penalty,
+    pk: Penalty | None = None,
+    pm: Penalty | None = None,
     *,
     slice_sizes: Sequence[int] | None = None,
     group: dist.ProcessGroup | None = None,
@@ -56,7 +60,19 @@ def vocab_parallel_diffusion_loss(
     impl: str = "auto",
     return_cases: bool = False,
     check_labels: bool = False,
-) -> Tensor | tuple[Tensor, CaseTable]:
+    token_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    case_weights: Tensor | Sequence[Sequence[float]] | None = None,
+    gate: str = "argmax",
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    forbid_mask: bool = False,
+    logit_scale: float | Tensor | None = None,
+    return_rows: bool = False,
+    entropy: bool = False,
+    shift: int = 0,
+) -> Result:
     """The loss of logits of which each process holds some columns: a head split over the vocabulary.
 
     The formula is that of :func:`difftrain_kernels.diffusion_loss_reference` for the whole rows, and
@@ -71,7 +87,8 @@ def vocab_parallel_diffusion_loss(
 
     Args:
         logits: (..., V_r) fp32, bf16, fp16 or fp64: the process's columns, where V_r may be 0; or a
-            DTensor (..., V) on a mesh of one dimension, sharded on its last dimension.
+            DTensor (..., V) on a mesh of one dimension, sharded on its last dimension. A fake tensor, or
+            one on meta, gives results without contents: nothing is launched, and nobody is asked.
         y: (...) int64 or int32, the targets in the whole vocabulary; ``ignore_index`` where a
             position does not count.
         x: (...) int64 or int32, the ids the model saw.
@@ -89,11 +106,14 @@ def vocab_parallel_diffusion_loss(
         return_cases: also return the :class:`CaseTable` of this batch.
         check_labels: look for labels outside [0, V) and raise; waits for a GPU. Without it, such
             a label makes its own row's loss and gradient NaN.
+        token_weights, normalizer, case_weights, gate, softcap, label_smoothing, z_loss, forbid_mask,
+            logit_scale, return_rows, entropy, shift: as in :func:`fused_diffusion_loss`; equal on all
+            processes. Smoothing adds two numbers a row to the all-gather, entropy one.
 
     Returns:
         The loss, fp32 (fp64 for fp64 logits), a plain tensor: 0-d, or of y's shape for "none". An
-        empty batch gives NaN for "mean" and 0 for "sum". With ``return_cases``, the pair (loss,
-        CaseTable).
+        empty batch gives NaN for "mean" and 0 for "sum". With ``return_cases`` or ``return_rows`` a
+        tuple, as in :func:`fused_diffusion_loss`.
 
     Raises:
         TypeError: an argument of the wrong Python type.
@@ -104,25 +124,25 @@ def vocab_parallel_diffusion_loss(
     """
     if is_dtensor(logits):
         logits, slice_sizes, group = _from_dtensor(logits, slice_sizes, group)
-    check_tensor("logits", logits, LOGITS_DTYPES)
+    logits = check_tensor("logits", logits, LOGITS_DTYPES)
     if logits.dim() == 0:
         raise ValueError("logits must have shape (..., V_r), got ()")
     rank, sizes = _check_slices(logits.shape[-1], slice_sizes, group)
     vocab_size = sum(sizes)
-    check_targets(
-        logits.shape[:-1], vocab_size, logits.device, y, x, mask_id, pk, pm, ignore_index, reduction
-    )
-    check_choice("impl", impl, IMPLEMENTATIONS)
-    if check_labels:
-        check_label_values(y, vocab_size, ignore_index)
-    pk, pm = (p.detach() if isinstance(p, Tensor) else float(p) for p in (pk, pm))
-    share = _Share(
-        x.reshape(-1), int(mask_id), pk, pm, int(ignore_index), sizes, sum(sizes[:rank]), group,
-        reduction, uses_triton(impl, logits),
+    call = prepare_call(
+        logits.shape[:-1], vocab_size, logits, y, x, mask_id, pk, pm,
+        ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, shift=shift,
+        return_cases=return_cases, return_rows=return_rows, entropy=entropy, token_weights=token_weights,
+        case_weights=case_weights, gate=gate, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss,
+        forbid_mask=forbid_mask, logit_scale=logit_scale,
     )  # fmt: skip
-    loss, *statistics = _ParallelLoss.apply(logits, y.reshape(-1), share)
-    loss = loss.view(y.shape) if reduction == "none" else loss
-    return (loss, share.table(statistics)) if return_cases else loss
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    check_untransformed("vocab_parallel_diffusion_loss")
+    if check_labels and not is_traced(logits):
+        call.check_label_values()
+    share = _Share(call, sizes, sum(sizes[:rank]), group, uses_triton(impl, logits, logits.dtype))
+    loss, *statistics = _ParallelLoss.apply(logits, call.y, share)
+    return call.result(loss, lambda: share.table(statistics), lambda: share.row_values(statistics))
 
 
 def _from_dtensor(logits, slice_sizes, group) -> tuple[Tensor, list[int], dist.ProcessGroup]:
@@ -152,7 +172,10 @@ def _check_slices(size: int, slice_sizes: object, group) -> tuple[int, list[int]
     rank, n = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("group must hold this process, got a group without it")
-    if not isinstance(slice_sizes, Sequence) or not all(isinstance(s, Integral) for s in slice_sizes):
+    are_ints = isinstance(slice_sizes, Sequence) and all(
+        isinstance(s, Integral) and not isinstance(s, bool) for s in slice_sizes
+    )
+    if not are_ints:
         raise TypeError(f"slice_sizes must be a sequence of {n} ints, got {slice_sizes!r}")
     sizes = [int(s) for s in slice_sizes]
     if len(sizes) != n or min(sizes) < 0 or sum(sizes) == 0:
@@ -171,12 +194,14 @@ class _ParallelLoss(torch.autograd.Function):
         ctx.share = share
         ctx.save_for_backward(logits, y, *statistics)
         ctx.mark_non_differentiable(*statistics)
-        return reduce_rows(statistics[1][0], share.reduction), *statistics
+        row_loss = statistics[1].select(0, 0)  # [0] looks for the device, which a fake tensor need not have
+        return reduce_rows(row_loss, share.call.reduction), *statistics
 
     @staticmethod
     def backward(ctx, upstream, *_):
         with torch.no_grad():
             logits, y, *statistics = ctx.saved_tensors
+            upstream = check_upstream(upstream)
             upstream = upstream.reshape(-1) if upstream.dim() else upstream
             gradient = ctx.share.gradient(as_rows(logits), y, statistics, upstream).view(logits.shape)
         if torch.is_grad_enabled():
@@ -188,34 +213,38 @@ class _ParallelLoss(torch.autograd.Function):
 class _Share:
     """One process's share of the vocabulary, and what all processes have in common."""
 
-    x: Tensor
-    mask_id: int
-    pk: Penalty
-    pm: Penalty
-    ignore_index: int
+    call: LossCall
     sizes: list[int]
     start: int  # the slice's first column in the whole vocabulary
     group: dist.ProcessGroup | None
-    reduction: str
     uses_triton: bool
 
     def statistics(self, rows: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(case (N,), columns (6, N)) of the whole rows, as in the kernels' ``RowStatistics``."""
+        """(case (N,), columns (n, N)) of the whole rows."""
+        if is_traced(rows):  # nobody is asked
+            dtype = torch.promote_types(rows.dtype, torch.float32)
+            n_columns = operators.n_columns(self.uses_triton, self.call.terms, sliced=True)
+            return y.new_empty(len(y), dtype=torch.int32), rows.new_empty(n_columns, len(y), dtype=dtype)
         if self.uses_triton:
             from . import triton_kernels as kernels
 
+        call, terms = self.call, self.call.terms
         if rows.shape[1] == 0:
-            message = rows.new_zeros(5, len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
+            size = kernels.message_size(terms) if self.uses_triton else sliced_reference.message_size(terms)
+            dtype = torch.promote_types(rows.dtype, torch.float32)
+            message = rows.new_zeros(size, len(rows), dtype=dtype)
         elif self.uses_triton:
-            message = kernels.launch_slice(rows, y, self.mask_id, self.ignore_index, start=self.start)
+            message = kernels.launch_slice(
+                rows, y, call.mask_id, call.ignore_index, start=self.start, terms=terms
+            )
         else:
-            message = reference.describe_slice(rows, y, self.mask_id, start=self.start)
-        labels = (y, self.x, self.mask_id, self.pk, self.pm, self.ignore_index)
-        combine = kernels.launch_combine if self.uses_triton else reference.combine_slices
-        return combine(self._exchange(message), *labels, vocab_size=sum(self.sizes))
+            message = sliced_reference.describe_slice(rows, y, call.mask_id, start=self.start, terms=terms)
+        combine = kernels.launch_combine if self.uses_triton else sliced_reference.combine_slices
+        labels = (y, *call.labels[1:])
+        return combine(self._exchange(message), *labels, vocab_size=call.vocab_size, terms=terms)
 
     def _exchange(self, message: Tensor) -> Tensor:
-        """The messages of all slices that have columns, (slices, 5, N), in the vocabulary's order."""
+        """The messages of all slices that have columns, (slices, n, N), in the vocabulary's order."""
         messages = message.new_empty(len(self.sizes), *message.shape)
         if len(self.sizes) == 1 or message.numel() == 0:
             messages.copy_(message)
@@ -229,13 +258,35 @@ class _Share:
 
     def gradient(self, rows: Tensor, y: Tensor, statistics: Sequence[Tensor], upstream: Tensor) -> Tensor:
         """The gradient of this slice, (N, V_r) in the logits' dtype."""
-        divisor = max(1, len(y)) if self.reduction == "mean" else 1
+        if is_traced(rows):
+            return torch.empty_like(rows)
+        call = self.call
+        options = {
+            "divisor": max(1, len(y)) if call.reduction == "mean" else 1,
+            "mask_id": call.mask_id - self.start,
+            "terms": call.terms,
+        }
         if not self.uses_triton or rows.shape[1] == 0:
-            return reference.slice_gradients(rows, y - self.start, statistics, upstream, divisor)
+            return sliced_reference.slice_gradients(
+                rows, y - self.start, statistics, upstream, vocab_size=call.vocab_size, **options
+            )
         from . import triton_kernels
 
         statistics = triton_kernels.RowStatistics(*statistics)
-        return triton_kernels.launch_gradient(rows, y - self.start, statistics, upstream, divisor=divisor)
+        return triton_kernels.launch_gradient(rows, y - self.start, statistics, upstream, **options)
 
     def table(self, statistics: Sequence[Tensor]) -> CaseTable:
-        return CaseTable(*sum_cases(self.uses_triton, statistics), len(self.x))
+        if is_traced(self.call.y):
+            return operators.traced_table(statistics, self.call, self.uses_triton)
+        if self.uses_triton:
+            return make_table(sum_cases(True, statistics, self.call.terms), self.call.y.numel())
+        scores = sliced_reference.sliced_scores(statistics, self.call.terms)
+        return reference.tabulate_cases(scores, self.call.terms)
+
+    def row_values(self, statistics: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        if is_traced(self.call.y):
+            return operators.traced_rows(statistics, self.call, self.uses_triton)
+        if self.uses_triton:
+            return row_values(True, statistics, self.call.terms)
+        scores = sliced_reference.sliced_scores(statistics, self.call.terms)
+        return reference.row_values(scores, self.call.terms)

@@ -1,10 +1,14 @@
-"""What a loss has beyond the two penalties: weights, terms, and changes of the logits. All off is today's loss."""
+"""What a loss has beyond the two penalties: weights, terms, and changes of the logits. All off is the plain loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+
+from .term_validation import check_bounded, check_case_weights, check_constant, check_token_weights
+from .validation import check_choice
 
 ARGMAX, PROBABILITY = GATES = ("argmax", "probability")
 
@@ -14,7 +18,7 @@ class Terms:
     """Checked options of one call; the formula they belong to stands in ``reference.py``.
 
     Attributes:
-        case_weights: the nine weights by case, row by row, as numbers or as a (3, 3) fp32 tensor on the
+        case_weights: the nine weights by case, row by row, as numbers or as a (3, 3) tensor on the
             device; None: ``pk`` and ``pm`` at their two cells, 1 elsewhere.
         gate: whether a case weight follows the prediction or the probability of each answer.
         token_weights: of y's shape, any real dtype and strides, no gradient; None: 1.
@@ -22,7 +26,7 @@ class Terms:
         label_smoothing: share of the target that is spread over the vocabulary.
         z_loss: factor of the squared log-sum-exp.
         forbid_mask: whether [MASK] takes part in nothing, as if its logit were -inf.
-        logit_scale: factor of the logits, a number or a 0-d fp32 tensor; None: 1.
+        logit_scale: factor of the logits, a number or a 0-d tensor; None: 1.
         rows: whether the statistics hold what :class:`RowOutputs` shows of each row.
         entropy: whether the entropy is among it.
     """
@@ -38,5 +42,65 @@ class Terms:
     rows: bool = False
     entropy: bool = False
 
+    @property
+    def has_own_sums(self) -> bool:
+        """Whether the table's weighted sums differ from its sums of nll."""
+        return self.token_weights is not None or self.label_smoothing > 0 or self.gate == PROBABILITY
+
+    def of_rows(self, rows: slice) -> Terms:
+        """The terms of some of the flattened positions; of their weights only those are copied."""
+        if self.token_weights is None:
+            return self
+        weights = self.token_weights
+        if weights.dim() != 1:
+            length = weights.shape[-1] if weights.dim() else 1
+            weights = weights.reshape(-1, length)
+            place = torch.arange(*rows.indices(weights.numel()), dtype=torch.int64, device=weights.device)
+            weights = weights[place // max(1, length), place % max(1, length)]
+            return replace(self, token_weights=weights)
+        return replace(self, token_weights=weights[rows])
+
 
 PLAIN = Terms()
+
+
+def make_terms(
+    shape: torch.Size,
+    device: torch.device,
+    *,
+    token_weights: Tensor | None,
+    case_weights: object,
+    gate: str,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    forbid_mask: bool,
+    logit_scale: float | Tensor | None,
+    rows: bool,
+    entropy: bool,
+) -> Terms:
+    """The options of a call whose y has ``shape``, checked; see the losses' Raises."""
+    check_choice("gate", gate, GATES)
+    if token_weights is not None:
+        token_weights = check_token_weights(token_weights, shape, device)
+    if case_weights is not None:
+        case_weights = check_case_weights(case_weights, device)
+    if softcap is not None:
+        softcap = check_bounded("softcap", softcap, above=0.0)
+    if isinstance(logit_scale, Tensor):
+        logit_scale = check_constant("logit_scale", logit_scale, device)
+    elif logit_scale is not None:
+        logit_scale = check_bounded("logit_scale", logit_scale, above=0.0)
+    made = Terms(
+        case_weights=case_weights,
+        gate=gate,
+        token_weights=token_weights,
+        softcap=softcap,
+        label_smoothing=check_bounded("label_smoothing", label_smoothing, low=0.0, below=1.0),
+        z_loss=check_bounded("z_loss", z_loss, low=0.0),
+        forbid_mask=bool(forbid_mask),
+        logit_scale=logit_scale,
+        rows=rows,
+        entropy=entropy,
+    )
+    return PLAIN if made == PLAIN else made

@@ -1,4 +1,4 @@
-"""Faults for mutants.py in the trainer: checkpoints, resuming, paths, data, corruption and schedules."""
+"""Faults for mutants.py in the trainer: from paths, texts and options to training, recipes and commands."""
 
 FOLDER, READING, WRITING, SAVER, STEP, LOOP, RUNTIME, LOG, SCHEDULE, CORPUS, CORRUPTION = (
     f"difftrain/{name}.py"
@@ -7,14 +7,25 @@ FOLDER, READING, WRITING, SAVER, STEP, LOOP, RUNTIME, LOG, SCHEDULE, CORPUS, COR
         "training/step", "training/loop", "runtime", "reporting/log", "schedule", "data/corpus", "data/corruption",
     )
 )  # fmt: skip
-PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPLING = (
+PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPLING, LOSS, EVALUATE, RECORDS = (
     f"difftrain/{name}.py"
     for name in (
         "config/paths", "config/sources", "cli/__init__", "data/texts", "data/preparing", "data/contents",
-        "data/opening", "training/run_folder", "sampling/texts",
+        "data/opening", "training/run_folder", "sampling/texts", "loss", "evaluate", "reporting/records",
     )
 )  # fmt: skip
+BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX = (
+    f"difftrain/{name}.py"
+    for name in (
+        "training/budget", "training/console", "errors", "sampling/fill", "cli/sample", "cli/questions", "model",
+        "data/philox",
+    )
+)  # fmt: skip
+CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
+BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
+DEFAULTS = ["tests/difftrain/test_defaults.py"]
 RESUME_TESTS = ["tests/difftrain/test_resume.py", "-k", "float32 or samples"]
+RECIPE_TESTS = ["tests/difftrain/test_recipes.py"]
 DATA_TESTS = ["tests/difftrain/test_changed_data.py"]
 TRAIN_TESTS = ["tests/difftrain/test_train.py", "-k", "not full_disk"]
 # In this order; a fault is killed by the first stage that fails.
@@ -27,31 +38,43 @@ CHECKPOINT_STAGES = (
 )
 STAGES = {
     FOLDER: CHECKPOINT_STAGES,
-    READING: CHECKPOINT_STAGES,
+    READING: (*CHECKPOINT_STAGES, DEFAULTS),
     WRITING: CHECKPOINT_STAGES,
     SAVER: (["tests/difftrain/test_saver.py"], TRAIN_TESTS),
     STEP: (
+        RECIPE_TESTS,
         TRAIN_TESTS,
         DATA_TESTS,
         RESUME_TESTS,
         ["tests/difftrain/test_resume.py"],
         ["tests/difftrain/test_distributed.py"],
     ),
-    LOOP: (TRAIN_TESTS, RESUME_TESTS),
+    LOOP: (TRAIN_TESTS, RESUME_TESTS, CLOSED_TESTS, BUDGET_TESTS, ["tests/difftrain/test_cli.py"]),
     RUNTIME: (TRAIN_TESTS, ["tests/difftrain/test_distributed.py"]),
     LOG: (["tests/difftrain/test_metrics.py"], RESUME_TESTS),
-    SCHEDULE: (["tests/difftrain/test_schedule.py"],),
-    CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS),
+    SCHEDULE: (["tests/difftrain/test_schedule.py"], DEFAULTS),
+    CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS, DEFAULTS),
+    MODEL: (["tests/difftrain/test_model.py"], DEFAULTS),
+    FILL: (["tests/difftrain/test_sample.py"], DEFAULTS),
+    EVALUATE: (["tests/difftrain/test_evaluate.py"], DEFAULTS),
+    PHILOX: (["tests/difftrain/test_philox.py"], DEFAULTS),
     CORRUPTION: (["tests/difftrain/test_corruption.py"],),
     PATHS: (["tests/difftrain/test_paths.py"],),
-    SOURCES: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_config.py"]),
-    COMMANDS: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_cli.py"]),
+    SOURCES: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_config.py"], BUDGET_TESTS),
+    COMMANDS: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_cli.py"], CLOSED_TESTS),
     TEXTS: (["tests/difftrain/test_texts.py"],),
     PREPARING: (["tests/difftrain/test_texts.py"], ["tests/difftrain/test_permissions.py"]),
     CONTENTS: (["tests/difftrain/test_opening.py"],),
     OPENING: (["tests/difftrain/test_data.py"], ["tests/difftrain/test_opening.py"]),
-    RUN_FOLDER: (DATA_TESTS, TRAIN_TESTS),
+    RUN_FOLDER: (DATA_TESTS, RECIPE_TESTS, TRAIN_TESTS),
     SAMPLING: (["tests/difftrain/test_sample.py"], DATA_TESTS),
+    BUDGET: (BUDGET_TESTS,),
+    CONSOLE: (CLOSED_TESTS,),
+    SAMPLE_COMMAND: (CLOSED_TESTS,),
+    ERRORS: (["tests/difftrain/test_errors.py"],),
+    QUESTIONS: (["tests/difftrain/test_questions.py"],),
+    LOSS: (RECIPE_TESTS, ["tests/difftrain/test_sample.py"]),
+    RECORDS: (["tests/difftrain/test_evaluate.py"], ["tests/difftrain/test_metrics.py"]),
 }
 # (file, what is wrong, text, replacement); all occurrences are replaced.
 MUTANTS = [
@@ -113,7 +136,7 @@ MUTANTS = [
     (TEXTS, "patterns see names alone", '_name(path, root) if "/" in pattern else path.name', "path.name"),
     (PREPARING, "an edited tokenizer comes from the cache", "{read_tokenizer(tokenizer)}", "{tokenizer}"),
     (PREPARING, "an edited validation text comes from the cache", "_digest(key, train, val)", "_digest(key, train)"),
-    (PREPARING, "what was left out is not said", "if say and summary:", "if say and not summary:"),
+    (PREPARING, "what was left out is not said", "        if summary:\n", "        if not summary:\n"),
     (PREPARING, "a folder for its owner alone", "    aside.mkdir()", "    aside.mkdir(0o700)"),
     (CONTENTS, "ids late in a block go unchecked", "int(np.frombuffer(block, dtype).max())", "int(np.frombuffer(block, dtype)[: 1 << 20].max())"),
     (CONTENTS, "part of a file has no part in its digest", "digest.update(block)", "digest.update(block[:64])"),
@@ -131,5 +154,59 @@ MUTANTS = [
     (CORRUPTION, "one more masked", "is_masked = rank < n_mask[:, None]", "is_masked = rank <= n_mask[:, None]"),
     (CORRUPTION, "a word replaced by itself", "other = other + (other >= tokens).long()", "other = other + 0"),
     (CORRUPTION, "a wrong word's target is the word", "y = torch.where(is_replaced, mask_id, tokens)", "y = tokens"),
+    (CORRUPTION, "a sequence is masked as a whole", "u[:, 1:] < p", "u[:, :1] < p"),
+    (CORRUPTION, "masking alone takes the specification's numbers", "MASKING_STREAMS[split]", "STREAMS[split]"),
+    (CORRUPTION, "p_mask comes near 0", "LEAST_P_MASK + (1.0 - LEAST_P_MASK) * (", "("),
+    (LOSS, "masked positions weigh 1 under every p_mask", 'return recipe(is_masked, p_mask)["token_weights"]', "return is_masked.float()"),
+    (LOSS, "uniform weights count intact positions too", "return is_masked.float()", "return is_masked.float().clamp(min=1)"),
+    (LOSS, "smoothing stays an option", '        "label_smoothing": config.label_smoothing,\n', ""),
+    (LOSS, "the gate stays an option", 'if config.has_penalties and config.gate == "probability":', "if config.gate is None:"),
+    (LOSS, "a sampler sees no softcap", "Terms(softcap=config.softcap or None, ", "Terms("),
+    (LOSS, "a sampler answers a forbidden [MASK]", "or None, forbid_mask=config.forbids_mask)", "or None)"),
+    (STEP, "training leaves the weights out", "token_weights=weights, **self.terms,", "**self.terms,"),
+    (STEP, "training leaves the terms out", "token_weights=weights, **self.terms,", "token_weights=weights,"),
+    (STEP, "evaluation leaves the terms out", "self.runtime, self.loss_impl, **self.terms", "self.runtime, self.loss_impl"),
+    (STEP, "another term keeps the old best", "self.measure += [self.terms] if self.terms else []", "pass"),
+    (EVALUATE, "evaluation leaves the weights out", "token_weights=weights, **terms", "**terms"),
+    (EVALUATE, "the fixed set masks as training does", "config, level=level, **keys)", "config, **keys)"),
+    (EVALUATE, "weights are no part of the set's id", "for t in tensors if t is not None", "for t in tensors[:2]"),
+    (RECORDS, "positions that do not count thin the nll", "table.gap, n_counted)", "table.gap, table.n_positions)"),
+    (RECORDS, "an infinite gap is recorded", "None if config.forbids_mask else ", ""),
+    (RECORDS, "penalties that are none are warned of", " or not config.has_penalties", ""),
+    (RUN_FOLDER, "a run goes on under another recipe", ', "recipe")', ")"),
+    (SAMPLING, "all of a text in one pass", " or not config.has_penalties", ""),
+    (SAMPLING, "a text is sampled from the bare logits", "bent_logits(checkpoint.make_model(device), vocabulary.mask_id, config)", "checkpoint.make_model(device)"),
     (CORRUPTION, "more is corrupted than allowed", "u_replace * (max_corruption - mask_rate)", "u_replace * max_corruption"),
+    (BUDGET, "every process goes by its own clock", "runtime.sum_over_processes(seconds * runtime.is_main)", "seconds"),
+    (BUDGET, "evaluations cost nothing", " - evaluations * evaluation_seconds\n", "\n"),
+    (BUDGET, "one slow step is taken for all", "statistics.median", "statistics.mean"),
+    (BUDGET, "too few steps on a slow machine", "config.min_iters), config.max_iters)", "1), config.max_iters)"),
+    (BUDGET, "the curriculum keeps its length", '"masking_warmup_iters", ', ""),
+    (BUDGET, "evaluations move in the run", "SHARES = 40", "SHARES = 800"),
+    (SOURCES, "a preset's budget cuts the steps asked for", 'if "max_iters" in explicit:', "if False:"),
+    (LOOP, "a resumed run gets another end", "if resume and config.budget_minutes:", "if False:"),
+    (LOOP, "a run that nobody reads goes on", "stop.requested or say.is_closed, saver.has_failed", "stop.requested, saver.has_failed"),
+    (LOOP, "the last figures wait for the last save", "        say(summary_line(record))  # before the last save is waited for, which can fail\n", "    say(summary_line(record))\n"),
+    (LOOP, "a configuration is shown, then checked", "    checkpoint, corpus = runtime", "    say(configuration_text(config))\n    checkpoint, corpus = runtime"),
+    (CONSOLE, "a closed pipe ends a run in the middle", "except BrokenPipeError:", "except ZeroDivisionError:"),
+    (CONSOLE, "a run that nobody reads ends as if read", "        if self.is_closed:\n", "        if False:\n"),
+    (COMMANDS, "the interpreter's end meets the closed pipe", "os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())", "pass"),
+    (COMMANDS, "a closed pipe fails like a full disk", "    except BrokenPipeError:\n        return _leave(PIPE_CLOSED)\n", ""),
+    (COMMANDS, "a help hides that nobody reads it", "    def print_help(", "    def _print_help("),
+    (SAMPLE_COMMAND, "a text is lost that cannot be kept", "except OSError as error:", "except ZeroDivisionError as error:"),
+    (SAMPLE_COMMAND, "a text that nobody reads is not kept", "    finally:", "    except ZeroDivisionError:"),
+    (ERRORS, "a missing extra is an accident", "except ImportError:", "except ZeroDivisionError:"),
+    (FILL, "the context outgrows block_size", "x[:, -block_size:]", "x"),
+    (FILL, "the context stays at the beginning", "x[:, -block_size:]", "x[:, :block_size]"),
+    (SAMPLING, "a text's name may be taken", '.txt").exists():', '.txt").exists() and False:'),
+    (SAMPLING, "gpt2 stops at block_size", "if length > block_size and not is_causal:", "if length > block_size:"),
+    (QUESTIONS, "a driver that hangs ends the question", "except (OSError, subprocess.TimeoutExpired):", "except OSError:"),
+    (MODEL, "weights follow the default dtype", 'where = {"device": device, "dtype": torch.float32}', 'where = {"device": device}'),
+    (MODEL, "weights follow the default device", 'where = {"device": device, "dtype": torch.float32}', 'where = {"dtype": torch.float32}'),
+    (FILL, "a share is divided in the default dtype", "-(-left // (max_steps - step))", "(left / (max_steps - step)).ceil().long()"),
+    (SCHEDULE, "tensors of inference mode cannot be set", "with torch.inference_mode(False):", "if True:"),
+    (READING, "moments are read onto the default device", 'warnings.catch_warnings(), torch.device("cpu"):', "warnings.catch_warnings():"),
+    (CORPUS, "samples follow the default device", 'dtype=torch.int64, device="cpu")', "dtype=torch.int64)"),
+    (EVALUATE, "sums follow the default device", 'dtype=torch.float64, device="cpu")', "dtype=torch.float64)"),
+    (PHILOX, "counters follow the default device", "dtype=torch.int64, device=samples.device)", "dtype=torch.int64)"),
 ]  # fmt: skip

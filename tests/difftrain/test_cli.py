@@ -1,18 +1,16 @@
 import dataclasses
-import os
 import pickle
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 
 from difftrain.cli import main
 from difftrain.config import Config
 from difftrain.config.sources import preset_names
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+from difftrain.training.run_folder import locked
+from launch import finish, start
+from waiting import wait_until
 
 
 @pytest.fixture
@@ -27,9 +25,11 @@ def words(tiny):
 
 
 def fails(capsys, *argv):
-    """Run a command that must fail; returns its one line on stderr."""
+    """Run a command that must fail, before a configuration is shown; returns its one line on stderr."""
     assert main([str(word) for word in argv]) == 2
-    lines = capsys.readouterr().err.splitlines()
+    shown = capsys.readouterr()
+    assert "block_size=" not in shown.out
+    lines = shown.err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("difftrain: ")
     return lines[0]
@@ -79,7 +79,6 @@ def test_prepare_says_how_to_train_with_it(tmp_path, capsys):
         (["train", "--data", ""], "data must not be empty"),
         (["train", "--eval_iters", "1"], "eval_iters must be at least 2, got 1"),
         (["trian"], "invalid choice: 'trian'"),
-        ([], "required: COMMAND"),
         (["sample", "nowhere"], "nowhere is not a run folder"),
         (["sample", ".", "--top_k", "x"], "argument --top_k: invalid int value: 'x'"),
         (["plot", "nowhere"], "nowhere is not a run folder"),
@@ -94,6 +93,27 @@ def test_a_mistake_gives_one_line_exit_code_2_and_writes_nothing(
     monkeypatch.setenv("DIFFTRAIN_CACHE", str(tmp_path / "cache"))
     assert message in fails(capsys, *argv)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_and_a_missing_tracker_are_told_before_a_configuration(
+    words, tmp_path, capsys, monkeypatch
+):
+    with locked(tmp_path / "run"):
+        assert "is in use by another process" in fails(capsys, "train", *words())
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install 'difftrain[wandb]'" in fails(capsys, "train", *words(wandb_log=True))
+
+
+def test_a_run_begins_with_its_configuration_in_lines_that_fit(words, capsys):
+    assert main(["train", *words(max_iters=1)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("out_dir=")
+    title = next(i for i, line in enumerate(lines) if " parameters on cpu " in line)
+    assert max(map(len, lines[1:title])) <= 100
+    pairs = " ".join(lines[:title]).split(" ")
+    assert [pair.split("=")[0] for pair in pairs] == [
+        field.name for field in dataclasses.fields(Config) if field.name != "wandb_run_name"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -145,25 +165,28 @@ def test_help_shows_every_option_with_its_default_and_the_presets(capsys):
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_version(capsys):
-    with pytest.raises(SystemExit):
-        main(["--version"])
-    assert capsys.readouterr().out == "difftrain 0.1.0\n"
+def test_difftrain_alone_shows_the_help(capsys):
+    assert main([]) == 0
+    alone = capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == alone
+    assert all(f"    {command} " in alone for command in ("train", "sample", "plot", "prepare"))
 
 
 def test_ctrl_c_in_a_real_process_saves_and_exits_with_0(words, tmp_path):
     argv = words(max_iters=10**6, log_interval=1, eval_interval=10**6)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "difftrain", "train", *argv],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start("-m", "difftrain", "train", *argv)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    for _ in range(600):
-        if metrics.exists() and metrics.read_text().count("\n") > 3:
-            break
-        time.sleep(0.1)
+
+    def is_under_way():
+        assert process.poll() is None, finish(process)
+        return metrics.exists() and metrics.read_text().count("\n") > 3
+
+    wait_until(is_under_way, "the first steps")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    code, out, err = finish(process)
+    assert code == 0, err
     assert "go on with: difftrain train --resume --out_dir" in out.splitlines()[-1]
     assert (tmp_path / "run" / "checkpoints" / "latest").exists()

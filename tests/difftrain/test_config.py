@@ -108,6 +108,15 @@ def test_missing_and_binary_files_are_refused(tmp_path):
         ({"mode": "bert"}, "mode must be one of diffusion, gpt2, got 'bert'"),
         ({"n_embd": 10, "n_head": 3}, "n_embd must be a multiple of n_head 3, got 10"),
         ({"n_embd": 9, "n_head": 3}, "must be even for rotary positions, got 3"),
+        ({"recipe": "bert"}, "recipe must be one of specification, llada, mdlm, got 'bert'"),
+        ({"recipe": "llada", "mode": "gpt2"}, "recipe must be specification in gpt2 mode, .*, got llada"),
+        ({"forbid_mask": True}, "forbid_mask must be false with recipe specification, where"),
+        ({"gate": "soft"}, "gate must be one of argmax, probability, got 'soft'"),
+        ({"token_weighting": 1}, "token_weighting must be one of recipe, uniform, got 1"),
+        ({"softcap": -1.0}, "softcap must be at least 0.0, got -1.0"),
+        ({"softcap": 1e39}, r"softcap must be at most 3.4e\+38, got 1e\+39"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be at most 0.999, got 1.0"),
+        ({"z_loss": -1e-4}, "z_loss must be at least 0.0, got -0.0001"),
         ({"learning_rate": 1e-5}, "min_lr must be at most learning_rate 1e-05, got 0.0001"),
     ],
 )
@@ -143,3 +152,17 @@ def test_groups_and_table_cover_every_option():
     assert set(GROUPS) <= set(names)
     assert next(iter(GROUPS)) == names[0]
     assert all(f"| `{name}` |" in options_table() for name in names)
+
+
+def test_penalties_are_the_specifications_alone_and_mask_is_forbidden_by_mdlm():
+    kinds = [
+        {},
+        {"mode": "gpt2"},
+        {"recipe": "llada"},
+        {"recipe": "llada", "forbid_mask": True},
+        {"recipe": "mdlm"},
+    ]
+    configs = [Config(**kind) for kind in kinds]
+    assert [config.has_penalties for config in configs] == [True, False, False, False, False]
+    assert [config.forbids_mask for config in configs] == [False, False, False, True, True]
+    assert Config(mode="gpt2", forbid_mask=True).forbids_mask

@@ -1,7 +1,10 @@
+import hashlib
+
 import pytest
 import torch
 
-from difftrain.data import corrupt, mask_share
+from difftrain.config import Config
+from difftrain.data import corpus, corrupt, corrupt_by_recipe, corruption, mask_alone, mask_share
 from difftrain.data.philox import random_words, uniform
 
 V, MASK_ID = 11, 10  # ten words and [MASK]
@@ -128,3 +131,97 @@ def test_mask_share_masks_exactly_that_many_and_replaces_none(share, expected):
     assert (n_mask == expected).all()
     assert (n_replaced == 0).all()
     assert torch.equal(y, tokens)
+
+
+def test_corruption_is_what_it_was_in_every_version_and_on_every_machine():
+    tokens = torch.arange(8 * 64).view(8, 64) % (V - 1)
+    made = [
+        *corrupt(tokens, torch.arange(8), max_corruption=0.99, **KEYS),
+        mask_share(tokens, torch.arange(8), share=0.5, **KEYS)[0],
+        mask_alone(tokens, torch.arange(8), **KEYS)[0],
+    ]
+    digests = [hashlib.sha256(t.numpy().tobytes()).hexdigest()[:12] for t in made]
+    assert digests == ["d43f0ff03df0", "47ee0dc38d8d", "b29b580fa15c", "8a0cdcac1526"]
+
+
+# Masking alone --------------------------------------------------------------------------------------
+
+
+def test_masking_alone_draws_one_probability_a_sequence_and_each_token_by_itself():
+    tokens, samples = tokens_of(300), torch.arange(300)
+    x, y, p_mask = mask_alone(tokens, samples, **KEYS)
+    assert torch.equal(y, tokens)
+    assert (p_mask.shape, p_mask.dtype) == ((300, 1), torch.float32)
+    words = random_words(1337, 5, samples, 65).tolist()
+    for i in range(300):
+        u, *of_tokens = ((word >> 8) / 2**24 for word in words[i])
+        p = 0.001 + 0.999 * (1 - u)
+        assert p_mask[i].item() == pytest.approx(p, rel=1e-6)
+        expected = [MASK_ID if of_tokens[j] < p else token for j, token in enumerate(tokens[i].tolist())]
+        assert x[i].tolist() == expected
+
+
+def test_probabilities_of_masking_are_uniform_above_a_thousandth_and_met():
+    tokens = tokens_of(20000, 32)
+    x, _, p_mask = mask_alone(tokens, torch.arange(20000), **KEYS)
+    assert 0.001 < p_mask.min() < 0.0012
+    assert 0.9998 < p_mask.max() <= 1
+    tenths = torch.histc(p_mask, 10, 0, 1) / 20000
+    torch.testing.assert_close(tenths, torch.full((10,), 0.1), rtol=0, atol=0.01)
+    is_masked = (x == MASK_ID).double()
+    for low in (0.0, 0.3, 0.9):
+        rows = ((p_mask >= low) & (p_mask < low + 0.1)).squeeze(1)
+        assert is_masked[rows].mean().item() == pytest.approx(p_mask[rows].mean().item(), abs=0.005)
+    # Alone: two neighbours of a sequence are masked together as often as its probability says, p^2.
+    both = (is_masked[:, :-1] * is_masked[:, 1:]).mean().item()
+    assert both == pytest.approx(p_mask.double().square().mean().item(), abs=0.005)
+
+
+def test_a_given_probability_holds_for_all_and_a_larger_one_masks_more_of_the_same():
+    tokens, samples = tokens_of(2000), torch.arange(2000)
+    before = torch.zeros_like(tokens, dtype=torch.bool)
+    for p in (0.0, 0.2, 0.6, 1.0):
+        x, _, p_mask = mask_alone(tokens, samples, p_mask=p, **KEYS)
+        assert (p_mask == torch.tensor(p)).all()
+        is_masked = x == MASK_ID
+        assert is_masked.double().mean().item() == pytest.approx(p, abs=0.005)
+        assert (is_masked | ~before).all()
+        before = is_masked
+
+
+def test_masking_alone_is_a_function_of_seed_split_and_sample():
+    tokens, samples = tokens_of(24), torch.arange(100, 124)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    whole = mask_alone(tokens, samples, **KEYS)
+    assert torch.equal(torch.get_rng_state(), state)
+    for sizes in ([1] * 24, [5, 19]):
+        parts = [
+            mask_alone(t, s, **KEYS) for t, s in zip(tokens.split(sizes), samples.split(sizes), strict=True)
+        ]
+        for made, expected in zip(zip(*parts, strict=True), whole, strict=True):
+            assert torch.equal(torch.cat(made), expected)
+    for change in ({"seed": 1}, {"split": "val"}):
+        assert not torch.equal(mask_alone(tokens, samples, **(KEYS | change))[2], whole[2])
+    assert not torch.equal(mask_alone(tokens, samples + 24, **KEYS)[2], whole[2])
+
+
+def test_each_use_of_random_words_has_its_own():
+    streams = (corpus.STREAMS, corruption.STREAMS, corruption.MASKING_STREAMS)
+    assert len({number for stream in streams for number in stream.values()}) == 6
+
+
+@pytest.mark.parametrize("level", [None, 0.3])
+@pytest.mark.parametrize("recipe", ["specification", "llada", "mdlm"])
+def test_a_recipe_corrupts_as_it_says(recipe, level):
+    tokens, samples = tokens_of(20), torch.arange(20)
+    config = Config(recipe=recipe, guaranteed_correct_factor=0.25)
+    x, y, p_mask = corrupt_by_recipe(tokens, samples, config, split="val", vocab_size=V, level=level)
+    keys = KEYS | {"split": "val"}
+    if recipe == "specification":
+        expected = *corrupt(tokens, samples, max_corruption=level or 0.75, **keys), None
+    else:
+        expected = mask_alone(tokens, samples, p_mask=level, **keys)
+    assert torch.equal(x, expected[0])
+    assert torch.equal(y, expected[1])
+    assert p_mask is expected[2] is None or torch.equal(p_mask, expected[2])

@@ -4,6 +4,7 @@ import random
 import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,29 +13,29 @@ from safetensors.torch import load_file
 
 from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.reporting.log import read_metrics
+from difftrain.training import step as step_module
 from difftrain.training.loop import train
-from launch import finish, run, start, train_all
+from launch import SUPPORT, finish, obey, start, train_command
+from processes import run_in_processes
+from resume_runs import resume_all, train_all
 from run_digests import TIMES, digests_of
+from waiting import wait_until
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def command(config, *words):
-    """The words that train a configuration."""
-    path = Path(f"{config.out_dir}.toml")
-    path.write_text(config.to_toml())
-    return ["-m", "difftrain", "train", "--config", path, *words]
+# Together and first: they take long, and two of them at once would want four cores.
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("processes")]
 
 
 def records_of(config):
     return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(Path(config.out_dir))]
 
 
-def test_the_demo_runs_under_torchrun(tmp_path):
+def test_two_processes_train_the_demo(tmp_path):
     words = ["--max_iters", 3, "--eval_iters", 2, "--eval_batch_size", 4, "--batch_size", 4]
     words += ["--out_dir", tmp_path / "demo", "--device", "cpu"]
-    code, out, err = run("-m", "difftrain", "train", "demo", *words, processes=2, timeout=240)
-    assert code == 0, out + err
+    (code, out, _), (other_code, other_out, _) = run_in_processes(
+        2, partial(obey, ["train", "demo", *words]), tmp_path
+    )
+    assert (code, other_code, other_out) == (0, 0, "")
     assert "2 process(es), steps 0 to 3" in out
     assert "unigram entropy" in out
     assert find_checkpoint(tmp_path / "demo", "latest").step == 3
@@ -46,6 +47,8 @@ def test_two_processes_train_as_one_and_evaluate_all_batches(tiny, tmp_path):
         {"parallel": "fsdp", "n_layer": 2},
         {"parallel": "fsdp", "loss_impl": "linear"},
         {"parallel": "fsdp", "mode": "gpt2", "position": "learned", "bias": True},
+        {"recipe": "llada", "softcap": 3.0, "z_loss": 1e-3, "label_smoothing": 0.1},
+        {"parallel": "fsdp", "loss_impl": "linear", "recipe": "mdlm", "token_weighting": "uniform"},
     ]
     # 3 fixed batches and 4 others: an odd number, so that one process has one batch more to count.
     shape = {"max_iters": 6, "batch_size": 2, "gradient_accumulation_steps": 4, "dtype": "float64"}
@@ -54,7 +57,7 @@ def test_two_processes_train_as_one_and_evaluate_all_batches(tiny, tmp_path):
         for i, kind in enumerate(kinds)
     ]
     twos = [dataclasses.replace(one, out_dir=one.out_dir + "-two") for one in ones]
-    train_all([[two, None] for two in twos], 2, tmp_path)
+    train_all([(two, None) for two in twos], 2, tmp_path)
     for one, two in zip(ones, twos, strict=True):
         train(one)
         for a, b in zip(records_of(one), records_of(two), strict=True):
@@ -79,7 +82,7 @@ def test_shards_resume_bit_equal_in_16_bit_types_too(tiny, tmp_path):
             max_iters=6, dtype=dtype, parallel="fsdp", dropout=0.1, gradient_accumulation_steps=2,
             eval_interval=3, out_dir=str(tmp_path / dtype),
         )  # fmt: skip
-        runs += [[straight, None], [dataclasses.replace(straight, out_dir=straight.out_dir + "-halves"), 4]]
+        runs += [(straight, None), (dataclasses.replace(straight, out_dir=straight.out_dir + "-halves"), 4)]
     train_all(runs, 2, tmp_path)
     for (straight, _), (halves, _) in (runs[:2], runs[2:]):
         a, b = (find_checkpoint(Path(c.out_dir), "latest").folder for c in (straight, halves))
@@ -96,59 +99,90 @@ def test_shards_resume_bit_equal_in_16_bit_types_too(tiny, tmp_path):
 # Stopping -----------------------------------------------------------------------------------------
 
 
+def start_torchrun(config, *words):
+    """torchrun with two processes, in a session of its own as on a terminal."""
+    return start(
+        SUPPORT / "slow_train.py", *train_command(config, *words), processes=2, start_new_session=True
+    )
+
+
 def wait_for_step(config, step, process):
     """Return when a run has logged this step."""
     path = Path(config.out_dir) / "metrics.jsonl"
-    until = time.monotonic() + 60
-    while not path.exists() or f'"step": {step}' not in path.read_text():
+
+    def is_there():
         assert process.poll() is None, finish(process)
-        assert time.monotonic() < until
-        time.sleep(0.01)
+        return path.exists() and f'"step": {step}' in path.read_text()
+
+    wait_until(is_there, f"step {step}")
 
 
 def long_run(tiny, **changes):
     return tiny(max_iters=100_000, eval_interval=400, gradient_accumulation_steps=2, dropout=0.1, **changes)
 
 
-def test_signals_to_torchrun_at_random_moments_save_on_all_processes_and_resume_exactly(tiny):
+@pytest.mark.parametrize(
+    "signals",
+    [
+        pytest.param(["Ctrl-C"], id="Ctrl-C"),
+        pytest.param(["SIGTERM", "Ctrl-C"] * 3, marks=pytest.mark.slow, id="six at random moments"),
+    ],
+)
+def test_a_signal_to_torchrun_saves_on_all_processes_and_the_run_goes_on_exactly(tiny, tmp_path, signals):
     dice = random.Random(0)
     config = long_run(tiny, lr_decay_iters=400)
     words, steps = [], [0]
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        process = start(*command(config, *words), processes=2, start_new_session=True)
+    for name in signals:
+        process = start_torchrun(config, *words)
         wait_for_step(config, steps[-1] + 3, process)
-        time.sleep(dice.uniform(0, 0.5))
+        if len(signals) > 1:
+            time.sleep(dice.uniform(0, 0.5))  # anywhere in a step, or in several
         # What a terminal does at Ctrl-C: the signal goes to torchrun and to its processes at once.
-        (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
-        _, out, err = finish(process, timeout=30)
+        if name == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
+        _, out, err = finish(process)
         assert "go on with: difftrain train --resume" in out, out + err
         steps.append(int(re.search(r"stopped after (\d+) steps", out)[1]))
         assert find_checkpoint(Path(config.out_dir), "latest").step == steps[-1] > steps[-2]
         words = ["--resume"]
     last = dataclasses.replace(config, max_iters=steps[-1] + 2)
     straight = dataclasses.replace(last, out_dir=config.out_dir + "-straight")
-    for one, more in ((last, words), (straight, [])):
-        code, out, err = run(*command(one, *more), processes=2)
-        assert code == 0, out + err
+    resume_all([last], 2, tmp_path)
+    train_all([(straight, None)], 2, tmp_path)
     assert digests_of(last) == digests_of(straight)
 
 
-def test_a_signal_to_one_process_stops_all_of_them(tiny):
+def signalled_after(config, n_steps, rank):
+    """Train, while the second process alone gets SIGTERM in a step: how the command ended."""
+    real = step_module._make_batch
+    calls = []
+
+    def make_batch(*arguments):
+        calls.append(1)
+        if rank == 1 and len(calls) == n_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    step_module._make_batch = make_batch
+    return obey(train_command(config), rank)
+
+
+def test_a_signal_to_one_process_stops_all_of_them(tiny, tmp_path):
     config = long_run(tiny)
-    process = start(*command(config), processes=2)
-    wait_for_step(config, 3, process)
-    os.kill(process_of_rank(process, 1), signal.SIGTERM)
-    code, out, err = finish(process, timeout=30)
-    assert code == 0, out + err
-    assert "go on with: difftrain train --resume" in out
+    (code, out, err), (other_code, *_) = run_in_processes(2, partial(signalled_after, config, 6), tmp_path)
+    assert (code, other_code) == (0, 0), out + err
+    assert "stopped after 6 steps; go on with: difftrain train --resume" in out
+    assert find_checkpoint(Path(config.out_dir), "latest").step == 6
 
 
 def test_a_killed_process_ends_the_job_and_its_rank_is_named(tiny):
     config = long_run(tiny)
-    process = start(*command(config), processes=2)
+    process = start_torchrun(config)
     wait_for_step(config, 3, process)
     os.kill(process_of_rank(process, 1), signal.SIGKILL)
-    code, _, err = finish(process, timeout=60)
+    code, _, err = finish(process)
     assert code != 0
     assert re.search(r"rank\s*: 1 .*\n.*exitcode\s*: -9", err), err
     assert find_checkpoint(Path(config.out_dir), "latest").step == 0
@@ -173,42 +207,46 @@ def process_of_rank(launcher, rank):
 
 def test_a_mistake_in_the_data_is_told_once_and_ends_every_process(tiny, tmp_path):
     config = tiny(data=str(tmp_path / "nowhere"), gradient_accumulation_steps=2)
-    code, _, err = run(*command(config), processes=2)
-    assert code != 0
-    assert err.count("difftrain: data must be") == 1
-    assert "Traceback" not in err.split("failed (exitcode")[0]
+    (code, _, err), (other_code, *silence) = run_in_processes(
+        2, partial(obey, train_command(config)), tmp_path
+    )
+    assert (code, other_code) == (2, 2)
+    assert err.count("\n") == 1
+    assert err.startswith("difftrain: data must be")
+    assert silence == ["", ""]
     assert not Path(config.out_dir).exists()
+
+
+def bad_for_one(config, bad, rank):
+    """Train, while the losses of the second process are NaN in these micro-batches: how the command ended."""
+    real = step_module.model_loss
+    calls = []
+
+    def model_loss(*arguments, **options):
+        calls.append(1)
+        loss = real(*arguments, **options)
+        if rank == 1 and len(calls) - 1 in bad:
+            return loss[0] * torch.nan, *loss[1:]
+        return loss
+
+    step_module.model_loss = model_loss
+    return obey(train_command(config), rank)
 
 
 def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all(tiny, tmp_path):
     config = tiny(max_iters=4, gradient_accumulation_steps=2, max_bad_steps=2, eval_interval=2)
-    script = tmp_path / "nan.py"
-    script.write_text(
-        "import os, sys, torch\n"
-        "from difftrain import cli, run\n"
-        "real = run.model_loss\n"
-        "bad = set(map(int, sys.argv[1].split(',')))\n"
-        "calls = []\n"
-        "def model_loss(*arguments, **options):\n"
-        "    calls.append(1)\n"
-        "    loss = real(*arguments, **options)\n"
-        "    if os.environ['RANK'] == '1' and len(calls) - 1 in bad:\n"
-        "        return loss[0] * torch.nan, *loss[1:]\n"
-        "    return loss\n"
-        "run.model_loss = model_loss\n"
-        "sys.exit(cli.main(sys.argv[2:]))\n"
-    )
-    code, out, err = run(script, "1", *command(config)[2:], processes=2)
-    assert code == 0, out + err
+    (code, out, err), (other_code, *_) = run_in_processes(2, partial(bad_for_one, config, {1}), tmp_path)
+    assert (code, other_code) == (0, 0), out + err
     assert out.count("step 1 is not applied: its loss or gradient is not finite") == 1
     assert find_checkpoint(Path(config.out_dir), "latest").step == 4
     moments = load_file(Path(config.out_dir) / "checkpoints/step-00000004/optimizer/optimizer.safetensors")
     assert {t.item() for name, t in moments.items() if name.endswith(".step")} == {3.0}
 
     again = dataclasses.replace(config, out_dir=config.out_dir + "-2")
-    code, out, err = run(script, "2,3", *command(again)[2:], processes=2)
-    assert code != 0
-    assert "2 steps in a row had a non-finite loss or gradient" in err
+    ended = run_in_processes(2, partial(bad_for_one, again, {2, 3}), tmp_path)
+    for code, _, err in ended:
+        assert code == 1
+        assert "2 steps in a row had a non-finite loss or gradient" in err
     latest = find_checkpoint(Path(again.out_dir), "latest")
     assert latest.step == 2
     assert all(t.isfinite().all() for t in load_file(latest.folder / "model.safetensors").values())

@@ -103,6 +103,16 @@ def test_penalties_that_do_nothing_and_degenerate_answers_are_warned_of(changes,
     assert health_warnings(record(0, **changes), Config()) == []
 
 
+@pytest.mark.parametrize("recipe", ["llada", "mdlm"])
+def test_a_recipe_without_penalties_is_warned_of_nothing_that_they_do(recipe):
+    none = {"n": 0, "mask": math.nan, "target": math.nan, "other": math.nan, "nll": math.nan, "gap": None}
+    for gap in (40.0, None):
+        seen = record(5, masked=0.0, gap=gap, pk=1.0, pm=1.0)
+        seen["cases"] |= {"intact": none, "corrupted": none}
+        assert health_warnings(seen, Config(recipe=recipe)) == []
+        assert "says [MASK] to masked 0% |" in console_line(seen)
+
+
 def test_a_missing_tracker_names_its_extra(tmp_path, monkeypatch):
     import sys
 

@@ -45,8 +45,7 @@ def test_hidden_states_times_the_heads_weight_are_the_logits():
 
 def test_gpt2_small_has_124_million_parameters():
     config = Config(n_layer=12, n_head=12, n_embd=768, block_size=1024, position="learned", bias=True)
-    with torch.device("meta"):
-        model = Transformer(config, 50257)
+    model = Transformer(config, 50257, device="meta")
     assert model.n_parameters() == 124_439_808  # as Hugging Face's and OpenAI's GPT-2
 
 

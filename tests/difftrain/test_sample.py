@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,8 +7,11 @@ import torch
 
 from difftrain.data.vocabulary import Characters
 from difftrain.errors import UserError
+from difftrain.loss import bent_logits
+from difftrain.reporting.log import FILE
+from difftrain.sampling import texts as texts_module
 from difftrain.sampling.fill import continue_causal, fill
-from difftrain.sampling.texts import SampleRequest, encode_template, sample_run
+from difftrain.sampling.texts import Sample, SampleRequest, encode_template, keep_sample, sample_run
 from difftrain.training.loop import train
 
 MASK_ID = 4
@@ -89,8 +93,22 @@ def test_causal_sampling_appends_and_never_writes_mask():
         logits[..., MASK_ID] = 99.0
         return logits
 
-    out = continue_causal(successor, torch.tensor([[2]]), 5, MASK_ID, temperature=0)
+    out = continue_causal(successor, torch.tensor([[2]]), 5, MASK_ID, block_size=8, temperature=0)
     assert out.tolist() == [[2, 3, 0, 1, 2]]
+
+
+def test_causal_sampling_beyond_block_size_sees_the_last_block_size_tokens():
+    seen = []
+
+    def model(x):
+        seen.append(x[0].tolist())
+        logits = torch.zeros(*x.shape, 5)
+        logits[:, -1, len(seen) % 4] = 9.0
+        return logits
+
+    out = continue_causal(model, torch.tensor([[3, 3]]), 7, MASK_ID, block_size=3, temperature=0)
+    assert out.tolist() == [[3, 3, 1, 2, 3, 0, 1]]
+    assert seen == [[3, 3], [3, 3, 1], [3, 1, 2], [1, 2, 3], [2, 3, 0]]
 
 
 def test_gaps_are_runs_of_four_or_more_underscores():
@@ -120,7 +138,7 @@ REQUEST = SampleRequest(device="cpu", max_steps=4)
 
 
 def write(run_dir, **changes):
-    return sample_run(run_dir, dataclasses.replace(REQUEST, **changes))
+    return sample_run(run_dir, dataclasses.replace(REQUEST, **changes)).text
 
 
 def test_same_seed_same_text_and_another_seed_another(trained):
@@ -163,10 +181,27 @@ def test_held_out_shows_original_masked_and_restored_and_ends_with_the_nats(trai
     assert all(f" at {level} %" in last for level in (15, 50, 85))
 
 
-def test_the_text_is_kept_in_the_run(trained):
-    text = write(trained, seed=11)
-    kept = max((trained / "samples").iterdir())
-    assert kept.read_text(encoding="utf-8") == text + "\n"
+def test_a_kept_text_never_takes_the_place_of_another(trained):
+    sample = sample_run(trained, REQUEST)
+    assert sample.step == 40
+    first, second, third = (keep_sample(trained, sample) for _ in range(3))
+    assert [p.name for p in (first, third)] == ["step-00000040-001.txt", "step-00000040-003.txt"]
+    assert first.parent == trained / "samples"
+    first.unlink()
+    keep_sample(trained, Sample("another\n", 40))
+    assert second.read_text(encoding="utf-8") == third.read_text(encoding="utf-8") == sample.text + "\n"
+
+
+def test_held_out_refuses_a_folder_without_metrics_before_it_fills_and_needs_no_evaluation(
+    trained, tmp_path, monkeypatch
+):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / FILE).write_text('{"kind": "train", "step": 0}\n')
+    assert write(run, held_out=True).splitlines()[-1].endswith("masked tokens restored exactly")
+    (run / FILE).unlink()
+    monkeypatch.setattr(texts_module, "fill", lambda *_, **__: pytest.fail("minutes of work for nothing"))
+    with pytest.raises(UserError, match="has no metrics.jsonl"):
+        write(run, held_out=True)
 
 
 @pytest.mark.parametrize(
@@ -201,14 +236,76 @@ def test_numbers_out_of_range_are_named(changes, message):
         SampleRequest(**changes)
 
 
-def test_a_gpt2_run_continues_a_prompt_and_refuses_gaps(tiny):
-    config = tiny(mode="gpt2", max_iters=2)
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_a_gpt2_run_continues_a_prompt_beyond_block_size_and_refuses_gaps(tiny, position):
+    config = tiny(mode="gpt2", max_iters=2, position=position)
     train(config)
     text = write(Path(config.out_dir), prompt="red")
     assert text.startswith("red")
     assert len(text) == 16
+    longer = write(Path(config.out_dir), prompt="red", length=40)
+    assert longer.startswith(text)
+    assert len(longer) == 40
+    assert len(write(Path(config.out_dir), prompt="red green red green", length=21)) == 21
+    with pytest.raises(UserError, match="fewer tokens than the text's 16, got 19; give a greater length"):
+        write(Path(config.out_dir), prompt="red green red green")
     with pytest.raises(UserError, match="gpt2 mode, which cannot fill gaps"):
         write(Path(config.out_dir), held_out=True)
+
+
+def test_sampling_sees_the_logits_that_the_loss_does(tiny, monkeypatch):
+    """With the softcap, and without [MASK]: at temperature 0 as well, and in the probabilities drawn from."""
+    drawn, real = [], torch.multinomial
+    monkeypatch.setattr(
+        torch, "multinomial", lambda p, *a, **o: (drawn.append(p.clone()), real(p, *a, **o))[1]
+    )
+    config = tiny(recipe="mdlm", softcap=2.0, max_iters=1)
+    model = fixed([[1.0, 3.0, 2.9, -1.0, 99.0]])
+    logits_of = bent_logits(model, MASK_ID, config)
+    x = torch.full((1, 1), MASK_ID)
+    assert fill(model, x, MASK_ID, temperature=0).tolist() == [[1]]
+    assert model.passes == 65, "[MASK], the most probable, was answered in all passes but the last"
+    model.passes = 0
+    assert fill(logits_of, x, MASK_ID, temperature=0).tolist() == [[1]]
+    assert model.passes == 1
+    fill(logits_of, x, MASK_ID, temperature=0.5)
+    capped = 2.0 * torch.tanh(torch.tensor([1.0, 3.0, 2.9, -1.0]) / 2.0)
+    expected = torch.cat(((capped / 0.5).softmax(0), torch.zeros(1)))
+    torch.testing.assert_close(drawn[-1], expected[None])
+    # Where the cap makes them alike, the order of filling by confidence changes too.
+    two = [[60.0, 0.0, 0.0, 0.0, 0.0], [5.0, -9.0, -9.0, -9.0, 0.0]]
+    orders = []
+    for logits in (fixed(two), bent_logits(fixed(two), MASK_ID, config)):
+        seen = []
+        watched = lambda x, f=logits, seen=seen: (seen.append(x.clone()), f(x))[1]  # noqa: E731
+        fill(watched, torch.full((1, 2), MASK_ID), MASK_ID, max_steps=2, temperature=0, by_confidence=True)
+        orders.append((seen[1] != MASK_ID).int().tolist())
+    assert orders == [[[1, 0]], [[0, 1]]]
+
+
+def test_a_model_without_terms_is_asked_as_it_is(tiny):
+    model = fixed(one_hot(1))
+    assert bent_logits(model, MASK_ID, tiny(z_loss=1e-4, label_smoothing=0.1, recipe="llada")) is model
+    for changes in ({"softcap": 5.0}, {"recipe": "mdlm"}, {"recipe": "llada", "forbid_mask": True}):
+        assert bent_logits(model, MASK_ID, tiny(**changes)) is not model
+
+
+def test_a_run_that_never_answers_mask_fills_its_steps_share_in_each_pass(tiny, monkeypatch):
+    config = tiny(recipe="mdlm", softcap=3.0, max_iters=2)
+    train(config)
+    calls, real = [], texts_module.fill
+
+    def spy(logits_of, x, mask_id, **options):
+        calls.append((logits_of(x), options))
+        return real(logits_of, x, mask_id, **options)
+
+    monkeypatch.setattr(texts_module, "fill", spy)
+    for changes in ({}, {"held_out": True}):
+        write(Path(config.out_dir), **changes)
+        logits, options = calls.pop()
+        assert options["by_confidence"]
+        assert logits[..., -1].eq(-torch.inf).all()
+        assert logits[..., :-1].abs().max() < 3.0
 
 
 def test_a_temperature_near_zero_is_greedy_and_does_not_overflow():

@@ -35,6 +35,11 @@ def test_penalties_follow_the_configured_end_points():
     assert [masking_penalties(s, config) for s in (0, 1, 4)] == [(1.0, 0.0), (1.25, 0.0), (2.0, 0.0)]
 
 
+@pytest.mark.parametrize("changes", [{"mode": "gpt2"}, {"recipe": "llada"}, {"recipe": "mdlm"}])
+def test_penalties_are_1_where_no_target_is_mask(changes):
+    assert {masking_penalties(step, Config(**changes)) for step in (0, 500, 10**6)} == {(1.0, 1.0)}
+
+
 def test_the_specifications_name_is_the_same_function():
     assert get_masking_penalties is masking_penalties
 

@@ -2,9 +2,10 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import signal
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from difftrain import loss as loss_module
 from difftrain import runtime as runtime_module
+from difftrain.checkpoints import writing as writing_module
 from difftrain.checkpoints.folder import digest_of
 from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.errors import UserError
@@ -20,6 +22,8 @@ from difftrain.schedule import learning_rate, masking_penalties
 from difftrain.training import run_folder as run_folder_module
 from difftrain.training import step as step_module
 from difftrain.training.loop import TrainingFailed, train
+from launch import obey, train_command
+from processes import run_in_processes
 
 TIMES = ("tokens_per_second", "peak_memory_mib")
 
@@ -582,36 +586,33 @@ def test_gpt2_mode_needs_one_token_more_than_block_size(tiny, tmp_path):
     train(tiny(data=str(tmp_path / "a.txt"), max_iters=1))
 
 
+def fill_disk(config, writer, limit, rank):
+    """Train where from the second checkpoint on no file may exceed a limit: how the command ended."""
+    holder = {"save_file": writing_module, "write_text": Path}[writer]
+    real = getattr(holder, writer)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*arguments, **options):
+        if "step-00000002" in str(arguments):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        return real(*arguments, **options)
+
+    setattr(holder, writer, limited)
+    try:
+        return obey(train_command(config))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize(("writer", "limit"), [("save_file", 3 << 20), ("write_text", 16)])
 def test_a_full_disk_says_so_and_leaves_no_half_checkpoint(tiny, tmp_path, writer, limit):
-    # From the second checkpoint on no file may exceed the limit: its moments, or its configuration, fail.
-    # 3 MiB is less than the moments and leaves room for anything small.
-    config = tiny(n_embd=256, max_iters=4, eval_interval=2)
-    (tmp_path / "c.toml").write_text(config.to_toml())
-    code = f"""
-import resource, sys
-from pathlib import Path
-from difftrain import cli
-from difftrain.checkpoints import writing
-holder = {{"save_file": writing, "write_text": Path}}[{writer!r}]
-real = getattr(holder, {writer!r})
-def limited(*arguments, **options):
-    if "step-00000002" in str(arguments):
-        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-    return real(*arguments, **options)
-setattr(holder, {writer!r}, limited)
-sys.exit(cli.main(["train", "--config", sys.argv[1]]))
-"""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "c.toml")],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "the disk is full or a quota is reached" in done.stderr
+    # The second checkpoint's moments, or its configuration, fail. 3 MiB is less than the moments and leaves
+    # room for anything small.
+    config = tiny(n_embd=256, max_iters=4, eval_interval=2, eval_iters=2)
+    ((code, _, err),) = run_in_processes(1, partial(fill_disk, config, writer, limit), tmp_path)
+    assert code == 1, err
+    assert err.count("\n") == 1
+    assert "the disk is full or a quota is reached" in err
     left = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == ["best", "latest", "step-00000000"]
     assert find_checkpoint(tmp_path / "run", "latest").step == 0
@@ -722,10 +723,21 @@ def test_every_implementation_of_the_loss_trains_the_same_model(tiny, impl, dtyp
         torch.testing.assert_close(value, weights_of(other)[name], rtol=0.1, atol=tolerance)
 
 
+TERMS = {"softcap": 4.0, "label_smoothing": 0.1, "z_loss": 1e-3}
+
+
 @pytest.mark.parametrize("impl", ["linear", "logits"])
-@pytest.mark.parametrize("how", ["model", "step"])
+@pytest.mark.parametrize(
+    ("how", "changes"),
+    [
+        ("model", {}),
+        ("step", {}),
+        ("step", {"gate": "probability", **TERMS}),
+        ("step", {"recipe": "mdlm", **TERMS}),
+    ],
+)
 def test_a_compiled_run_trains_the_same_model_and_its_curriculum_compiles_nothing_anew(
-    tiny, how, impl, monkeypatch
+    tiny, how, impl, changes, monkeypatch
 ):
     compiled, real = [], torch.compile
 
@@ -736,7 +748,7 @@ def test_a_compiled_run_trains_the_same_model_and_its_curriculum_compiles_nothin
 
         return real(function, backend=backend)
 
-    usual = tiny(loss_impl=impl, max_iters=12, log_interval=5, gradient_accumulation_steps=2)
+    usual = tiny(loss_impl=impl, max_iters=12, log_interval=5, gradient_accumulation_steps=2, **changes)
     train(usual)
     monkeypatch.setattr(step_module.torch, "compile", compile_without_code)
     torch._dynamo.reset()

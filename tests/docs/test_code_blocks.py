@@ -74,11 +74,13 @@ IN_BLOCKS = [
 IN_PROSE = [
     (name, words) for name in NAMES for words in code_words_of(TEXTS[name]) if words.split()[0] in PROGRAMS
 ]
-TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def check_difftrain(words):
-    """Parse a command as ``difftrain`` does, and for ``train`` find its configuration."""
+    """Parse a command as ``difftrain`` does, and for ``train`` find its configuration; alone it shows the help."""
+    if not words:
+        return
     args = _parse(words)
     if words[0] == "train" and not args.resume:
         chosen = {name: word for name, word in vars(args).items() if hasattr(Config, name)}

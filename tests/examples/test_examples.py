@@ -1,11 +1,14 @@
-"""The examples under examples: each trains, and its loss is the eager formula at every step."""
+"""The examples under examples: each trains, and its loss is the eager formula where one stands beside it."""
 
+import ast
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
+
+from difftrain_kernels import recipes
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
 
@@ -102,3 +105,18 @@ def test_masked_only_is_the_loss_of_llada_and_of_mdlm():
 def test_masked_only_training_learns(mdlm):
     losses = example("masked_only").train(steps=80, mdlm=mdlm)
     assert mean(losses[-10:]) < 0.88 * mean(losses[:10])
+
+
+RECIPES = example("recipes").RECIPES
+
+
+def test_the_recipes_example_has_every_recipe():
+    module = ast.parse(Path(recipes.__file__).read_text(encoding="utf-8"))
+    public = {f.name for f in module.body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")}
+    assert public - {"schedule_weight"} <= RECIPES.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_learns_in_its_example(name):
+    before, after = example("recipes").train(RECIPES[name], steps=50)
+    assert after < 0.9 * before

@@ -13,9 +13,11 @@ import difftrain_kernels
 ROOT = Path(__file__).parent.parent.parent
 LOSSES = [
     "CaseTable",
+    "RowOutputs",
     "diffusion_loss_reference",
     "fused_diffusion_loss",
     "fused_linear_diffusion_loss",
+    "recipes",
     "vocab_parallel_diffusion_loss",
 ]
 FACE = sorted(
@@ -41,6 +43,9 @@ def test_the_public_names_are_those_on_the_list_and_sorted(package, names):
 @pytest.mark.parametrize("name", [name for name in FACE if name != "__version__"])
 def test_each_name_is_the_one_of_its_home(name):
     value = getattr(difftrain, name)
+    if name == "recipes":  # a module
+        assert value is difftrain_kernels.recipes
+        return
     assert getattr(importlib.import_module(value.__module__), name) is value
     if name in LOSSES:
         assert getattr(difftrain_kernels, name) is value
@@ -58,7 +63,9 @@ def test_an_unknown_name_is_named():
         "from difftrain import Config; Config()",
         "from difftrain.cli import main; main(['--help'])",
         "from difftrain.cli import main; main(['train', '--help'])",
+        "from difftrain.cli import main; main([])",
         "from difftrain.cli import main; main(['--version'])",
+        "from difftrain.cli import main; main(['--print-completion', 'bash'])",
         "from difftrain.cli import main; main(['train', '--no_such_option', '1'])",
     ],
 )

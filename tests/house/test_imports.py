@@ -12,42 +12,38 @@ PACKAGE = ROOT / "difftrain"
 
 # What a file of the losses may import besides the standard library.
 KERNELS = {
-    "__init__": {"cases", "linear_loss", "logits_loss", "parallel_loss", "reference"},
-    "cases": {"torch"},
-    "terms": {"torch"},
+    "__init__": {"cases", "linear_loss", "logits_loss", "parallel_loss", "recipes", "reference", "rows"},
+    "cases": {"torch", "validation"},
     "validation": {"torch"},
-    "reference": {"torch", "cases", "validation"},
-    "implementation": {"torch", "reference", "triton_kernels"},
-    "chunks": {"torch", "cases", "implementation", "triton_kernels"},
-    "operators": {
-        "torch",
-        "cases",
-        "chunks",
-        "implementation",
-        "reference",
-        "validation",
-        "triton_kernels",
+    "term_validation": {"torch", "validation"},
+    "terms": {"torch", "term_validation", "validation"},
+    "rows": {"torch", "cases"},
+    "recipes": {"torch", "validation"},
+    "calls": {"torch", "cases", "rows", "term_validation", "terms", "validation"},
+    "reference": {"torch", "calls", "cases", "terms", "validation"},
+    "stepwise_reference": {"torch", "cases", "reference", "terms", "validation"},
+    "sliced_reference": {"torch", "cases", "reference", "stepwise_reference", "terms", "validation"},
+    "triton_kernels": {"torch", "triton"},
+    "implementation": {
+        "torch", "cases", "reference", "stepwise_reference", "terms", "validation", "triton_kernels",
     },
+    "chunks": {"torch", "implementation", "terms", "triton_kernels"},
+    "operators": {
+        "torch", "calls", "cases", "implementation", "reference", "sliced_reference", "stepwise_reference", "terms",
+        "validation", "triton_kernels",
+    },
+    "linear_operators": {"torch", "calls", "chunks", "implementation", "operators"},
     "logits_loss": {
-        "torch",
-        "cases",
-        "implementation",
-        "operators",
-        "reference",
-        "validation",
-        "triton_kernels",
+        "torch", "calls", "implementation", "operators", "reference", "validation", "triton_kernels",
     },
     "linear_loss": {
-        "torch",
-        "cases",
-        "chunks",
-        "implementation",
-        "operators",
-        "validation",
+        "torch", "calls", "chunks", "implementation", "linear_operators", "validation", "triton_kernels",
+    },
+    "parallel_loss": {
+        "torch", "calls", "cases", "implementation", "operators", "reference", "sliced_reference", "validation",
         "triton_kernels",
     },
-    "parallel_loss": {"torch", "cases", "implementation", "reference", "validation", "triton_kernels"},
-}
+}  # fmt: skip
 # The folder triton_kernels: each file also torch, triton and the terms; nothing else outside the folder.
 TRITON_KERNELS = {
     "__init__": {
@@ -98,16 +94,16 @@ TRAINER = {
     "parallel": {"config", "model", "runtime", "torch"},
     "loss": {"config", "runtime", "difftrain_kernels", "torch"},
     "evaluate": {"config", "data", "runtime", "loss", "difftrain_kernels", "torch"},
-    "reporting": {"errors", "config", "schedule", "difftrain_kernels", "matplotlib"},
+    "reporting": {"errors", "config", "schedule", "difftrain_kernels", "matplotlib", "torch", "wandb"},
     "checkpoints": {
         "errors", "config", "data", "model", "runtime", "parallel", "safetensors", "torch",
     },
-    "sampling": {"errors", "config", "data", "runtime", "reporting", "checkpoints", "torch"},
+    "sampling": {"errors", "config", "data", "runtime", "loss", "reporting", "checkpoints", "torch"},
     "training": {
         "errors", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluate",
         "reporting", "checkpoints", "difftrain_kernels", "torch", "tqdm",
     },
-    "cli": {"errors", "config", "data", "reporting", "sampling", "training"},
+    "cli": {"errors", "config", "data", "reporting", "sampling", "training", "shtab"},
     "hf_kernel": {"errors", "config"},
     "__init__": {"errors", "config", "schedule", "difftrain_kernels"},
     "__main__": {"cli"},
@@ -191,6 +187,8 @@ def imports_of(path):
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 found.add(inner if inner in MODULES else node.module)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_extra":
+            found.add(node.args[0].value)
     return found
 
 

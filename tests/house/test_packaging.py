@@ -23,6 +23,7 @@ def run(code, **options):
     )
 
 
+@pytest.mark.core
 def test_both_packages_import_and_both_losses_run_without_triton(tmp_path):
     code = f"""
 import sys
@@ -84,10 +85,7 @@ def test_hugging_face_packages_import_beside_ours_from_the_repository_root():
     )  # fmt: skip
 
 
-@pytest.mark.skipif(
-    not os.environ.get("DIFFTRAIN_TEST_INSTALL"),
-    reason="installs packages for a minute or two; set DIFFTRAIN_TEST_INSTALL=1 to run it",
-)
+@pytest.mark.slow
 def test_hugging_face_packages_install_beside_ours_in_a_fresh_environment(tmp_path):
     """Theirs first, then ours, as files: neither may overwrite the other's."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
@@ -113,6 +111,7 @@ def test_hugging_face_packages_install_beside_ours_in_a_fresh_environment(tmp_pa
         assert done.stdout.strip().startswith(str(site)), "not the installed package"
 
 
+@pytest.mark.core
 def test_a_built_wheel_holds_both_packages_their_type_marks_and_the_presets_and_nothing_else(tmp_path):
     code = (
         "from setuptools import setup; import sys; sys.argv = "

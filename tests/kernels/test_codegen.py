@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("codegen")  # one of them compiles for all
+
 BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "bench_codegen.py"
 KEYS = {
     "kernel", "target", "dtype", "vocab_size", "aligned", "registers", "spill_instructions", "wide_accesses",
@@ -26,19 +28,33 @@ def measure(folder, *arguments):
     return json.loads(file.read_text())
 
 
+# The tiles of GPT-2's vocabulary and of larger ones; rows of odd length and rows that are all aligned.
+GATE = (50305, 128256)
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    sizes = ("50304", "50305", "128256", "151936")
-    return measure(
-        tmp_path_factory.mktemp("gate"), "--target", "sm_90", "--dtype", "bf16", "--vocab-size", *sizes
-    )
+    return gate(tmp_path_factory.mktemp("gate"), GATE)
+
+
+def gate(folder, sizes):
+    return measure(folder, "--target", "sm_90", "--dtype", "bf16", "--vocab-size", *map(str, sizes))
 
 
 def test_streamed_kernels_stay_within_their_instruction_budget(rows):
+    assert_within_budget(rows, GATE)
+
+
+@pytest.mark.slow
+def test_so_do_those_of_other_vocabularies(tmp_path):
+    assert_within_budget(gate(tmp_path, (50304, 151936)), (50304, 151936))
+
+
+def assert_within_budget(rows, sizes):
     # The issue's gate. Where a measurement on a GPU favours slower-looking code, change it here and say why.
     streamed = [row for row in rows if row["slots_scan"] or row["slots_grad"]]
-    assert sorted({row["vocab_size"] for row in streamed}) == [50304, 50305, 128256, 151936]
-    assert len(streamed) == 16
+    assert sorted({row["vocab_size"] for row in streamed}) == sorted(sizes)
+    assert len(streamed) == 4 * len(sizes)
     for row in streamed:
         assert row["spill_instructions"] == 0, row
         assert row["narrow_accesses_in_loops"] == 0, row
@@ -58,7 +74,10 @@ def test_the_table_has_the_agreed_keys(rows):
     assert {row["aligned"] for row in rows if row["vocab_size"] == 50305} == {False}
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    "target",
+    ["gfx942", *(pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100"))],
+)
 def test_other_targets_compile_without_spills(target, tmp_path):
     rows = measure(tmp_path, "--target", target, "--dtype", "bf16", "--vocab-size", "50305")
     assert {row["kernel"] for row in rows} >= {

@@ -1,17 +1,19 @@
 """The losses under torch.compile: as operators, compiled once whatever the penalties do."""
 
 import importlib.util
+import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from difftrain.config import Config
 from difftrain.schedule import masking_penalties
-from difftrain_kernels import fused_diffusion_loss, fused_linear_diffusion_loss, operators
+from difftrain_kernels import fused_diffusion_loss, fused_linear_diffusion_loss, linear_operators, operators
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about inf and NaN
 
@@ -71,22 +73,47 @@ def assert_same(found, expected):
 # Operators ------------------------------------------------------------------------------------------
 
 
-def test_no_schema_holds_a_float():
+# What an operator is told of the terms: none, and all that it can be told.
+NO_TERMS = (None, None, None, "argmax", None, 0.0, 0.0, False, False, False)
+
+
+def every_term(y, device):
+    weights = torch.rand(y.shape, device=device)
+    scale = torch.tensor(0.7, device=device)
+    return (
+        weights,
+        torch.rand(3, 3, device=device),
+        scale,
+        "probability",
+        3.0,
+        0.2,
+        0.05,
+        True,
+        True,
+        True,
+    )
+
+
+def test_no_schema_holds_a_float_but_what_is_constant_in_a_training():
     registered = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("difftrain::")]
     assert {s.name.removeprefix("difftrain::") for s in registered} == {
         "diffusion_loss", "diffusion_loss_backward", "linear_diffusion_loss",
-        "linear_diffusion_loss_backward", "case_sums",
+        "linear_diffusion_loss_backward", "case_sums", "shown_rows",
     }  # fmt: skip
     for schema in registered:
-        assert "float" not in str(schema), schema
+        held = re.findall(r"float\??\s(\w+)", str(schema))
+        assert held == ["softcap", "label_smoothing", "z_loss"], schema
 
 
 # opcheck does not take NaN for equal to NaN, so no mean of nothing.
 @IMPL
 @pytest.mark.parametrize(
     ("case", "reduction"),
-    [("fp32", "mean"), ("bf16", "none"), ("padded rows", "sum"), ("turned", "sum"), ("empty", "sum")],
-)
+    [
+        ("fp32", "mean"), ("bf16", "none"), ("padded rows", "sum"), ("turned", "sum"), ("empty", "sum"),
+        ("every term", "none"),
+    ],
+)  # fmt: skip
 def test_opcheck_of_the_operators_on_logits(impl, reduction, case, device):
     n = 0 if case == "empty" else 7
     (logits,), y, x = problem_of(
@@ -98,19 +125,37 @@ def test_opcheck_of_the_operators_on_logits(impl, reduction, case, device):
     if case == "turned":
         logits = torch.randn(18, n, device=device).t().requires_grad_()
     uses_triton = impl == "triton"
-    arguments = (logits, y, x, *scalars(device, 0.25, 0.5), MASK_ID, -1, reduction, uses_triton, False)
+    terms = NO_TERMS
+    if case == "every term":
+        terms, y = every_term(y, device), torch.where(y == MASK_ID, -1, y)
+    penalties = scalars(device, 0.25, 0.5)
+    arguments = (logits, y, x, *penalties, MASK_ID, -1, reduction, uses_triton, False, *terms)
     opcheck(operators.diffusion_loss, arguments)
     loss, *statistics = (t.detach() for t in operators.diffusion_loss(*arguments))
-    backward = (torch.randn_like(loss), logits.detach(), y, *statistics, reduction, uses_triton)
+    backward = (
+        torch.randn_like(loss),
+        logits.detach(),
+        y,
+        *statistics,
+        reduction,
+        uses_triton,
+        MASK_ID,
+        *terms,
+    )
     opcheck(operators.diffusion_loss_backward, backward)
-    opcheck(operators.case_sums, (*statistics, uses_triton))
+    opcheck(operators.case_sums, (*statistics, uses_triton, *terms))
+    if case == "every term":
+        opcheck(operators.shown_rows, (*statistics, uses_triton, *terms))
 
 
 @IMPL
 @pytest.mark.parametrize(
     ("case", "reduction"),
-    [("fp32", "mean"), ("bf16", "none"), ("no bias, frozen weight", "sum"), ("empty", "sum")],
-)
+    [
+        ("fp32", "mean"), ("bf16", "none"), ("no bias, frozen weight", "sum"), ("empty", "sum"),
+        ("every term", "none"),
+    ],
+)  # fmt: skip
 def test_opcheck_of_the_operators_on_hidden_states(impl, reduction, case, device):
     n = 0 if case == "empty" else 7
     dtype = torch.bfloat16 if case == "bf16" else torch.float32
@@ -119,13 +164,16 @@ def test_opcheck_of_the_operators_on_hidden_states(impl, reduction, case, device
         bias, weight = None, weight.detach()
     head = (hidden, weight, bias)
     wants = [t is not None and t.requires_grad for t in head]
-    plan = (y, -1, reduction, dtype, impl == "triton", *PLAN)
-    arguments = (*head, x, MASK_ID, *scalars(device, 0.25, 0.5), False, *wants, *plan)
-    opcheck(operators.linear_diffusion_loss, arguments)
-    loss, *statistics = (t.detach() for t in operators.linear_diffusion_loss(*arguments)[:3])
+    terms = NO_TERMS
+    if case == "every term":
+        terms, y = every_term(y, device), torch.where(y == MASK_ID, -1, y)
+    plan = (*terms, y, MASK_ID, -1, reduction, dtype, impl == "triton", *PLAN)
+    arguments = (*head, x, *scalars(device, 0.25, 0.5), False, *wants, *plan)
+    opcheck(linear_operators.linear_diffusion_loss, arguments)
+    loss, *statistics = (t.detach() for t in linear_operators.linear_diffusion_loss(*arguments)[:3])
     head = [t if t is None else t.detach() for t in head]
     upstream = torch.randn_like(loss) if reduction == "none" else None
-    opcheck(operators.linear_diffusion_loss_backward, (*head, *statistics, upstream, *wants, *plan))
+    opcheck(linear_operators.linear_diffusion_loss_backward, (*head, *statistics, upstream, *wants, *plan))
 
 
 @IMPL
@@ -134,12 +182,12 @@ def test_a_derivative_of_an_operators_gradient_raises(name, impl, device):
     inputs, y, x = problem_of(name, device)
     penalties = scalars(device, 0.25, 0.5)
     if name == "logits":
-        arguments = (*inputs, y, x, *penalties, MASK_ID, -1, "mean", impl == "triton", False)
+        arguments = (*inputs, y, x, *penalties, MASK_ID, -1, "mean", impl == "triton", False, *NO_TERMS)
         loss = operators.diffusion_loss(*arguments)[0]
     else:
-        plan = (y, -1, "none", torch.float32, impl == "triton", *PLAN)
-        arguments = (*inputs, x, MASK_ID, *penalties, False, True, True, True, *plan)
-        loss = operators.linear_diffusion_loss(*arguments)[0].sum()
+        plan = (*NO_TERMS, y, MASK_ID, -1, "none", torch.float32, impl == "triton", *PLAN)
+        arguments = (*inputs, x, *penalties, False, True, True, True, *plan)
+        loss = linear_operators.linear_diffusion_loss(*arguments)[0].sum()
     for gradient in torch.autograd.grad(loss, inputs, create_graph=True):
         with pytest.raises(RuntimeError, match="have no second derivative"):
             gradient.sum().backward(retain_graph=True)
@@ -148,13 +196,38 @@ def test_a_derivative_of_an_operators_gradient_raises(name, impl, device):
 def test_a_gradient_not_made_in_forward_is_made_in_backward(device):
     inputs, y, x = problem_of("linear", device)
     expected = torch.autograd.grad(loss_of("linear", inputs, y, x, 0.25, 0.5), inputs)
-    plan = (y, -1, "mean", torch.float32, False, 5, 1)
-    arguments = (*inputs, x, MASK_ID, *scalars(device, 0.25, 0.5), False, True, False, True, *plan)
-    loss = operators.linear_diffusion_loss(*arguments)[0]
+    plan = (*NO_TERMS, y, MASK_ID, -1, "mean", torch.float32, False, 5, 1)
+    arguments = (*inputs, x, *scalars(device, 0.25, 0.5), False, True, False, True, *plan)
+    loss = linear_operators.linear_diffusion_loss(*arguments)[0]
     assert_same(torch.autograd.grad(loss, inputs), expected)
 
 
 # One graph ------------------------------------------------------------------------------------------
+
+
+@IMPL
+@LOSS
+def test_weights_scale_and_divisor_in_tensors_change_in_one_graph_with_the_eager_bits(name, impl, device):
+    inputs, y, x = problem_of(name, device)
+    y = torch.where(y == MASK_ID, -1, y)
+
+    def step(inputs, y, x, weights, cases, scale, normalizer):
+        loss, table, rows = loss_of(
+            name, inputs, y, x, None, None, impl=impl, token_weights=weights, case_weights=cases, logit_scale=scale,
+            normalizer=normalizer, gate="probability", softcap=3.0, label_smoothing=0.1, z_loss=0.01, forbid_mask=True,
+            return_cases=True, return_rows=True, entropy=True,
+        )  # fmt: skip
+        return loss, table.weighted, table.z_loss, rows.entropy, rows.case
+
+    compiled_step, counter = compiled(step)
+    for i in range(5):
+        weights = torch.rand(y.shape, device=device)
+        arguments = (weights, torch.rand(3, 3, device=device), *scalars(device, 0.5 + i / 10, i))
+        found, expected = compiled_step(inputs, y, x, *arguments), step(inputs, y, x, *arguments)
+        assert_same([t.detach() for t in found], [t.detach() for t in expected])
+        for a, b in zip(*(torch.autograd.grad(r[0], inputs) for r in (found, expected)), strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
 
 
 @IMPL
@@ -256,21 +329,24 @@ def test_any_number_of_positions_fits_one_graph(name, impl, device):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
 @pytest.mark.skipif(not shutil.which("c++"), reason="Inductor needs a C++ compiler")
+@pytest.mark.xdist_group("inductor")
+# No trials of what vectors the processor has, and no header compiled into the user's cache: half of the time.
+@torch._inductor.config.patch({"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False})
 def test_inductor_compiles_a_step_with_both_losses(device):
-    (logits,), y, x = problem_of("logits", device)
-    head = problem_of("linear", device)[0]
+    inputs, y, x = problem_of("linear", device)
     penalties = scalars(device, 0.25, 0.5)
 
-    def step(logits, head, y, x, pk, pm):
-        one, cases = loss_of("logits", [logits * 2], y, x, pk, pm, return_cases=True)
-        other = loss_of("linear", [torch.tanh(head[0]), *head[1:]], y, x, pk, pm, reduction="none")
+    def step(inputs, y, x, pk, pm):
+        head = [torch.tanh(inputs[0]), *inputs[1:]]
+        logits = torch.nn.functional.linear(*head)
+        one, cases = loss_of("logits", [logits], y, x, pk, pm, return_cases=True)
+        other = loss_of("linear", head, y, x, pk, pm, reduction="none")
         return one + other.sum(), cases.loss_at(pk, pm)
 
     fast, counter = compiled(step, "inductor")
-    inputs = (logits, *head)
     results = []
     for function in (fast, step):
-        loss, again = function(logits, head, y, x, *penalties)
+        loss, again = function(inputs, y, x, *penalties)
         results.append((loss, again, *torch.autograd.grad(loss, inputs)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
@@ -278,8 +354,8 @@ def test_inductor_compiles_a_step_with_both_losses(device):
         for value in (0.0, 1.0, 0.3):
             for penalty in penalties:
                 penalty.fill_(value)
-            assert fast(logits, head, y, x, *penalties)[0].item() == pytest.approx(
-                step(logits, head, y, x, *penalties)[0].item(), rel=1e-5
+            assert fast(inputs, y, x, *penalties)[0].item() == pytest.approx(
+                step(inputs, y, x, *penalties)[0].item(), rel=1e-5
             )
     assert counter.frame_count == 1
 

@@ -14,8 +14,10 @@ import oracle
 from difftrain_kernels import fused_diffusion_loss, fused_linear_diffusion_loss
 from processes import run_in_processes
 
-# Of the interpreter, about inf and NaN.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.xdist_group("processes"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of the interpreter, about inf and NaN
+]
 
 IMPLS = ["reference", "triton"] if importlib.util.find_spec("triton") else ["reference"]
 HOW = pytest.mark.parametrize("how", ["logits", "linear"])

@@ -91,7 +91,7 @@ def test_the_kernels_package_loads_it_beside_the_installed_one(tmp_path):
     assert run.stdout.startswith("loaded _difftrain_kernels_")
 
 
-TWO_COPIES = """
+COPIES = """
 import importlib.util, os, sys
 import torch
 
@@ -101,10 +101,9 @@ def load(name, folder):
     spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
 
-first, second = sys.argv[1:3]
 copies = [
     __import__("difftrain_kernels") if folder == "installed" else load(f"_copy_{i}", folder)
-    for i, folder in enumerate((first, second))
+    for i, folder in enumerate(sys.argv[1:])
 ]
 hidden, head = torch.randn(12, 8), torch.randn(11, 8)
 y = torch.randint(0, 11, (12,))
@@ -133,12 +132,19 @@ print("compiled")
 """
 
 
-@pytest.mark.parametrize("order", [("installed", "copy"), ("copy", "installed"), ("copy", "other")])
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param(("copy", "installed", "other"), id="one before and one after"),
+        pytest.param(("installed", "copy"), marks=pytest.mark.slow, id="after the installed one"),
+        pytest.param(("copy", "other"), marks=pytest.mark.slow, id="without the installed one"),
+    ],
+)
 def test_every_copy_of_the_package_has_its_own_operators_and_kernels(tmp_path, order):
     variants = export_kernel(tmp_path)
     folders = {"installed": "installed", "copy": str(variants[0]), "other": str(variants[1])}
     run = subprocess.run(
-        [sys.executable, "-c", TWO_COPIES, *(folders[name] for name in order)],
+        [sys.executable, "-c", COPIES, *(folders[name] for name in order)],
         capture_output=True, text=True, env=environment(),
     )  # fmt: skip
     assert run.stdout == "compiled\n", run.stderr

@@ -160,7 +160,7 @@ def test_a_hundred_repeats_give_equal_bits(problem, family):
     logits, y, x = (part[:2] for part in problem)
     first = loss_and_gradient(logits.clone(), y, x, MASK_ID, upstream_scale=1.0)
     # Interpreted rows run one after the other anyway.
-    for _ in range(99 if logits.is_cuda or family == "small" else 9):
+    for _ in range(99 if logits.is_cuda else 9):
         again = loss_and_gradient(logits.clone(), y, x, MASK_ID, upstream_scale=1.0)
         assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True))
         assert torch.equal(first[2].nll, again[2].nll)
@@ -239,10 +239,6 @@ def test_the_kernel_asked_for_by_name_never_falls_back(problem, monkeypatch):
     logits, y, x = problem
     with pytest.raises(ValueError, match=r'impl="triton" needs logits in fp32, .*, got torch.float64'):
         kernel_loss(logits.double(), y, x)
-    with pytest.raises(
-        ValueError, match=r'impl="triton" needs a CPU or CUDA device, got meta|needs a CUDA'
-    ):
-        kernel_loss(logits.to("meta"), y.to("meta"), x.to("meta"))
     monkeypatch.setattr(triton_kernels, "is_interpreted", lambda: False)
     with pytest.raises(ValueError, match=r"needs a CUDA device \(or TRITON_INTERPRET=1 .*\), got cpu"):
         kernel_loss(logits.cpu(), y.cpu(), x.cpu())
@@ -278,7 +274,8 @@ def test_wrong_options_are_named(problem, options, error, message):
 def test_rows_that_share_memory_are_not_overwritten(problem):
     logits, y, x = problem
     with pytest.raises(
-        ValueError, match=r"evenly spaced rows to be overwritten, got shape \(9, 66\) with str"
+        ValueError,
+        match=r"separate rows, evenly spaced or in batches, to be overwritten, got shape \(9, 66\) with str",
     ):
         kernel_loss(logits[:1].expand(9, 66), y, x, overwrite_logits=True)
 

@@ -13,8 +13,11 @@ import oracle
 from difftrain_kernels import fused_diffusion_loss, vocab_parallel_diffusion_loss
 from processes import run_in_processes
 
-# numpy warns where hardware computes inf and NaN in silence.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.xdist_group("processes"),
+    # numpy warns where hardware computes inf and NaN in silence.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 
 INF, NAN = math.inf, math.nan
 IMPLS = ["reference", "triton"] if importlib.util.find_spec("triton") else ["reference"]
@@ -505,15 +508,6 @@ def test_a_dtensor_of_logits_is_taken_as_it_is_split(n, found_by):
 
 
 # One process, and wrong arguments ------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A group of this process alone."""
-    meeting = tmp_path_factory.mktemp("alone") / "meeting"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def call(**changes):

@@ -3,6 +3,9 @@
 import os
 import signal
 import time
+from pathlib import Path
+
+from waiting import PATIENCE
 
 
 def obey(jobs, connection):
@@ -12,8 +15,9 @@ def obey(jobs, connection):
             os.kill(os.getpid(), signal.SIGKILL)
         if job == "exit":
             os._exit(3)
-        if job == "hang":
-            time.sleep(60)
+        if job.startswith("hang "):
+            Path(job.removeprefix("hang ")).write_text(str(os.getpid()))
+            time.sleep(PATIENCE)
         connection.send((job, os.getpid()))
         if job == "last of its process":
             connection.send("restart")

@@ -1,11 +1,14 @@
-"""Starting real processes of difftrain: one, or several under torchrun."""
+"""difftrain's commands: in real processes, one or several under torchrun, and in this one."""
 
-import dataclasses
-import json
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from difftrain import cli
+from waiting import PATIENCE
 
 SUPPORT = Path(__file__).parent  # where the programs that tests start lie
 
@@ -26,25 +29,30 @@ def start(*arguments, processes=1, **options):
     )
 
 
-def finish(process, timeout=120):
+def finish(process):
     """Exit code, standard output and standard error; a process that hangs is killed, and the test fails."""
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
-        raise AssertionError(f"no end after {timeout} s:\n{out}\n{err}") from None
+        raise AssertionError(f"no end after {PATIENCE} s:\n{out}\n{err}") from None
     return process.returncode, out, err
 
 
-def run(*arguments, processes=1, timeout=120):
-    return finish(start(*arguments, processes=processes), timeout)
+def run(*arguments, processes=1):
+    return finish(start(*arguments, processes=processes))
 
 
-def train_all(runs, processes, folder):
-    """Train [configuration, stop or None] pairs, as resume_runs.py does, in one start of several processes."""
-    job = folder / "runs.json"
-    job.write_text(json.dumps([[dataclasses.asdict(config), stop_at] for config, stop_at in runs]))
-    script = SUPPORT / "resume_runs.py"
-    code, out, err = run(script, job, processes=processes, timeout=300)
-    assert code == 0, out + err
+def train_command(config, *words):
+    """The words that train a configuration."""
+    path = Path(f"{config.out_dir}.toml")
+    path.write_text(config.to_toml())
+    return ["train", "--config", str(path), *words]
+
+
+def obey(words, rank=0):
+    """Do a command here, or as one of several processes: its exit code and what it wrote to either stream."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = cli.main([str(word) for word in words])
+    return code, out.getvalue(), err.getvalue()

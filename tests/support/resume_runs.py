@@ -1,19 +1,11 @@
-"""Many short runs in one process, or in each of torchrun's: python tests/resume_runs.py LIST.json
+"""Training runs that stop and go on, in this process or in several at once."""
 
-The list holds [configuration, steps until a stop or null] pairs. A run with a stop is trained to that
-step as if it were told to stop there, then resumed to its end.
-"""
-
-import gc
-import json
-import os
-import sys
-
-import torch
+from functools import partial
 
 from difftrain.config import Config
 from difftrain.training.loop import train
 from difftrain.training.step import Run
+from processes import run_in_processes
 
 
 def train_with_stop(config: Config, stop_at: int | None) -> None:
@@ -34,13 +26,21 @@ def train_with_stop(config: Config, stop_at: int | None) -> None:
     train(config, resume=True)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group("gloo")
-    with open(sys.argv[1], encoding="utf-8") as file:
-        for values, stop_at in json.load(file):
-            train_with_stop(Config(**values), stop_at)
-    if torch.distributed.is_initialized():
-        gc.collect()  # replicas go before their group
-        torch.distributed.destroy_process_group()
+def train_each(runs: list[tuple[Config, int | None]], rank: int) -> None:
+    for config, stop_at in runs:
+        train_with_stop(config, stop_at)
+
+
+def train_all(runs: list[tuple[Config, int | None]], processes: int, folder) -> None:
+    """Train (configuration, stop or None) pairs, one after the other, in one start of several processes."""
+    run_in_processes(processes, partial(train_each, runs), folder)
+
+
+def resume_each(configs: list[Config], rank: int) -> None:
+    for config in configs:
+        train(config, resume=True)
+
+
+def resume_all(configs: list[Config], processes: int, folder) -> None:
+    """Go on with each run in one start of several processes."""
+    run_in_processes(processes, partial(resume_each, configs), folder)

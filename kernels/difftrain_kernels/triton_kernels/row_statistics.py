@@ -152,8 +152,10 @@ def store_statistics(
     # The same of what a label outside the vocabulary does not spoil.
     known = tl.where(is_number & is_exact, 1.0, float("nan"))
     lse = (shift + log2_total) * LN2 * known
-    p_mask = tl.exp2(exponents_of(mask_unit, shift, scaling)) / total * known
-    p_target = tl.where(y == mask_id, 0.0, tl.exp2(log2_p) / total * known)
+    p_mask, p_target = 0.0, 0.0
+    if terms.columns.P_MASK is not None:
+        p_mask = tl.exp2(exponents_of(mask_unit, shift, scaling)) / total * known
+        p_target = tl.where(y == mask_id, 0.0, tl.exp2(log2_p) / total * known)
     words = tl.cast(vocab_size - 1 if terms.FORBID_MASK else vocab_size, tl.float32)
 
     if terms.PROBABILITY:

@@ -1,12 +1,16 @@
 """Whatever a worker does, every job gets one answer, in order, and the run ends in time."""
 
-import time
+import os
+from types import SimpleNamespace
+
+import pytest
 
 from fake_workers import obey
 from measuring import supervision
+from waiting import PATIENCE, wait_until
 
 
-def run(jobs, job_seconds=20.0, seconds=60.0):
+def run(jobs, job_seconds=PATIENCE, seconds=PATIENCE):
     return list(supervision.run_jobs(obey, jobs, job_seconds=job_seconds, seconds=seconds))
 
 
@@ -34,14 +38,32 @@ def test_a_worker_that_leaves_blames_no_job():
     assert found[0][1][1] != found[1][1][1]
 
 
-def test_a_job_that_hangs_is_given_up_and_the_next_one_done():
-    # Two seconds must be enough for a process to start.
-    found = run(["hang", "b"], job_seconds=2.0)
-    assert [problem for *_, problem in found] == ["hung: no answer in 2 s", ""]
+@pytest.fixture
+def hangs(tmp_path, monkeypatch):
+    """The file that a worker that hangs writes its process id to; no time passes before."""
+    file, real = tmp_path / "hangs", supervision._wait
+
+    def wait(connection, seconds):
+        wait_until(lambda: connection.poll() or file.exists(), "an answer or a worker that hangs")
+        return real(connection, seconds)
+
+    monkeypatch.setattr(supervision, "_wait", wait)
+    return file
 
 
-def test_what_is_not_done_when_the_time_is_over_is_said_to_be_not_measured():
-    began = time.monotonic()
-    found = run(["a", "hang", "b"], seconds=2.0)
-    assert time.monotonic() - began < 10
-    assert [problem for *_, problem in found] == ["", *["not measured: the run's 2 s were over"] * 2]
+def test_a_job_that_hangs_is_given_up_and_the_next_one_done(hangs):
+    jobs = [f"hang {hangs}", "b"]
+    found = []
+    for job in supervision.run_jobs(obey, jobs, job_seconds=1.0, seconds=PATIENCE):
+        hangs.unlink(missing_ok=True)
+        found.append(job)
+    assert [problem for *_, problem in found] == ["hung: no answer in 1 s", ""]
+
+
+def test_what_is_not_done_when_the_time_is_over_is_said_to_be_not_measured(hangs, monkeypatch):
+    clock = SimpleNamespace(monotonic=lambda: 1.0 if hangs.exists() else 0.0)
+    monkeypatch.setattr(supervision, "time", clock)
+    found = run(["a", f"hang {hangs}", "b"], seconds=1.0)
+    assert [problem for *_, problem in found] == ["", *["not measured: the run's 1 s were over"] * 2]
+    with pytest.raises(ProcessLookupError):  # it was ended
+        os.kill(int(hangs.read_text()), 0)

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from comparison import contenders
 from stages import sanitizer, small_launches
+from waiting import PATIENCE
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about inf and NaN
 
@@ -55,7 +56,7 @@ def fake_sanitizer(folder, text):
 )
 def test_a_tool_is_ok_only_where_it_found_nothing_and_results_were_right(tmp_path, text, ok, summary):
     path = fake_sanitizer(tmp_path, text)
-    found = sanitizer.run_tool(str(path), "memcheck", 20.0, ["program"])
+    found = sanitizer.run_tool(str(path), "memcheck", PATIENCE, ["program"])
     assert (found["ok"], found["summary"]) == (ok, summary)
     assert (found["report"] == []) == ok
     arguments, caching = (tmp_path / "arguments").read_text().splitlines()
@@ -75,7 +76,7 @@ def test_the_sanitizer_is_found_on_path_or_in_a_toolkit_or_said_to_be_missing(tm
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     assert sanitizer.find_sanitizer() == str(path)
     monkeypatch.setenv("PATH", f"{path.parent}:/bin:/usr/bin")
-    found = sanitizer.run_sanitizer(20.0)
+    found = sanitizer.run_sanitizer(PATIENCE)
     assert found["ok"]
     assert list(found["tools"]) == ["memcheck", "racecheck"]
 

@@ -2,7 +2,9 @@
 
 import pytest
 
+from measuring import supervision
 from stages import suite
+from waiting import PATIENCE, popen_whose_time_is_over_when
 
 LOG = """\
 ============================= test session starts ==============================
@@ -30,6 +32,7 @@ def test_a_log_is_counted_line_by_line():
 def small_suite(tmp_path, monkeypatch):
     """A repository of one test file that passes, fails and hangs."""
     monkeypatch.setattr(suite, "ROOT", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
 
     def write(body):
         (tmp_path / "test_it.py").write_text(body)
@@ -37,16 +40,20 @@ def small_suite(tmp_path, monkeypatch):
     return write
 
 
-def test_a_suite_is_run_and_its_failures_named(small_suite):
-    small_suite("def test_good(): pass\ndef test_bad(): assert 0\n")
-    found = suite.run_suite(60.0, ["-p", "no:cacheprovider"])
+def test_a_suite_is_run_without_what_only_repeats_and_its_failures_named(small_suite):
+    again = "import pytest\n@pytest.mark.slow\ndef test_again(): pass\n"
+    small_suite(again + "def test_good(): pass\ndef test_bad(): assert 0\n")
+    found = suite.run_suite(PATIENCE, ["-p", "no:cacheprovider"])
     assert (found["ok"], found["counts"]) == (False, {"passed": 1, "failed": 1})
     assert found["failed"] == ["test_it.py::test_bad"]
     assert "assert 0" in "\n".join(found["last_lines"])
 
 
-def test_a_suite_that_does_not_finish_is_counted_as_far_as_it_came(small_suite):
-    small_suite("import time\ndef test_good(): pass\ndef test_hang(): time.sleep(60)\n")
+def test_a_suite_that_does_not_finish_is_counted_as_far_as_it_came(small_suite, tmp_path, monkeypatch):
+    hang = f"open('hangs', 'w').close(); time.sleep({PATIENCE})"
+    small_suite(f"import time\ndef test_good(): pass\ndef test_hang(): {hang}\n")
+    popen = popen_whose_time_is_over_when((tmp_path / "hangs").exists)
+    monkeypatch.setattr(supervision.subprocess, "Popen", popen)
     found = suite.run_suite(4.0, ["-p", "no:cacheprovider"])
     assert (found["ok"], found["counts"], found["exit_code"]) == (False, {"passed": 1}, None)
     assert found["summary"].endswith("not finished")

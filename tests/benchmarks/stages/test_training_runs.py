@@ -2,7 +2,9 @@
 
 import pytest
 
+from measuring import supervision
 from stages import training_runs
+from waiting import PATIENCE, popen_whose_time_is_over_when
 
 TINY = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "max_iters": 8, "eval_interval": 8,
@@ -35,12 +37,13 @@ def test_the_trainers_own_command_makes_a_run_and_a_failure_says_why(tmp_path, m
     data = training_runs.write_tokens(tmp_path / "tokens", 40, 4000)
     options = training_runs.GPT2_SMALL | TINY | {"max_iters": 2, "data": str(data)}
     config = Config(**options, out_dir=str(tmp_path / "run"))
-    training_runs.train_by_command(config, 100.0)
+    training_runs.train_by_command(config, PATIENCE)
     assert len(training_runs.read_run(config)["curve"]) == 2
-    program = tmp_path / "program"
+    program, hangs = tmp_path / "program", tmp_path / "hangs"
+    monkeypatch.setattr(supervision.subprocess, "Popen", popen_whose_time_is_over_when(hangs.exists))
     for body, message in (
         ("echo first; echo the reason >&2; exit 2", "^exit code 2: the reason$"),
-        ("echo begun; sleep 60", "^not finished in 1 s: begun$"),
+        (f"echo begun; touch {hangs}; sleep {PATIENCE}", "^not finished in 1 s: begun$"),
     ):
         program.write_text(f"#!/bin/sh\n{body}\n")
         program.chmod(0o755)

@@ -1,0 +1,13 @@
+"""Fixtures of the losses' tests."""
+
+import pytest
+import torch.distributed as dist
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A group of this process alone."""
+    meeting = tmp_path_factory.mktemp("alone") / "meeting"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -1,0 +1,28 @@
+"""How long a test waits: only what hangs takes so long, on a machine many times slower too."""
+
+import subprocess
+import time
+
+PATIENCE = 900  # seconds
+
+
+def wait_until(is_so, what: str) -> None:
+    """Return as soon as ``is_so()`` is true; the test fails where it never is."""
+    until = time.monotonic() + PATIENCE
+    while not is_so():
+        assert time.monotonic() < until, f"not in {PATIENCE} s: {what}"
+        time.sleep(0.01)
+
+
+def popen_whose_time_is_over_when(is_over):
+    """A Popen for which a limit of time is reached as soon as ``is_over()`` is true, and not before."""
+
+    class Popen(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is not None:
+                wait_until(lambda: is_over() or self.poll() is not None, "the program hangs or ends")
+                if is_over():
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait()
+
+    return Popen
