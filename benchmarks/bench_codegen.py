@@ -3,7 +3,7 @@ Takes ten minutes of one CPU core for the whole table, seconds for one target, d
 table, and writes it to the file that --json names.
 
     python benchmarks/bench_codegen.py [--json FILE] [--target sm_90 ...] [--dtype bf16 ...] [--vocab-size V ...]
-                                       [--terms NAME]
+                                       [--terms NAME] [--kernel NAME ...]
 
 Every kernel is compiled as the launcher would launch it (its launches are recorded, on one row of
 contiguous logits), then the machine code is read: for NVIDIA the SASS, for AMD the assembly.
@@ -45,9 +45,13 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Small rows (characters), rows of each streamed tile, and rows that start off a 16-byte boundary.
 VOCAB_SIZES = (66, 1024, 4096, 8192, 32000, 32001, 50257, 50304, 50305, 128256, 151936, 262144)
-# What a loss may have beyond its penalties, each alone and as kernels see the most of it.
+# What a loss may have beyond its penalties: each alone, and at once all that should cost no loop anything.
 TERMS = {
     "plain": PLAIN,
+    "free": Terms(
+        token_weights=torch.ones(1), case_weights=torch.ones(3, 3), gate="probability", z_loss=1e-4,
+        logit_scale=torch.tensor(0.5), forbid_mask=True, rows=True,
+    ),
     "token_weights": Terms(token_weights=torch.ones(1)),
     "case_weights": Terms(case_weights=(0.5,) * 9),
     "case_weights_on_device": Terms(case_weights=torch.ones(3, 3)),
@@ -60,7 +64,7 @@ TERMS = {
     "softcap": Terms(softcap=30.0),
     "label_smoothing": Terms(label_smoothing=0.1),
     "entropy": Terms(rows=True, entropy=True),
-}
+}  # fmt: skip
 BITS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
@@ -141,14 +145,17 @@ def compile_launch(kernel, arguments: dict, target: GPUTarget):
 
 
 def measure(
-    targets: list[str], dtypes: list[str], vocab_sizes: list[int], terms: Terms = PLAIN
+    targets: list[str], dtypes: list[str], vocab_sizes: list[int], terms: Terms, kernels: list[str] | None
 ) -> list[dict]:
-    """One entry per kernel, target, dtype and vocabulary."""
+    """One entry per kernel (all, or those named), target, dtype and vocabulary."""
     rows = []
     for dtype_name in dtypes:
         dtype = DTYPES[dtype_name]
         for vocab_size in vocab_sizes:
             for kernel, arguments in launches(dtype, vocab_size, terms):
+                name = kernel.__name__.strip("_").removesuffix("_kernel")
+                if kernels and name not in kernels:
+                    continue
                 for target in targets:
                     compiled = compile_launch(kernel, arguments, TARGETS[target])
                     if "cubin" in compiled.asm:
@@ -157,7 +164,7 @@ def measure(
                         figures = read_amd(compiled.asm["amdgcn"])
                     rows.append(
                         {
-                            "kernel": kernel.__name__.strip("_").removesuffix("_kernel"),
+                            "kernel": name,
                             "target": target,
                             "dtype": dtype_name,
                             "vocab_size": vocab_size,
@@ -176,9 +183,10 @@ def main() -> None:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--vocab-size", nargs="+", type=int, default=list(VOCAB_SIZES))
+    parser.add_argument("--kernel", nargs="+", help="such as loss_and_gradient; all by default")
     parser.add_argument("--terms", choices=TERMS, default="plain", help="of the loss; plain by default")
     options = parser.parse_args()
-    rows = measure(options.target, options.dtype, options.vocab_size, TERMS[options.terms])
+    rows = measure(options.target, options.dtype, options.vocab_size, TERMS[options.terms], options.kernel)
     print(f"torch {torch.__version__}, triton {triton.__version__}")
     keys = list(rows[0])
     widths = [max(len(k), *(len(str(r[k])) for r in rows)) for k in keys]

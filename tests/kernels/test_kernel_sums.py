@@ -47,15 +47,15 @@ def check_slices(problem, cuts, device):
     assert_near_oracle(found, expected, problem["logits"], y, mask_id, terms, scale=scale)
 
 
-# As many as there are singles and pairs of terms; the cuts are at [MASK], beside it, and anywhere.
-@settings(max_examples=55, **PROPERTY)
+# The cuts are at [MASK], beside it, and anywhere; thousands behind the slow marker.
+@settings(max_examples=40, **PROPERTY)
 @given(problem=problems(3, st.integers(2, 40)), cuts=st.lists(st.integers(0, 39), max_size=3))
 def test_slices_of_small_rows_with_any_two_terms_match_the_oracle(problem, cuts, device):
     with rows_are("small"):
         check_slices(problem, [*cuts, problem["mask_id"], problem["mask_id"] + 1], device)
 
 
-@settings(max_examples=16, **PROPERTY)
+@settings(max_examples=12, **PROPERTY)
 @given(problem=problems(2, st.sampled_from([300, 601])), cuts=st.lists(st.integers(0, 600), max_size=1))
 def test_slices_of_streamed_rows_with_any_two_terms_match_the_oracle(problem, cuts, device):
     with rows_are("streamed"):

@@ -54,8 +54,8 @@ def check(problem, device):
     assert buffer[between].isnan().all(), "nothing outside the rows is written"
 
 
-# Ten terms make 55 singles and pairs: each comes about twice, and often in all tests of a night.
-@settings(max_examples=110, **PROPERTY)
+# Ten terms make 55 singles and pairs: as many examples here, and thousands behind the slow marker.
+@settings(max_examples=55, **PROPERTY)
 @given(problem=problems(4, st.integers(1, 80)))
 def test_small_rows_of_any_two_terms_match_the_oracle(problem, device):
     with rows_are("small"):
@@ -63,7 +63,7 @@ def test_small_rows_of_any_two_terms_match_the_oracle(problem, device):
 
 
 # A block is 256 to 512 logits here: no, one or several full blocks, with head and tail.
-@settings(max_examples=55, **PROPERTY)
+@settings(max_examples=40, **PROPERTY)
 @given(problem=problems(2, st.sampled_from([1, 37, 255, 256, 257, 513, 1100])))
 def test_streamed_rows_of_any_two_terms_match_the_oracle(problem, device):
     with rows_are("streamed"):

@@ -29,9 +29,9 @@ def _move(sums, top, move, terms):
     scale = tl.exp2(move)
     exponents, moment = sums.exponents, sums.moment
     if terms.label_smoothing is not None:
-        exponents += sums.words * move
+        exponents = tl.fma(sums.words, move, exponents)
     if terms.ENTROPY:
-        moment = (moment + sums.total * move) * scale
+        moment = tl.fma(sums.total, move, moment) * scale
     return Sums(top, sums.total * scale, sums.seen, exponents, sums.words, moment)
 
 
