@@ -439,7 +439,7 @@ def test_any_leading_shape_and_stride_gives_the_same_loss(family, device):
     flat, flat_gradient, _ = loss_and_gradient(logits.to(device), y, x, 4, reduction="none")
     padded = torch.full((2, 3, 607), NAN, dtype=logits.dtype)
     padded[..., :600] = logits.view(2, 3, 600)
-    uneven = torch.full((2, 4, 600), NAN, dtype=logits.dtype)  # as logits[:, :-1]: copied
+    uneven = torch.full((2, 4, 600), NAN, dtype=logits.dtype)  # as logits[:, :-1]: rows in batches
     uneven[:, :3] = logits.view(2, 3, 600)
     sideways = logits.view(2, 3, 600).transpose(0, 2).contiguous().transpose(0, 2)
     x_sideways = x.view(2, 3).T.contiguous().T
@@ -450,7 +450,10 @@ def test_any_leading_shape_and_stride_gives_the_same_loss(family, device):
         assert rows.shape == (2, 3)
         torch.testing.assert_close(rows.flatten(), flat, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(gradient.reshape(6, 600), flat_gradient, rtol=2**-7, atol=1e-9)
-        with pytest.raises(ValueError, match="evenly spaced rows to be overwritten, got shape"):
+        with pytest.raises(
+            ValueError,
+            match="must be separate rows, evenly spaced or in batches, to be overwritten, got shape",
+        ):
             fused_diffusion_loss(
                 sideways, y.view(2, 3), x.view(2, 3), 4, 1.0, 1.0, impl="triton", overwrite_logits=True
             )
