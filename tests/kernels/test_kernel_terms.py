@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from difftrain_kernels import triton_kernels
 from difftrain_kernels.terms import PLAIN, Terms
 from difftrain_kernels.triton_kernels.scores import scaling_of, slopes_of, units_of
-from difftrain_kernels.triton_kernels.term_arguments import gradient_arguments
+from difftrain_kernels.triton_kernels.term_arguments import gradient_arguments, scoring_arguments
 from kernel_terms import (
     CAP_ROUNDINGS,
     CELLS,
@@ -423,3 +423,31 @@ def test_columns_keep_their_places_and_come_only_where_terms_need_them():
     ]:
         assert triton_kernels.columns(terms) == plain + more
         assert triton_kernels.n_statistics(terms) == 6 + len(more)
+
+
+def test_new_values_of_terms_compile_nothing_anew():
+    from triton.backends.compiler import BaseBackend
+    from triton.runtime.jit import native_specialize_impl
+
+    def key(terms):
+        # As the kernels are declared: the terms are not specialised on their values.
+        return str(native_specialize_impl(BaseBackend, scoring_arguments(terms, 6), False, False, True))
+
+    def terms(weights, x):
+        return Terms(
+            token_weights=weights,
+            case_weights=(x,) * 9,
+            softcap=x,
+            label_smoothing=x / 9,
+            z_loss=x,
+            logit_scale=x,
+        )
+
+    first = key(terms(torch.ones(6), 2.0))
+    assert key(terms(torch.ones(96)[::16], 1.0 + 1e-9)) == first
+    by_sequence = key(terms(torch.ones(2, 1).expand(2, 3), 3.0))
+    assert by_sequence != first, "batches are divided by their length"
+    assert key(terms(torch.ones(1, 6).expand(1, 6)[0].view(3, 2)[:, :1].expand(3, 2), 0.5)) == by_sequence
+    on_device = key(Terms(case_weights=torch.ones(3, 3), logit_scale=torch.tensor(1.0)))
+    assert key(Terms(case_weights=torch.zeros(3, 3), logit_scale=torch.tensor(2.0))) == on_device
+    assert scoring_arguments(Terms(), 6) == scoring_arguments(PLAIN, 6)
