@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from difftrain_kernels import triton_kernels
 from difftrain_kernels.terms import PLAIN, Terms
 from difftrain_kernels.triton_kernels.scores import scaling_of, slopes_of, units_of
-from difftrain_kernels.triton_kernels.term_arguments import gradient_arguments
+from difftrain_kernels.triton_kernels.term_arguments import gradient_arguments, scoring_arguments
 from kernel_terms import (
     CAP_ROUNDINGS,
     CELLS,
@@ -423,3 +423,25 @@ def test_columns_keep_their_places_and_come_only_where_terms_need_them():
     ]:
         assert triton_kernels.columns(terms) == plain + more
         assert triton_kernels.n_statistics(terms) == 6 + len(more)
+
+
+def test_new_values_of_terms_compile_nothing_anew():
+    from triton.backends.compiler import BaseBackend
+    from triton.runtime.jit import native_specialize_impl
+
+    def key(terms):
+        return str(native_specialize_impl(BaseBackend, scoring_arguments(terms, 6), False, True, True))
+
+    def numbers(x):
+        return Terms(case_weights=(x,) * 9, softcap=x, label_smoothing=x / 9, z_loss=x, logit_scale=x)
+
+    def tensors(x):
+        weights = torch.full((2, 1), x).expand(2, 3)
+        return Terms(token_weights=weights, case_weights=torch.full((3, 3), x), logit_scale=torch.tensor(x))
+
+    for terms in (numbers, tensors):
+        assert len({key(terms(x)) for x in (0.5, 1.0, 2.0, 1 + 1e-9, 8.0)}) == (
+            2 if terms is numbers else 1
+        )
+    assert key(numbers(1.0)) != key(numbers(2.0)), "a scale of 1 is none"
+    assert scoring_arguments(Terms(), 6) == scoring_arguments(PLAIN, 6)

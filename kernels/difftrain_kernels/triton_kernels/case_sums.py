@@ -37,7 +37,7 @@ def _case_sums_kernel(case_ptr, statistics_ptr, counts_ptr, sums_ptr, n_rows, BL
     tl.store(sums_ptr + 9 + cell, gap_sums, mask=cell < 3)
 
 
-@triton.jit(do_not_specialize=["n_rows", "terms"])
+@triton.jit(do_not_specialize=["n_rows"])
 def _term_sums_kernel(case_ptr, statistics_ptr, sums_ptr, n_rows, terms, BLOCK: tl.constexpr):
     """What terms add to the table: weighted nll and its smoothing by cell, and the z-loss; by one program."""
     places = terms.columns

@@ -20,7 +20,7 @@ from .term_arguments import gradient_arguments
 from .weights import IGNORED, target_column
 
 
-@triton.jit(do_not_specialize=["forbidden", "n_rows", "terms"])
+@triton.jit(do_not_specialize=["forbidden", "n_rows"])
 def _gradient_kernel(
     logits_ptr, gradient_ptr, y_ptr, case_ptr, statistics_ptr, upstream_ptr, stated, divisor,
     forbidden, n_rows, vocab_size, spacing, gradient_spacing, upstream_stride, terms,
@@ -52,7 +52,7 @@ def _gradient_kernel(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["forbidden", "n_rows", "terms"])
+@triton.jit(do_not_specialize=["forbidden", "n_rows"])
 def _small_gradient_kernel(
     logits_ptr, gradient_ptr, y_ptr, case_ptr, statistics_ptr, upstream_ptr, stated, divisor,
     forbidden, n_rows, vocab_size, spacing, gradient_spacing, upstream_stride, terms,

@@ -20,7 +20,7 @@ from .term_arguments import scoring_arguments
 from .weights import is_left_out, load_penalty, load_token_weight, penalty_arguments
 
 
-@triton.jit(do_not_specialize=["mask_id", "ignore_index", "n_rows", "terms"])
+@triton.jit(do_not_specialize=["mask_id", "ignore_index", "n_rows"])
 def _loss_kernel(
     logits_ptr, y_ptr, x_ptr, case_ptr, statistics_ptr, pk, pm, mask_id, ignore_index, n_rows,
     vocab_size, spacing, terms,
@@ -41,7 +41,7 @@ def _loss_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["mask_id", "ignore_index", "n_rows", "terms"])
+@triton.jit(do_not_specialize=["mask_id", "ignore_index", "n_rows"])
 def _small_loss_kernel(
     logits_ptr, y_ptr, x_ptr, case_ptr, statistics_ptr, pk, pm, mask_id, ignore_index, n_rows,
     vocab_size, spacing, terms,
@@ -94,7 +94,7 @@ def _columns_argument(statistics: RowStatistics, tile: tiles.Tile) -> dict:
     return {} if tile.rows else {"N_COLUMNS": len(statistics.columns)}
 
 
-@triton.jit(do_not_specialize=["mask_id", "ignore_index", "n_rows", "terms"])
+@triton.jit(do_not_specialize=["mask_id", "ignore_index", "n_rows"])
 def _loss_and_gradient_kernel(
     logits_ptr, gradient_ptr, y_ptr, x_ptr, case_ptr, statistics_ptr, pk, pm, upstream, divisor,
     mask_id, ignore_index, n_rows, vocab_size, spacing, gradient_spacing, terms,
@@ -123,7 +123,7 @@ def _loss_and_gradient_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["mask_id", "ignore_index", "n_rows", "terms"])
+@triton.jit(do_not_specialize=["mask_id", "ignore_index", "n_rows"])
 def _small_loss_and_gradient_kernel(
     logits_ptr, gradient_ptr, y_ptr, x_ptr, case_ptr, statistics_ptr, pk, pm, upstream, divisor,
     mask_id, ignore_index, n_rows, vocab_size, spacing, gradient_spacing, terms,

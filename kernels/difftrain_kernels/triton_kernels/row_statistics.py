@@ -60,12 +60,6 @@ def columns(terms: Terms = PLAIN) -> tuple[str, ...]:
     return FIRST + tuple(name for name in FURTHER if has[name])
 
 
-def column_places(terms: Terms) -> Columns:
-    """Which column each of the further names is, None where the terms have no such column."""
-    names = columns(terms)
-    return Columns(*(names.index(name) if name in names else None for name in FURTHER))
-
-
 def n_statistics(terms: Terms = PLAIN) -> int:
     """How many columns the statistics of these terms have."""
     return len(columns(terms))

@@ -75,7 +75,7 @@ def _store_message(
         tl.store(base + (N_COLUMNS - 1) * n_rows, moment, mask=inside)
 
 
-@triton.jit(do_not_specialize=["start", "mask_id", "ignore_index", "n_rows", "terms"])
+@triton.jit(do_not_specialize=["start", "mask_id", "ignore_index", "n_rows"])
 def _slice_kernel(
     logits_ptr, y_ptr, message_ptr, start, mask_id, ignore_index, n_rows, vocab_size, spacing, terms,
     N_COLUMNS: tl.constexpr,
@@ -100,7 +100,7 @@ def _slice_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["start", "mask_id", "ignore_index", "n_rows", "terms"])
+@triton.jit(do_not_specialize=["start", "mask_id", "ignore_index", "n_rows"])
 def _small_slice_kernel(
     logits_ptr, y_ptr, message_ptr, start, mask_id, ignore_index, n_rows, vocab_size, spacing, terms,
     N_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -158,7 +158,7 @@ def launch_slice(
     return message
 
 
-@triton.jit(do_not_specialize=["mask_id", "ignore_index", "n_rows", "vocab_size", "n_slices", "terms"])
+@triton.jit(do_not_specialize=["mask_id", "ignore_index", "n_rows", "vocab_size", "n_slices"])
 def _combine_kernel(
     messages_ptr, y_ptr, x_ptr, case_ptr, statistics_ptr, pk, pm, mask_id, ignore_index, n_rows,
     vocab_size, n_slices, terms, N_COLUMNS: tl.constexpr, PENALTIES_ON_DEVICE: tl.constexpr, ROWS: tl.constexpr,

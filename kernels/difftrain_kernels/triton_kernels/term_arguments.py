@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..terms import PLAIN, PROBABILITY, Terms
-from .row_statistics import Columns, column_places
+from .row_statistics import Columns, columns
 from .spacing import Spacing, spacing_of
 
 
@@ -87,9 +88,13 @@ def table_arguments(terms: Terms) -> TermArguments | None:
 
 
 def _columns(terms: Terms, *names: str) -> Columns:
-    """The places of these columns, as constants."""
-    places = column_places(terms)._asdict()
-    return Columns(**{n: tl.constexpr(places[n]) for n in names if places[n] is not None})
+    """The places of these columns, as constants; None for those that the terms do not have."""
+    return _constants(columns(terms), names)
+
+
+@cache
+def _constants(existing: tuple[str, ...], names: tuple[str, ...]) -> Columns:
+    return Columns(**{name: tl.constexpr(existing.index(name)) for name in names if name in existing})
 
 
 def _logit_arguments(terms: Terms) -> TermArguments:
