@@ -142,7 +142,7 @@ def check_number(name: str, value: object, expected: str = "a number") -> float:
         return math.nan
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value in one line of a message."""
     try:
         text = str(value)
@@ -166,7 +166,7 @@ def check_penalty(name: str, value: object, device: torch.device) -> Penalty:
         return value.detach()
     number = check_number(name, value, "a number or a 0-d tensor")
     if not 0 <= number <= FP32.max:
-        raise ValueError(f"{name} must be finite and >= 0, got {_shown(value)}")
+        raise ValueError(f"{name} must be finite and >= 0, got {shown(value)}")
     return number
 
 
@@ -176,7 +176,7 @@ def check_integer(name: str, value: object) -> int:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     value = value if type(value) is int else int(value)
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must be a 64-bit integer, got {_shown(value)}")
+        raise ValueError(f"{name} must be a 64-bit integer, got {shown(value)}")
     return value
 
 
@@ -186,7 +186,7 @@ def check_upstream_scale(value: object) -> float | None:
         return None
     number = check_number("upstream_scale", value, "a number or None")
     if not FP32.tiny <= abs(number) <= FP32.max:
-        raise ValueError(f"upstream_scale must be finite, not 0 and within fp32, got {_shown(value)}")
+        raise ValueError(f"upstream_scale must be finite, not 0 and within fp32, got {shown(value)}")
     return number
 
 
@@ -209,7 +209,7 @@ def check_overwritable(logits: Tensor) -> None:
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {_shown(repr(value))}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(repr(value))}")
 
 
 def check_loss_arguments(
@@ -302,7 +302,7 @@ def check_positive(name: str, value: object, *, integer: bool = False) -> float:
     else:
         number = check_number(name, value)
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name} must be finite and > 0, got {_shown(value)}")
+        raise ValueError(f"{name} must be finite and > 0, got {shown(value)}")
     return number
 
 

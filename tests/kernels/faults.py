@@ -169,7 +169,7 @@ MUTANTS = [
     (VALIDATION, "a batch of upstream gradients goes unseen", "if is_batched or torch", "if torch"),
     (VALIDATION, "labels of inference mode are kept as they are", "value.is_inference() and torch.is_grad_enabled()", "False"),
     (VALIDATION, "a number beside a tensor follows the default dtype", "like.new_full((), p, dtype=dtype)", "torch.full((), p, device=like.device)"),
-    (VALIDATION, "a penalty stays of its type", "finite and >= 0, got {_shown(value)}\")\n    return number", "finite and >= 0, got {_shown(value)}\")\n    return value"),
+    (VALIDATION, "a penalty stays of its type", "finite and >= 0, got {shown(value)}\")\n    return number", "finite and >= 0, got {shown(value)}\")\n    return value"),
     (VALIDATION, "decimals are refused", "(Real, Decimal)", "Real"),
     (VALIDATION, "0-d arrays are refused", "if not (is_scalar or isinstance", "if not (isinstance"),
     (VALIDATION, "arrays of one element pass", 'and getattr(value, "ndim", None) == 0', "and value.size == 1"),
