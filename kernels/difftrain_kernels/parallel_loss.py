@@ -42,6 +42,7 @@ from .validation import (
     check_upstream,
     is_dtensor,
     is_traced,
+    shown,
 )
 
 
@@ -176,7 +177,7 @@ def _check_slices(size: int, slice_sizes: object, group) -> tuple[int, list[int]
         isinstance(s, Integral) and not isinstance(s, bool) for s in slice_sizes
     )
     if not are_ints:
-        raise TypeError(f"slice_sizes must be a sequence of {n} ints, got {slice_sizes!r}")
+        raise TypeError(f"slice_sizes must be a sequence of {n} ints, got {shown(repr(slice_sizes))}")
     sizes = [int(s) for s in slice_sizes]
     if len(sizes) != n or min(sizes) < 0 or sum(sizes) == 0:
         raise ValueError(f"slice_sizes must be {n} sizes >= 0, not all 0, got {sizes}")

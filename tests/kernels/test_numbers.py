@@ -261,7 +261,8 @@ def test_an_integer_out_of_range_or_of_another_type_is_refused_in_one_line(way):
         ]
     if way[0] == "parallel":
         wrong += [
-            ({"slice_sizes": [True]}, TypeError, "slice_sizes must be a sequence of 1 ints, got [True]")
+            ({"slice_sizes": [True]}, TypeError, "slice_sizes must be a sequence of 1 ints, got [True]"),
+            ({"slice_sizes": torch.ones(2, 2)}, TypeError, "a sequence of 1 ints, got tensor([[1."),
         ]
     for changes, error, message in wrong:
         with pytest.raises(error, match=re.escape(message)) as caught:
