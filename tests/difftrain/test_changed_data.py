@@ -241,9 +241,9 @@ def test_the_command_refuses_in_one_line_and_has_the_option_it_names(config, fol
 def test_a_held_out_text_comes_from_the_runs_own_data(config, folder, capsys):
     run = config.out_dir
     request = SampleRequest(held_out=True, device="cpu", max_steps=2, checkpoint="latest")
-    original = sample_run(Path(run), request).split("\n")[1]
+    original = sample_run(Path(run), request).text.split("\n")[1]
     swap("train.bin", False)(folder)  # nothing of it is shown
-    assert sample_run(Path(run), request).split("\n")[1] == original
+    assert sample_run(Path(run), request).text.split("\n")[1] == original
     swap("val.bin", False)(folder)
     argv = ["sample", run, "--held_out", "--device", "cpu", "--checkpoint", "latest"]
     assert main(argv) == 2
