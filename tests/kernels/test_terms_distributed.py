@@ -16,6 +16,8 @@ from difftrain_kernels import (
 from processes import run_in_processes
 from term_problems import ALL, SINGLES, batch, options_of
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 VOCAB, MASK_ID, WIDTH = 7, 6, 4
 SIZES = [3, 4]
 NAMES = [*SINGLES, *ALL]
