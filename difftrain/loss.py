@@ -42,7 +42,7 @@ def token_weights(x: Tensor, p_mask: Tensor | None, mask_id: int, config: Config
 
 
 def loss_terms(config: Config) -> dict[str, Any]:
-    """What the configuration adds to the loss beside weights, as options of the loss; those that are off are left out."""
+    """What the configuration adds to the loss beside weights, as its options; without those that are off."""
     terms: dict[str, Any] = {
         "softcap": config.softcap,
         "label_smoothing": config.label_smoothing,
@@ -55,7 +55,7 @@ def loss_terms(config: Config) -> dict[str, Any]:
 
 
 def bent_logits(model: nn.Module, mask_id: int, config: Config) -> Callable[[Tensor], Tensor]:
-    """The model as the loss sees it, ids (B, T) to logits (B, T, V): with its softcap, and without [MASK] where it is forbidden."""
+    """The model as the loss sees it, ids (B, T) to logits (B, T, V): capped, and [MASK] at -inf if forbidden."""
     terms = Terms(softcap=config.softcap or None, forbid_mask=config.forbids_mask)
     if terms == PLAIN:
         return model
