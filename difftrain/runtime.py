@@ -150,6 +150,11 @@ def start_runtime(config: Config) -> Iterator[Runtime]:
             dist.destroy_process_group()
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that speaks, before and after :func:`start_runtime` too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone; gloo says so in its text alone."""
     lost = ("closed by peer", "reset by peer", "Broken pipe")

@@ -29,7 +29,7 @@ from difftrain.checkpoints.folder import (
 )
 from difftrain.config import Config
 from difftrain.config.sources import is_run_folder
-from difftrain.data import Corpus
+from difftrain.data import Corpus, open_corpus
 from difftrain.data.vocabulary import Vocabulary, from_meta
 from difftrain.errors import UserError
 from difftrain.model import Transformer
@@ -188,3 +188,23 @@ def find_newest_good(run_dir: Path) -> tuple[Checkpoint, list[str]]:
             problems.append(str(error))
     reason = f": {problems[0]}" if problems else ""
     raise UserError(f"{run_dir} has no checkpoint to resume from{reason}")
+
+
+def open_held_out(checkpoint: Checkpoint, *, is_change_allowed: bool) -> Corpus:
+    """The corpus that a checkpoint's run was trained on, for its held-out text.
+
+    Raises:
+        UserError: it has another vocabulary; or it has changed since, and that is not allowed: then the text
+            may not be held out.
+    """
+    name = checkpoint.config.data
+    corpus = open_corpus(name)
+    if corpus.vocabulary.to_meta() != checkpoint.vocabulary.to_meta():
+        raise UserError(f"the data {name} has another vocabulary than the checkpoint")
+    changed = set(checkpoint.changed_data(corpus)) - {"train.bin"}  # of which nothing is shown
+    if changed and not is_change_allowed:
+        raise UserError(
+            f"the data {name} has changed since {checkpoint.folder.name}: {', '.join(sorted(changed))} in "
+            f"{corpus.folder}, so this text may not be held out; --allow_changed_data takes it nevertheless"
+        )
+    return corpus

@@ -1,4 +1,4 @@
-"""The command line: ``difftrain train | sample | plot | prepare``, a file a command."""
+"""The command line: ``difftrain train | sample | evaluate | plot | prepare``, a file a command."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from difftrain.cli import plot, prepare, sample, train
+from difftrain.cli import evaluate, plot, prepare, sample, train
 from difftrain.cli.questions import Completion, Version
 from difftrain.config.paths import expand_path
 from difftrain.errors import DISK_FULL, FailedElsewhere, OutputClosed, UserError, near_matches
 
-COMMANDS = (train, sample, plot, prepare)
+COMMANDS = (train, sample, evaluate, plot, prepare)
 PIPE_CLOSED = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 

@@ -114,6 +114,19 @@ def mask_share(
     return _apply(tokens, words[:, 2:], n_mask, torch.zeros_like(n_mask), vocab_size)
 
 
+def replace_share(
+    tokens: Tensor, samples: Tensor, *, seed: int, split: str, vocab_size: int, share: float
+) -> tuple[Tensor, Tensor]:
+    """Replace exactly int(share * T) tokens of each sequence by other words, but at least one, and mask none.
+
+    The other arguments and the result are those of :func:`corrupt`.
+    """
+    length = tokens.shape[1]
+    words = random_words(seed, STREAMS[split], samples, 2 + 2 * length)
+    n_replace = torch.full_like(samples, max(1, int(share * length)))
+    return _apply(tokens, words[:, 2:], torch.zeros_like(n_replace), n_replace, vocab_size)
+
+
 def _apply(
     tokens: Tensor, words: Tensor, n_mask: Tensor, n_replace: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor]:

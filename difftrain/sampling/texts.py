@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from difftrain.checkpoints.reading import Checkpoint, find_checkpoint
-from difftrain.data import mask_share, open_corpus
+from difftrain.checkpoints.reading import Checkpoint, find_checkpoint, open_held_out
+from difftrain.data import mask_share
 from difftrain.data.vocabulary import Vocabulary
 from difftrain.errors import UserError
 from difftrain.loss import bent_logits
@@ -152,15 +152,7 @@ def _start(checkpoint: Checkpoint, request: SampleRequest) -> list[int]:
 def _held_out(checkpoint: Checkpoint, request: SampleRequest) -> tuple[Tensor, Tensor]:
     """A piece of the validation text, as is and partly masked: (W, block_size) each."""
     config, vocabulary = checkpoint.config, checkpoint.vocabulary
-    corpus = open_corpus(config.data)
-    if corpus.vocabulary.to_meta() != vocabulary.to_meta():
-        raise UserError(f"the data {config.data} has another vocabulary than the checkpoint")
-    changed = set(checkpoint.changed_data(corpus)) - {"train.bin"}  # of which nothing is shown
-    if changed and not request.allow_changed_data:
-        raise UserError(
-            f"the data {config.data} has changed since {checkpoint.folder.name}: {', '.join(sorted(changed))} in "
-            f"{corpus.folder}, so this text may not be held out; --allow_changed_data takes it nevertheless"
-        )
+    corpus = open_held_out(checkpoint, is_change_allowed=request.allow_changed_data)
     n_windows = max(1, min(HELD_OUT_WINDOWS, len(corpus.val) // config.block_size))
     index = torch.tensor([request.seed], dtype=torch.int64, device="cpu")
     tokens = corpus.windows("val", index, seed=config.seed, length=n_windows * config.block_size)

@@ -13,7 +13,7 @@ import torch
 
 from difftrain.config import Config
 from difftrain.data import Corpus
-from difftrain.evaluate import ValidationSet, evaluate
+from difftrain.evaluation import ValidationSet, evaluate
 from difftrain.parallel import reshard
 from difftrain.runtime import Runtime
 from difftrain.schedule import learning_rate

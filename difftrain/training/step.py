@@ -14,7 +14,7 @@ from difftrain.checkpoints.reading import Checkpoint
 from difftrain.config import Config
 from difftrain.data import Corpus, corrupt_by_recipe, sample_indices
 from difftrain.errors import UserError
-from difftrain.evaluate import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
+from difftrain.evaluation import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
 from difftrain.loss import choose_loss, loss_terms, model_loss, token_weights
 from difftrain.model import Transformer, make_optimizer, restore_optimizer
 from difftrain.parallel import gradient_sync, replicate, reshard, shard, whole

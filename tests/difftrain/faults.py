@@ -11,14 +11,15 @@ PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPL
     f"difftrain/{name}.py"
     for name in (
         "config/paths", "config/sources", "cli/__init__", "data/texts", "data/preparing", "data/contents",
-        "data/opening", "training/run_folder", "sampling/texts", "loss", "evaluate", "reporting/records",
+        "data/opening", "training/run_folder", "sampling/texts", "loss", "evaluation/validation_set",
+        "reporting/records",
     )
 )  # fmt: skip
-BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX = (
+BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX, WINDOWS, LIKELIHOOD, ANSWERS, OF_RUN = (
     f"difftrain/{name}.py"
     for name in (
         "training/budget", "training/console", "errors", "sampling/fill", "cli/sample", "cli/questions", "model",
-        "data/philox",
+        "data/philox", "evaluation/windows", "evaluation/likelihood", "evaluation/answers", "evaluation/of_run",
     )
 )  # fmt: skip
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
@@ -56,7 +57,14 @@ STAGES = {
     CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS, DEFAULTS),
     MODEL: (["tests/difftrain/test_model.py"], DEFAULTS),
     FILL: (["tests/difftrain/test_sample.py"], DEFAULTS),
-    EVALUATE: (["tests/difftrain/test_evaluate.py"], DEFAULTS),
+    EVALUATE: (["tests/difftrain/evaluation/test_validation_set.py"], DEFAULTS),
+    WINDOWS: (
+        ["tests/difftrain/evaluation/test_windows.py"],
+        ["tests/difftrain/evaluation/test_of_run.py"],
+    ),
+    LIKELIHOOD: (["tests/difftrain/evaluation/test_likelihood.py"],),
+    ANSWERS: (["tests/difftrain/evaluation/test_of_run.py"],),
+    OF_RUN: (["tests/difftrain/evaluation/test_of_run.py"],),
     PHILOX: (["tests/difftrain/test_philox.py"], DEFAULTS),
     CORRUPTION: (["tests/difftrain/test_corruption.py"],),
     PATHS: (["tests/difftrain/test_paths.py"],),
@@ -74,7 +82,7 @@ STAGES = {
     ERRORS: (["tests/difftrain/test_errors.py"],),
     QUESTIONS: (["tests/difftrain/test_questions.py"],),
     LOSS: (RECIPE_TESTS, ["tests/difftrain/test_sample.py"]),
-    RECORDS: (["tests/difftrain/test_evaluate.py"], ["tests/difftrain/test_metrics.py"]),
+    RECORDS: (["tests/difftrain/evaluation/test_validation_set.py"], ["tests/difftrain/test_metrics.py"]),
 }
 # (file, what is wrong, text, replacement); all occurrences are replaced.
 MUTANTS = [
@@ -150,7 +158,7 @@ MUTANTS = [
     (READING, "other words go on unseen", 'return [*changed, "vocabulary"] if has_other_words else changed', "return changed"),
     (STEP, "the data is not recorded", '            "data": self.corpus.record,\n', ""),
     (RUN_FOLDER, "changed data needs no permission", "if not is_change_allowed:", "if is_change_allowed is None:"),
-    (SAMPLING, "held-out text from changed data", "if changed and not request.allow_changed_data:", "if changed is None:"),
+    (READING, "held-out text from changed data", "if changed and not is_change_allowed:", "if changed is None:"),
     (CORRUPTION, "one more masked", "is_masked = rank < n_mask[:, None]", "is_masked = rank <= n_mask[:, None]"),
     (CORRUPTION, "a word replaced by itself", "other = other + (other >= tokens).long()", "other = other + 0"),
     (CORRUPTION, "a wrong word's target is the word", "y = torch.where(is_replaced, mask_id, tokens)", "y = tokens"),
@@ -209,4 +217,26 @@ MUTANTS = [
     (CORPUS, "samples follow the default device", 'dtype=torch.int64, device="cpu")', "dtype=torch.int64)"),
     (EVALUATE, "sums follow the default device", 'dtype=torch.float64, device="cpu")', "dtype=torch.float64)"),
     (PHILOX, "counters follow the default device", "dtype=torch.int64, device=samples.device)", "dtype=torch.int64)"),
+    (WINDOWS, "the last, shorter window is dropped", "range(0, len(ids) - overlap, length - overlap)",
+     "range(0, len(ids) - length + 1, length - overlap)"),
+    (WINDOWS, "windows are numbered anew where only some are taken", "torch.tensor(list(chosen),",
+     "torch.tensor(list(range(len(chosen))),"),
+    (WINDOWS, "a mean of ratios for a ratio of sums", "value = sums.sum().item() / total if total else math.nan",
+     "value = (sums / sizes).mean().item() if total else math.nan"),
+    (WINDOWS, "the spread is not that of the ratio", "(sums - value * sizes)", "(sums - sums.mean())"),
+    (LIKELIHOOD, "the level can be 0", "(draw + 1.0 - uniform(words[:, 0]).double()) / draws",
+     "(draw + uniform(words[:, 0]).double()) / draws"),
+    (LIKELIHOOD, "levels are not stratified", "(draw + 1.0 - uniform(words[:, 0]).double()) / draws",
+     "1.0 - uniform(words[:, 0]).double()"),
+    (LIKELIHOOD, "the number of masks without its weight", "tokens), length / n_masked",
+     "tokens), torch.ones_like(n_masked)"),
+    (LIKELIHOOD, "[MASK] takes part in the softmax", "forbid_mask=True", "forbid_mask=False"),
+    (LIKELIHOOD, "words that were seen are counted too", "_nll_sums(logits_of, x, tokens, x == mask_id,",
+     "_nll_sums(logits_of, x, tokens, x >= 0,"),
+    (ANSWERS, "what is replaced is not what the request's seed says", '{"seed": seed, "split": "val",',
+     '{"seed": 0, "split": "val",'),
+    (ANSWERS, "harmed words by the number of wrong ones", "ratio(counts[:, INTACT, MASK], n_intact)",
+     "ratio(counts[:, INTACT, MASK], n_wrong)"),
+    (OF_RUN, "nats for bits", "1.0 / math.log(2.0)", "1.0"),
+    (OF_RUN, "the first token of a causal text counts", "t[int(is_causal) :]", "t[0:]"),
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from defaults import UNDER_EACH_DEFAULT
 from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.data import corrupt, mask_share, open_corpus, sample_indices
-from difftrain.evaluate import evaluate, make_validation_set
+from difftrain.evaluation import evaluate, make_validation_set
 from difftrain.model import Transformer
 from difftrain.reporting.log import read_metrics
 from difftrain.runtime import Runtime

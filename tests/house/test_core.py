@@ -95,6 +95,7 @@ def test_every_command_runs(tmp_path):
         "prepare": ["prepare", text, "--out", tmp_path / "tokens"],
         "train": ["train", "--data", tmp_path / "tokens", "--out_dir", run, *model.split(), *steps.split()],
         "plot": ["plot", run],
+        "evaluate": ["evaluate", run, "--windows", 4, "--draws", 1, "--device", "cpu"],
         "sample": ["sample", run, "--prompt", "red ", "--max_steps", 2, "--device", "cpu"],
     }
     assert set(commands) == {module.__name__.split(".")[-1] for module in COMMANDS}
@@ -104,6 +105,7 @@ def test_every_command_runs(tmp_path):
         assert code == 0, err
     assert [r["step"] for r in read_metrics(run) if r["kind"] == "train"] == [0, 1, 2]
     assert (run / "plots" / "curves.png").stat().st_size > 0
+    assert "nats a token" in written["evaluate"]
     assert written["sample"].startswith("red ")
 
 

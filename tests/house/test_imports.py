@@ -93,17 +93,20 @@ TRAINER = {
     "runtime": {"errors", "config", "torch"},
     "parallel": {"config", "model", "runtime", "torch"},
     "loss": {"config", "runtime", "difftrain_kernels", "torch"},
-    "evaluate": {"config", "data", "runtime", "loss", "difftrain_kernels", "torch"},
     "reporting": {"errors", "config", "schedule", "difftrain_kernels", "matplotlib", "torch", "wandb"},
     "checkpoints": {
         "errors", "config", "data", "model", "runtime", "parallel", "safetensors", "torch",
     },
+    "evaluation": {
+        "errors", "config", "schedule", "data", "runtime", "loss", "checkpoints", "difftrain_kernels", "numpy", "torch",
+        "tqdm",
+    },
     "sampling": {"errors", "config", "data", "runtime", "loss", "reporting", "checkpoints", "torch"},
     "training": {
-        "errors", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluate",
+        "errors", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",
         "reporting", "checkpoints", "difftrain_kernels", "torch", "tqdm",
     },
-    "cli": {"errors", "config", "data", "reporting", "sampling", "training", "shtab"},
+    "cli": {"errors", "config", "data", "evaluation", "reporting", "runtime", "sampling", "training", "shtab"},
     "hf_kernel": {"errors", "config"},
     "__init__": {"errors", "config", "schedule", "difftrain_kernels"},
     "__main__": {"cli"},

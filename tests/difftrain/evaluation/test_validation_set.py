@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from difftrain.data import corruption, open_corpus
-from difftrain.evaluate import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
+from difftrain.evaluation import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
 from difftrain.loss import loss_terms
 from difftrain.model import Transformer
 from difftrain.reporting.records import loss_metrics

@@ -1,4 +1,4 @@
-"""Evaluation: one pass over a fixed validation set gives the loss at any penalties."""
+"""A fixed validation set: one pass over it gives the loss at any penalties."""
 
 from __future__ import annotations
 
