@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from difftrain.config import Config
+from difftrain.data.corruption import LEAST_P_MASK
+from difftrain.data.levels import weight_of_level
 from difftrain.runtime import Runtime
 from difftrain_kernels import fused_diffusion_loss, fused_linear_diffusion_loss, recipes
 from difftrain_kernels.reference import bend
@@ -36,9 +38,10 @@ def token_weights(x: Tensor, p_mask: Tensor | None, mask_id: int, config: Config
     is_masked = x == mask_id
     if config.token_weighting == "uniform":
         return is_masked.float()
+    level = (p_mask - LEAST_P_MASK) / (1.0 - LEAST_P_MASK)
     # Their divisor is the mean's: MDLM's supervised tokens are all.
     recipe = {"llada": recipes.llada, "mdlm": recipes.mdlm}[config.recipe]
-    return recipe(is_masked, p_mask)["token_weights"]
+    return recipe(is_masked, p_mask)["token_weights"] * weight_of_level(level, config.mask_level)
 
 
 def loss_terms(config: Config) -> dict[str, Any]:

@@ -104,6 +104,23 @@ class Config:
         0.01, "share of each sequence that corruption leaves alone at least", low=0.0, high=0.999
     )
 
+    mask_level: Literal["uniform", "cosine", "antithetic", "stratified"] = option(
+        "uniform",
+        "how a sequence's share of [MASK] is drawn; uniform; cosine: cos(pi / 2 * u), more masks; antithetic: u and 1 - u "
+        "by turns; stratified: one in each of as many parts as a step has sequences",
+    )
+    mask_factor: float = option(1.0, "times the share that is masked; 0: nothing is", low=0.0, high=1.0)
+    replace_factor: float = option(
+        1.0, "times the share that is replaced; 0: nothing is", low=0.0, high=1.0
+    )
+    span_length: int = option(1, "words that are corrupted together, one after the other", low=1)
+    replacement: Literal["uniform", "unigram"] = option(
+        "uniform", "wrong words; uniform: any other; unigram: by how often each stands in the training text"
+    )
+    wrong_target: Literal["mask", "token"] = option(
+        "mask", "what a wrong word is to be answered with; mask: [MASK]; token: the right word"
+    )
+
     token_weighting: Literal["recipe", "uniform"] = option(
         "recipe", "weight of a masked position under llada and mdlm; recipe: 1 / p_mask; uniform: 1"
     )
@@ -185,6 +202,15 @@ class Config:
             raise UserError(
                 f"recipe must be specification in gpt2 mode, which masks nothing, got {self.recipe}"
             )
+        if self.mask_factor == self.replace_factor == 0:
+            raise UserError("mask_factor and replace_factor must not both be 0: nothing would be corrupted")
+        if self.recipe != "specification":
+            for name in ("mask_factor", "replace_factor", "replacement", "wrong_target"):
+                if getattr(self, name) != (default := _DEFAULTS[name]):
+                    raise UserError(
+                        f"{name} must be {default} under recipe {self.recipe}, which masks alone, "
+                        f"got {getattr(self, name)}"
+                    )
         if self.forbid_mask and self.has_penalties:
             raise UserError(
                 "forbid_mask must be false with recipe specification, where [MASK] is the answer to a wrong word"
@@ -240,6 +266,7 @@ class Config:
 
 
 TYPES = get_type_hints(Config)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
 PATHS = [field.name for field in dataclasses.fields(Config) if field.metadata["is_path"]]
 
 

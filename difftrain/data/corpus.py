@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from difftrain.data.vocabulary import Vocabulary
 from difftrain.errors import UserError
 
 STREAMS = {"train": 3, "val": 4}  # Philox streams; those of the corruption are in corruption.py
+COUNTED_AT_ONCE = 1 << 24  # tokens; bincount makes int64 of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,14 @@ class Corpus:
         draw = (words[:, 0] & 0x3FFFFFFF) << 32 | words[:, 1]
         starts = (draw % (len(tokens) - length + 1)).numpy()
         return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
+
+    @functools.cached_property
+    def unigram_counts(self) -> Tensor:
+        """How often each word stands in the training text: (n_words,) int64 on the CPU."""
+        counts = np.zeros(self.vocabulary.n_words, dtype=np.int64)
+        for first in range(0, len(self.train), COUNTED_AT_ONCE):
+            counts += np.bincount(self.train[first : first + COUNTED_AT_ONCE], minlength=len(counts))
+        return torch.from_numpy(counts)
 
     def unigram_entropy(self) -> float:
         """Entropy of the validation file's words in nats: what guessing by frequency costs."""

@@ -94,8 +94,12 @@ class Answers:
         ).view(-1, 2, 3, 3)
         return figures[:, 0], figures[:, 1]
 
-    def as_in_training(self, windows: Windows) -> CaseTable:
-        """The case table of the windows, corrupted as in training; in gpt2 mode of the windows as they are."""
+    def as_in_training(self, windows: Windows, counts: Tensor | None) -> CaseTable:
+        """The case table of the windows, corrupted as in training; in gpt2 mode of the windows as they are.
+
+        Args:
+            counts: of each word in the training text, for a run that replaces by them; without them evenly.
+        """
         batches = []
         for batch in windows.batches(self.batch_size):
             tokens, numbers = windows.stack(w for w, _ in batch)
@@ -103,7 +107,7 @@ class Answers:
                 batches.append(("text", tokens[:, :-1], tokens[:, 1:], None))
                 continue
             x, y, p_mask = corrupt_by_recipe(
-                tokens, numbers, self.config, split="val", vocab_size=self.mask_id + 1
+                tokens, numbers, self.config, split="val", vocab_size=self.mask_id + 1, counts=counts
             )
             batches.append(("text", x, y, token_weights(x, p_mask, self.mask_id, self.config)))
         text = ValidationSet(batches, id="")

@@ -113,6 +113,7 @@ def evaluate_run(run_dir: Path, request: EvaluationRequest) -> dict[str, Any]:
             seed=request.seed, runtime=runtime, batch_size=request.batch_size,
         )  # fmt: skip
         sizes = _Sizes(windows, checkpoint.vocabulary, is_causal)
+        counts = text.corpus.unigram_counts if text.corpus and config.replacement == "unigram" else None
         record: dict[str, Any] = {
             "run": str(run_dir),
             "step": checkpoint.step,
@@ -125,7 +126,7 @@ def evaluate_run(run_dir: Path, request: EvaluationRequest) -> dict[str, Any]:
             "bytes": sizes.bytes,
             "seed": request.seed,
             "unigram_entropy": _unigram_entropy(windows),
-            "loss": _losses(answers.as_in_training(windows), checkpoint, request),
+            "loss": _losses(answers.as_in_training(windows, counts), checkpoint, request),
         }
         if text.corpus:
             record["validation"] = _validation(text.corpus, model, checkpoint, request, runtime)

@@ -48,9 +48,10 @@ def make_validation_set(corpus: Corpus, config: Config) -> ValidationSet:
     Source: the specification, "Fixed validation set"; the levels are an addition.
     """
     keys = {"split": "val", "vocab_size": corpus.vocabulary.vocab_size}
+    counts = corpus.unigram_counts if config.replacement == "unigram" else None
 
     def corrupted(tokens: Tensor, samples: Tensor, level: float | None) -> tuple:
-        x, y, p_mask = corrupt_by_recipe(tokens, samples, config, level=level, **keys)
+        x, y, p_mask = corrupt_by_recipe(tokens, samples, config, level=level, counts=counts, **keys)
         return x, y, token_weights(x, p_mask, corpus.vocabulary.mask_id, config)
 
     batches = []

@@ -218,6 +218,7 @@ def _make_batch(
         config,
         split="train",
         vocab_size=corpus.vocabulary.vocab_size,
+        counts=corpus.unigram_counts if config.replacement == "unigram" else None,
     )
     return x, y, token_weights(x, p_mask, corpus.vocabulary.mask_id, config)
 

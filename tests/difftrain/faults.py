@@ -15,11 +15,12 @@ PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPL
         "reporting/records",
     )
 )  # fmt: skip
-BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX, WINDOWS, LIKELIHOOD, ANSWERS, OF_RUN = (
+BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX, WINDOWS, LIKELIHOOD, ANSWERS, OF_RUN, LEVELS, REPLACEMENT = (
     f"difftrain/{name}.py"
     for name in (
         "training/budget", "training/console", "errors", "sampling/fill", "cli/sample", "cli/questions", "model",
         "data/philox", "evaluation/windows", "evaluation/likelihood", "evaluation/answers", "evaluation/of_run",
+        "data/levels", "data/replacement",
     )
 )  # fmt: skip
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
@@ -63,6 +64,8 @@ STAGES = {
         ["tests/difftrain/evaluation/test_of_run.py"],
     ),
     LIKELIHOOD: (["tests/difftrain/evaluation/test_likelihood.py"],),
+    LEVELS: (["tests/difftrain/test_levels.py"],),
+    REPLACEMENT: (["tests/difftrain/test_replacement.py"], ["tests/difftrain/test_corruption.py"]),
     ANSWERS: (["tests/difftrain/evaluation/test_of_run.py"],),
     OF_RUN: (["tests/difftrain/evaluation/test_of_run.py"],),
     PHILOX: (["tests/difftrain/test_philox.py"], DEFAULTS),
@@ -160,11 +163,11 @@ MUTANTS = [
     (RUN_FOLDER, "changed data needs no permission", "if not is_change_allowed:", "if is_change_allowed is None:"),
     (READING, "held-out text from changed data", "if changed and not is_change_allowed:", "if changed is None:"),
     (CORRUPTION, "one more masked", "is_masked = rank < n_mask[:, None]", "is_masked = rank <= n_mask[:, None]"),
-    (CORRUPTION, "a word replaced by itself", "other = other + (other >= tokens).long()", "other = other + 0"),
-    (CORRUPTION, "a wrong word's target is the word", "y = torch.where(is_replaced, mask_id, tokens)", "y = tokens"),
-    (CORRUPTION, "a sequence is masked as a whole", "u[:, 1:] < p", "u[:, :1] < p"),
+    (REPLACEMENT, "a word replaced by itself", "other + (other >= tokens).long()", "other + 0"),
+    (CORRUPTION, "a wrong word's target is the word", "y = torch.where(is_replaced, mask_id, tokens) if", "y = tokens if"),
+    (CORRUPTION, "a sequence is masked as a whole", "torch.where(u < p,", "torch.where(u[:, :1] < p,"),
     (CORRUPTION, "masking alone takes the specification's numbers", "MASKING_STREAMS[split]", "STREAMS[split]"),
-    (CORRUPTION, "p_mask comes near 0", "LEAST_P_MASK + (1.0 - LEAST_P_MASK) * (", "("),
+    (CORRUPTION, "p_mask comes near 0", "LEAST_P_MASK + (1.0 - LEAST_P_MASK) * level", "level"),
     (LOSS, "masked positions weigh 1 under every p_mask", 'return recipe(is_masked, p_mask)["token_weights"]', "return is_masked.float()"),
     (LOSS, "uniform weights count intact positions too", "return is_masked.float()", "return is_masked.float().clamp(min=1)"),
     (LOSS, "smoothing stays an option", '        "label_smoothing": config.label_smoothing,\n', ""),
@@ -176,7 +179,7 @@ MUTANTS = [
     (STEP, "evaluation leaves the terms out", "self.runtime, self.loss_impl, **self.terms", "self.runtime, self.loss_impl"),
     (STEP, "another term keeps the old best", "self.measure += [self.terms] if self.terms else []", "pass"),
     (EVALUATE, "evaluation leaves the weights out", "token_weights=weights, **terms", "**terms"),
-    (EVALUATE, "the fixed set masks as training does", "config, level=level, **keys)", "config, **keys)"),
+    (EVALUATE, "the fixed set masks as training does", "config, level=level, counts=counts, **keys)", "config, counts=counts, **keys)"),
     (EVALUATE, "weights are no part of the set's id", "for t in tensors if t is not None", "for t in tensors[:2]"),
     (RECORDS, "positions that do not count thin the nll", "table.gap, n_counted)", "table.gap, table.n_positions)"),
     (RECORDS, "an infinite gap is recorded", "None if config.forbids_mask else ", ""),
@@ -237,6 +240,16 @@ MUTANTS = [
      '{"seed": 0, "split": "val",'),
     (ANSWERS, "harmed words by the number of wrong ones", "ratio(counts[:, INTACT, MASK], n_intact)",
      "ratio(counts[:, INTACT, MASK], n_wrong)"),
+    (LEVELS, "antithetic pairs begin at odd samples", "samples - samples % 2, 1)", "samples - (samples + 1) % 2, 1)"),
+    (LEVELS, "strata are drawn with return", "((samples % n_strata).float() + u) / n_strata", "u"),
+    (LEVELS, "the cosine's density without its root", ".clamp(min=0.0).sqrt()", ".clamp(min=0.0)"),
+    (REPLACEMENT, "a word by frequency may be the token itself", "torch.where(place >= ends[tokens] - own, own, 0)",
+     "torch.zeros_like(place)"),
+    (REPLACEMENT, "a bound is the word before it", "right=True", "right=False"),
+    (REPLACEMENT, "rare words are lost", ".long().clamp(min=1), 0)", ".long(), 0)"),
+    (CORRUPTION, "spans begin at multiples alone", "(offset % span_length)[:, None]", "(0 * offset)[:, None]"),
+    (CORRUPTION, "the target of a wrong word is always [MASK]", 'if wrong_target == "mask" else tokens', 'if wrong_target else tokens'),
+    (LOSS, "levels that are not even weigh alike", " * weight_of_level(level, config.mask_level)", ""),
     (OF_RUN, "nats for bits", "1.0 / math.log(2.0)", "1.0"),
     (OF_RUN, "the first token of a causal text counts", "t[int(is_causal) :]", "t[0:]"),
 ]  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 from difftrain.config import Config
 from difftrain.data import corpus, corrupt, corrupt_by_recipe, corruption, mask_alone, mask_share
 from difftrain.data.philox import random_words, uniform
+from difftrain.errors import UserError
 
 V, MASK_ID = 11, 10  # ten words and [MASK]
 KEYS = {"seed": 1337, "split": "train", "vocab_size": V}
@@ -225,3 +226,89 @@ def test_a_recipe_corrupts_as_it_says(recipe, level):
     assert torch.equal(x, expected[0])
     assert torch.equal(y, expected[1])
     assert p_mask is expected[2] is None or torch.equal(p_mask, expected[2])
+
+
+def test_spans_are_corrupted_together_and_begin_anywhere():
+    tokens = tokens_of(400)
+    x, _ = corrupt(tokens, torch.arange(400), max_corruption=0.5, span_length=4, replace_factor=0.0, **KEYS)
+    n_mask, n_replaced = counts(tokens, x)
+    plain, _ = corrupt(tokens, torch.arange(400), max_corruption=0.5, replace_factor=0.0, **KEYS)
+    assert torch.equal(n_mask, counts(tokens, plain)[0])
+    assert n_replaced.sum() == 0
+    is_masked = (x == MASK_ID).long()
+    begins = (is_masked.diff(dim=1, prepend=torch.zeros(400, 1, dtype=torch.int64)) == 1).sum().item()
+    assert begins < 0.35 * n_mask.sum().item()  # runs of four, now and then joined or cut
+    where = {int(i) % 4 for row in is_masked for i in (row.diff() == 1).nonzero()[:, 0]}
+    assert where == {0, 1, 2, 3}
+    x, _, p_mask = mask_alone(tokens, torch.arange(400), span_length=4, **KEYS)
+    is_masked = x == MASK_ID
+    alike = (is_masked[:, 1:] == is_masked[:, :-1]).double().mean().item()
+    assert alike > 0.85
+    assert (is_masked.double().mean(1) - p_mask[:, 0]).mean().abs() < 0.02
+
+
+def test_factors_of_zero_mask_nothing_or_replace_nothing():
+    tokens, samples = tokens_of(300), torch.arange(300)
+    n_mask, n_replaced = counts(
+        tokens, corrupt(tokens, samples, max_corruption=0.9, mask_factor=0.0, **KEYS)[0]
+    )
+    assert n_mask.sum() == 0
+    assert n_replaced.double().mean().item() / 64 == pytest.approx(0.45, abs=0.04)
+    n_mask, n_replaced = counts(
+        tokens, corrupt(tokens, samples, max_corruption=0.9, replace_factor=0.0, **KEYS)[0]
+    )
+    assert n_replaced.sum() == 0
+    assert n_mask.sum() > 0
+
+
+def test_a_wrong_words_target_may_be_the_right_word():
+    tokens, samples = tokens_of(100), torch.arange(100)
+    x, y = corrupt(tokens, samples, max_corruption=0.9, wrong_target="token", **KEYS)
+    assert torch.equal(y, tokens)
+    assert torch.equal(x, corrupt(tokens, samples, max_corruption=0.9, **KEYS)[0])
+
+
+def test_wrong_words_may_follow_the_training_texts_frequencies():
+    tokens, samples = tokens_of(500), torch.arange(500)
+    frequencies = torch.tensor([100, 50, 0, 0, 0, 0, 0, 0, 0, 1], dtype=torch.int64)
+    x, y = corrupt(tokens, samples, max_corruption=0.9, counts=frequencies, **KEYS)
+    seen = torch.bincount(x[(y == MASK_ID) & (tokens > 1)], minlength=V).double()
+    assert seen[2:9].sum() == 0
+    assert seen[0] / seen[1] == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mask_level": "cosine"}, {"mask_level": "antithetic"}, {"mask_level": "stratified"}, {"mask_factor": 0.5},
+        {"replace_factor": 0.5}, {"span_length": 3}, {"replacement": "unigram"}, {"wrong_target": "token"},
+    ],
+)  # fmt: skip
+def test_every_option_of_the_corruption_changes_the_validation_sets_id(tiny, changes):
+    from difftrain.data import open_corpus
+    from difftrain.evaluation import make_validation_set
+
+    plain, changed = tiny(), tiny(**changes)
+    corpus_of = open_corpus(plain.data)
+    ids = {make_validation_set(corpus_of, config).id for config in (plain, changed)}
+    assert len(ids) == 2
+
+
+@pytest.mark.parametrize("rule", ["uniform", "cosine", "antithetic", "stratified"])
+def test_weights_keep_the_recipes_loss_in_the_mean_whatever_levels_are_drawn(rule):
+    """The mean over samples of sum(weight of masked positions) / T is 1 for every rule: each level weighs alike."""
+    from difftrain.loss import token_weights
+
+    config = Config(recipe="llada", mask_level=rule, batch_size=16)
+    tokens, samples = tokens_of(30000, 16), torch.arange(30000)
+    x, _, p_mask = corrupt_by_recipe(tokens, samples, config, split="train", vocab_size=V)
+    weights = token_weights(x, p_mask, MASK_ID, config)
+    assert weights.double().mean().item() == pytest.approx(1.0, abs=0.06)
+
+
+def test_a_recipe_that_masks_alone_refuses_what_is_about_wrong_words():
+    for name, value in {"mask_factor": 0.5, "replacement": "unigram", "wrong_target": "token"}.items():
+        with pytest.raises(UserError, match=f"{name} must be"):
+            Config(recipe="llada", **{name: value})
+    with pytest.raises(UserError, match="must not both be 0"):
+        Config(mask_factor=0.0, replace_factor=0.0)

@@ -92,7 +92,7 @@ TRAINER = {
     "model": {"config", "torch"},
     "runtime": {"errors", "config", "torch"},
     "parallel": {"config", "model", "runtime", "torch"},
-    "loss": {"config", "runtime", "difftrain_kernels", "torch"},
+    "loss": {"config", "data", "runtime", "difftrain_kernels", "torch"},
     "reporting": {"errors", "config", "schedule", "difftrain_kernels", "matplotlib", "torch", "wandb"},
     "checkpoints": {
         "errors", "config", "data", "model", "runtime", "parallel", "safetensors", "torch",
