@@ -98,18 +98,26 @@ def launches(dtype: torch.dtype, vocab_size: int, terms: Terms = PLAIN) -> list[
         message = triton_kernels.launch_slice(logits, labels, 0, start=vocab_size, terms=terms)
         messages = message.expand(2, *message.shape)
         triton_kernels.launch_combine(messages, *labelled, vocab_size=2 * vocab_size, terms=terms)
-        triton_kernels.launch_case_sums(statistics, terms)
+        triton_kernels.launch_case_sums(_of_many_rows(statistics), terms)
         triton_kernels.launch_rescale(gradient, torch.ones(()), stated=2.0)
     return found
+
+
+def _of_many_rows(statistics: triton_kernels.RowStatistics) -> triton_kernels.RowStatistics:
+    """Statistics whose case sums take both levels of the addition."""
+    return triton_kernels.RowStatistics(
+        *(torch.empty(*part.shape[:-1], 1024).to(part.dtype) for part in statistics)
+    )
 
 
 def compile_launch(kernel, arguments: dict, target: GPUTarget):
     """Compile a recorded launch with the specialisation that Triton's launcher would choose."""
     constants = {p.name for p in kernel.params if p.is_constexpr}
     fixed = {p.name for p in kernel.params if p.do_not_specialize}
+    unaligned = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     constexprs, attributes = {}, {}
 
-    def specialise(value, place: tuple, is_fixed: bool):
+    def specialise(value, place: tuple, is_fixed: bool, is_aligned: bool = True):
         """The type of an argument, or of each in a tuple; notes what the compiler may know of it."""
         if isinstance(value, tuple):
             types = [specialise(part, (*place, i), is_fixed) for i, part in enumerate(value)]
@@ -123,7 +131,7 @@ def compile_launch(kernel, arguments: dict, target: GPUTarget):
             return "constexpr"
         is_tensor = isinstance(value, torch.Tensor)
         number = value.data_ptr() if is_tensor else value
-        if not is_fixed and isinstance(number, int) and number % 16 == 0:
+        if is_aligned and not is_fixed and isinstance(number, int) and number % 16 == 0:
             attributes[place] = [["tt.divisibility", 16]]
         return TYPES[value.dtype] if is_tensor else "fp32" if isinstance(value, float) else "i32"
 
@@ -132,7 +140,7 @@ def compile_launch(kernel, arguments: dict, target: GPUTarget):
         if name in constants:
             signature[name], constexprs[(index,)] = "constexpr", arguments[name]
         else:
-            signature[name] = specialise(arguments[name], (index,), name in fixed)
+            signature[name] = specialise(arguments[name], (index,), name in fixed, name not in unaligned)
     warps = arguments["num_warps"]
     if target.backend == "hip":
         warps = max(1, warps // 2)

@@ -79,7 +79,7 @@ TRITON_KERNELS = {
         "blocks", "device", "row_statistics", "scores", "small_rows", "spacing", "streamed_rows", "term_arguments",
         "tiles", "weights",
     },
-    "case_sums": {"device", "row_statistics", "term_arguments", "weights"},
+    "case_sums": {"device", "row_statistics", "term_arguments", "tiles", "weights"},
     "rescale": {"device", "spacing", "tiles"},
 }  # fmt: skip
 

@@ -85,6 +85,7 @@ def test_other_targets_compile_without_spills(target, tmp_path):
         "loss_and_gradient",
         "gradient",
         "case_sums",
+        "add_blocks",
         "slice",
         "combine",
         "rescale",

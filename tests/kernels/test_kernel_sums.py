@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 
 from difftrain_kernels import triton_kernels
 from difftrain_kernels.terms import PLAIN, Terms
+from difftrain_kernels.triton_kernels import case_sums
+from difftrain_kernels.triton_kernels.device import is_interpreted
+from difftrain_kernels.triton_kernels.row_statistics import n_statistics
 from kernel_terms import (
     CELLS,
     PROPERTY,
@@ -172,3 +176,101 @@ def test_an_infinite_nll_is_shared_without_nan(device):
     statistics = triton_kernels.launch_loss(logits, y, x, 1, terms=terms)
     weighted = triton_kernels.launch_case_sums(statistics, terms)[3]
     assert weighted.tolist() == [[INF, 0, INF], [0, 0, 0], [0, 0, 0]]
+
+
+def random_statistics(n, device, terms=PLAIN, seed=0):
+    """Statistics of rows of every case, and of numbers whose sum hangs on the order of additions."""
+    generator = torch.Generator().manual_seed(seed)
+    case = torch.randint(0, 10, (n,), generator=generator, dtype=torch.int32)
+    columns = torch.randn(n_statistics(terms), n, generator=generator, dtype=torch.float32).exp()
+    return triton_kernels.RowStatistics(case.to(device), columns.to(device))
+
+
+def assert_same_bits(found, expected):
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+SUMMED = {"plain": PLAIN, "terms": Terms(gate="probability", z_loss=0.1, label_smoothing=0.1)}
+
+
+@pytest.mark.parametrize("terms", SUMMED)
+def test_sums_are_the_same_bits_whatever_the_grid(terms, device):
+    terms = SUMMED[terms]
+    statistics = random_statistics(4 * case_sums.BLOCK + 77, device, terms)
+    whole = triton_kernels.launch_case_sums(statistics, terms)
+    assert all(part.isfinite().all() and part.count_nonzero() for part in whole)
+    for programs in (1, 2, 3, 9):
+        assert_same_bits(triton_kernels.launch_case_sums(statistics, terms, programs=programs), whole)
+
+
+@pytest.mark.parametrize("terms", SUMMED)
+def test_a_block_of_rows_is_added_for_itself_and_the_blocks_in_their_order(terms, device):
+    terms, size = SUMMED[terms], case_sums.BLOCK
+    statistics = random_statistics(2 * size, device, terms)
+    halves = [
+        triton_kernels.launch_case_sums(
+            triton_kernels.RowStatistics(statistics.case[part], statistics.columns[:, part].contiguous()),
+            terms,
+        )
+        for part in (slice(0, size), slice(size, None))
+    ]
+    added = [first + second for first, second in zip(*halves, strict=True)]
+    assert_same_bits(triton_kernels.launch_case_sums(statistics, terms), added)
+
+
+def test_the_sums_of_no_rows_are_0(device):
+    sums = triton_kernels.launch_case_sums(random_statistics(0, device))
+    assert not any(part.count_nonzero() for part in sums)
+
+
+@pytest.mark.parametrize("terms", SUMMED)
+@pytest.mark.parametrize(("n", "launches"), [(1, 1), (case_sums.BLOCK, 1), (case_sums.BLOCK + 1, 2)])
+def test_the_table_takes_one_launch_for_a_block_of_rows_and_two_for_more(
+    n, launches, terms, device, monkeypatch
+):
+    found = []
+    kernels = {name: kernel for name, kernel in vars(case_sums).items() if name.endswith("_kernel")}
+
+    class Recorded:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            found.append(grid)
+            return self.kernel[grid]
+
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(case_sums, name, Recorded(kernel))
+    triton_kernels.launch_case_sums(random_statistics(n, device, SUMMED[terms]), SUMMED[terms])
+    assert len(found) == launches
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="counts what Triton's interpreter does")
+def test_262144_rows_are_added_in_at_most_16_dependent_steps(monkeypatch):
+    from triton.runtime import interpreter
+
+    builder = type(interpreter.interpreter_builder)
+    start, load, launches = builder.set_grid_dim, builder.create_masked_load, []
+
+    def started(self, *grid):
+        launches.append(Counter())
+        return start(self, *grid)
+
+    def counted(self, *arguments):
+        launches[-1][self.grid_idx] += 1
+        return load(self, *arguments)
+
+    monkeypatch.setattr(builder, "set_grid_dim", started)
+    monkeypatch.setattr(builder, "create_masked_load", counted)
+
+    def longest(n):
+        """Of each launch, the loads of the program that makes the most."""
+        launches.clear()
+        triton_kernels.launch_case_sums(random_statistics(n, "cpu"))
+        return [max(loads.values()) for loads in launches]
+
+    one_step = longest(case_sums.BLOCK + 1)
+    steps = [many / one for many, one in zip(longest(262144), one_step, strict=True)]
+    assert steps == [1, 1]
+    assert sum(steps) <= 16
