@@ -3,7 +3,7 @@ Takes 8 minutes at most, with --quick 1; --minutes sets another end. Prints a ta
 the files that --json and --plot name.
 
     python benchmarks/bench_loss.py [--quick] [--vocab V ...] [--rows N] [--linear N,D,V ...] [--dtype bf16]
-                                    [--only TEXT ...] [--json FILE] [--plot FILE]
+                                    [--only TEXT ...] [--json FILE] [--resume] [--plot FILE]
 
 Every contender is first held against the reference accumulated in fp64: loss without gradient, loss
 and gradients for upstream gradients 1 and 1/8. A wrong one is shown as wrong and not timed. Then:
@@ -22,17 +22,17 @@ import argparse
 import sys
 from dataclasses import asdict
 
-import torch
-
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from comparison.contenders import CONTENDERS
 from comparison.entries import Entry
 from comparison.worker import DTYPES, Job, work
+from measuring import device
 from measuring.arguments import user_path
 from measuring.environment import environment
-from measuring.supervision import run_jobs
+from measuring.rehearsal import is_rehearsed
+from measuring.supervision import NOT_MEASURED, run_jobs
 from reporting.plot_loss import plot_entries, pyplot
-from reporting.result_files import ResultError, save_stage
+from reporting.result_files import ResultError, current_stage, save_stage
 
 LOGITS_SHAPES = [(8192, v) for v in (50304, 50305, 128256, 151936, 262144)]
 LOGITS_SHAPES += [(262144, 66)]  # characters: many short rows
@@ -47,7 +47,7 @@ def plan(options: argparse.Namespace) -> list[Job]:
     Within a shape, contenders that are held against the same loss stand together.
     """
     jobs = []
-    budget_ms = QUICK_BUDGET_MS if options.quick else BUDGET_MS
+    budget_ms = 1.0 if is_rehearsed() else QUICK_BUDGET_MS if options.quick else BUDGET_MS
     for is_compiled in (False, True):
         for dtype in options.dtype:
             for shape in shapes_of(options):
@@ -116,11 +116,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--json", type=user_path, metavar="FILE", help="write the results as stage loss of FILE"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="measure what FILE does not have of these kernels"
+    )
     parser.add_argument("--plot", type=user_path, metavar="FILE.png", help="draw them (needs matplotlib)")
     parser.add_argument("--commit", help="what to record where git cannot tell")
     options = parser.parse_args(arguments)
     if options.rows is not None and not options.vocab:
         parser.error("--rows needs --vocab")
+    if options.resume and not options.json:
+        parser.error("--resume needs --json")
     if options.plot and options.plot.suffix != ".png":
         parser.error(f"--plot must name a .png file, got {options.plot}")
     if options.minutes is None:
@@ -138,9 +143,17 @@ def shapes_of(options: argparse.Namespace) -> list[tuple[int, ...]]:
     return [LOGITS_SHAPES[0], LINEAR_SHAPES[0]] if options.quick else LOGITS_SHAPES + LINEAR_SHAPES
 
 
-def main(arguments: list[str] | None = None) -> int:
+def measured(options: argparse.Namespace, stage: str, facts: dict[str, str]) -> list[Entry]:
+    """What the file that is to be resumed has of the stage already, of the same device and kernels."""
+    record = current_stage(options.json, stage, facts) if options.resume else None
+    entries = [Entry(**entry) for entry in record["entries"]] if record else []
+    return [entry for entry in entries if not entry.outcome.startswith(NOT_MEASURED)]
+
+
+def main(arguments: list[str] | None = None, stage: str = "loss") -> int:
+    """Measure; ``stage`` is what becomes of it in the file that --json names."""
     options = parse(arguments)
-    if not torch.cuda.is_available():
+    if not device.is_there():
         print("bench_loss.py measures on a CUDA GPU, and torch finds none.", file=sys.stderr)
         return 1
     facts = environment(options.commit)
@@ -151,15 +164,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.plot:
             pyplot()  # before minutes are spent
+        entries += measured(options, stage, facts)
+        done = {(tuple(e.shape), e.dtype, e.contender) for e in entries}
+        jobs = [job for job in plan(options) if (job.shape, job.dtype, job.contender) not in done]
         for job, answer, problem in run_jobs(
-            work, plan(options), job_seconds=JOB_SECONDS, seconds=60 * options.minutes
+            work, jobs, job_seconds=JOB_SECONDS, seconds=60 * options.minutes
         ):
             found, seconds[str(job)] = answer or ([job.blank(problem)], 0.0)
             print(report(found, entries[-1].shape if entries else None), flush=True)
             entries += found
             if options.json:
                 record = {"entries": [asdict(e) for e in entries], "seconds": seconds}
-                save_stage(options.json, "loss", record, facts)
+                save_stage(options.json, stage, record, facts)
         if options.plot:
             title = f"{facts['device']}, {facts['date'][:10]}"
             plot_entries([asdict(e) for e in entries], options.plot, title)

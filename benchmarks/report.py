@@ -1,11 +1,12 @@
-"""Write the GPU figures of docs/gpu.md from the newest results file, and hold a file against the goals.
-Takes seconds, and neither torch nor a GPU. Writes the page between its markers and
+"""Write the GPU figures of README.md and docs/gpu.md from the newest results file, and hold a file against the goals.
+Takes seconds, and neither torch nor a GPU. Writes the pages between their markers and
 benchmarks/results/loss.png; with --goals nothing.
 
-    python benchmarks/report.py              # the page's part between its markers, and its picture
+    python benchmarks/report.py              # the pages' parts between their markers, and the picture
     python benchmarks/report.py --goals [FILE.json]
 
-Nothing between the markers is written by hand. A sample is refused there.
+Nothing between the markers is written by hand. A sample or a rehearsal is refused there, and so are
+figures of other kernels than the checkout's: then the pages say so, and the command ends with 1.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,39 +31,82 @@ from reporting.goals import (
     Table,
     evaluate,
 )
+from reporting.pages import put_between
 from reporting.plot_loss import plot_entries
-from reporting.result_files import FOLDER, ResultError, newest, read_result
+from reporting.predictions import beside
+from reporting.result_files import FOLDER, Outdated, ResultError, newest, read_result, shown_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- gpu results -->", "<!-- end of gpu results -->"
-PAGE = Path("docs/gpu.md")
+PAGE, README = Path("docs/gpu.md"), Path("README.md")
 PICTURE = FOLDER / "loss.png"
 NOTHING = "No GPU result exists yet: none of this has been timed on a GPU."
+OUTDATED = "The newest GPU result is of older kernels, so its figures are not shown: `python benchmarks/gpu_session.py` measures anew."
 MISSING = "-"
+# Stages of which a line says what they came to.
+CHECKS = ("kernels", "compile", "linear", "trainer", "graphs", "sanitizer")
 
 
 def page_part(document: dict[str, Any] | None, name: str = "") -> str:
-    """What stands between the page's markers.
+    """What stands between the markers of docs/gpu.md.
 
     Args:
         document: a results file's; None where there is none.
         name: of the file, in benchmarks/results.
 
     Raises:
-        ResultError: the document is a sample.
+        ResultError: the document is a sample or a rehearsal.
     """
-    if document is None:
-        return NOTHING
-    if document.get("sample"):
-        raise ResultError(f"{name} is a sample: its figures are made up and not for {PAGE}")
-    stages = document["stages"]
-    blocks = [_loss_part(stages["loss"], name)] if "loss" in stages else []
-    if "training" in stages:
-        blocks.append(_training_part(stages["training"]))
-    blocks += [
-        _check_line(stage, stages[stage]) for stage in ("suite", "sanitizer", "graphs") if stage in stages
+    try:
+        stages = shown_stages(document, name) if document else {}
+    except Outdated:
+        return OUTDATED
+    parts = {
+        "loss": partial(_loss_part, name=name),
+        "training": _training_part,
+        "sizes": _sizes_part,
+        "memory": _memory_part,
+    }
+    blocks = [
+        part(stages[stage])
+        for stage, part in parts.items()
+        if stage in stages and _has_figures(stages[stage])
     ]
+    blocks += [_check_line(stage, stages[stage]) for stage in CHECKS if stage in stages]
     return "\n\n".join(blocks) if blocks else NOTHING
+
+
+def _has_figures(stage: dict[str, Any]) -> bool:
+    """A stage that failed or hung has none."""
+    return bool({"entries", "runs", "rows"} & stage.keys())
+
+
+def readme_part(document: dict[str, Any] | None, name: str = "") -> str:
+    """What stands between the markers of README.md: the sentence that says what is known, or two figures a row.
+
+    Raises:
+        ResultError: as :func:`page_part`.
+    """
+    try:
+        stages = shown_stages(document, name) if document else {}
+    except Outdated:
+        return OUTDATED
+    if "loss" not in stages:
+        return NOTHING
+    table = Table(stages["loss"]["entries"])
+    rows = [
+        [" x ".join(map(str, s)), _share(table, s, LOSS, FORWARD), _share(table, s, LOSS_AND_GRADIENT, BOTH), _peer(table, s)]
+        for s in dict.fromkeys(tuple(e["shape"]) for e in table.entries)
+        if len(s) == 2
+    ]  # fmt: skip
+    head = [
+        "N x V",
+        "forward, ms (% of the limit)",
+        "loss and gradient, ms (% of the limit)",
+        "best peer, ms",
+    ]
+    source = _source(stages["loss"], name).replace("../benchmarks", "benchmarks")
+    return f"{source}\n\n{_rows(head, rows)}"
 
 
 def _loss_part(stage: dict[str, Any], name: str) -> str:
@@ -99,6 +144,11 @@ def _loss_part(stage: dict[str, Any], name: str) -> str:
                 for s in linear
             ],
         ))  # fmt: skip
+    compared = beside(table.entries, stage["environment"]["device"])
+    if compared:
+        parts.append(
+            "Measured beside what [the notes](../benchmarks/NOTES.md) predicted before:\n\n" + compared
+        )
     parts.append(f"![time of every contender on every shape](../benchmarks/results/{PICTURE.name})")
     verdicts = evaluate(GOALS, stage["entries"])
     counts = Counter(v.state for v in verdicts)
@@ -135,6 +185,30 @@ def _training_part(stage: dict[str, Any]) -> str:
                 ]
             )
     return f"{head}\n\n" + _rows(["loss", "tokens/s", "peak MiB", "curve beside the reference's"], rows)
+
+
+def _sizes_part(stage: dict[str, Any]) -> str:
+    e = stage["environment"]
+    head = f"A step of GPT-2 small by tokens in it, ms and peak MiB; {e['device']}, commit {e['commit']}:"
+    rows = [
+        [f"{r['tokens']:,}", r["impl"], *([r["failure"], MISSING] if r["failure"] else [f"{r['ms']:.1f}", f"{r['peak_mib']:,.0f}"])]
+        for r in stage["rows"]
+    ]  # fmt: skip
+    return f"{head}\n\n" + _rows(["tokens", "loss", "ms", "peak MiB"], rows)
+
+
+def _memory_part(stage: dict[str, Any]) -> str:
+    e = stage["environment"]
+    head = f"Memory beside inputs and gradients, MiB; {e['device']}, commit {e['commit']}:"
+    rows = [
+        [
+            f"{r['positions']:,}",
+            r["contender"],
+            r.get("failure") or f"{r['peak_mib'] - r['gradients_mib']:,.0f}",
+        ]
+        for r in stage["rows"]
+    ]
+    return f"{head}\n\n" + _rows(["positions", "loss", "MiB"], rows)
 
 
 def _check_line(name: str, stage: dict[str, Any]) -> str:
@@ -189,19 +263,11 @@ def _extra(table: Table, shape: tuple[int, ...], contender: str) -> str:
     return _cell(cell)
 
 
-def updated(page: str, part: str) -> str:
-    """The page with ``part`` between its markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ResultError(f"{PAGE} lacks the markers {BEGIN} and {END}")
-    return f"{before}{begin}\n{part}\n{end}{after}"
-
-
 def goals_text(document: dict[str, Any]) -> str:
     """One line per goal."""
     loss = document["stages"].get("loss")
     head = "figures are made up: a sample\n" if document.get("sample") else ""
+    head += "figures are no measurements: a rehearsal\n" if document.get("rehearsal") else ""
     device = (loss or document)["environment"]["device"]
     if "H100" not in device:
         head += f"the goals are set for an H100; these figures are of {device}\n"
@@ -225,17 +291,17 @@ def main(arguments: list[str] | None = None) -> int:
         if options.goals is not None:
             print(goals_text(document) if document else NOTHING)
             return 0
-        page = ROOT / PAGE
-        part = page_part(document, path.name if path else "")
-        if document and "loss" in document["stages"]:
-            stage = document["stages"]["loss"]
-            facts = stage["environment"]
-            plot_entries(stage["entries"], PICTURE, f"{facts['device']}, {facts['date'][:10]}")
-        page.write_text(updated(page.read_text(encoding="utf-8"), part), encoding="utf-8")
+        name = path.name if path else ""
+        put_between(ROOT / PAGE, BEGIN, END, page_part(document, name))
+        put_between(ROOT / README, BEGIN, END, readme_part(document, name))
+        stages = shown_stages(document, name) if document else {}
+        if "loss" in stages:
+            facts = stages["loss"]["environment"]
+            plot_entries(stages["loss"]["entries"], PICTURE, f"{facts['device']}, {facts['date'][:10]}")
     except ResultError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{PAGE}: {path.name if path else NOTHING}")
+    print(f"{README} and {PAGE}: {path.name if path else NOTHING}")
     return 0
 
 

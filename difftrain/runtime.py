@@ -102,7 +102,7 @@ def resolve_device(name: str) -> torch.device:
     """The device that the option ``device`` names; "auto" takes CUDA, then mps, then the CPU."""
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return _with_number(torch.device("cuda"))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -113,7 +113,22 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"device {name} is not available here")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device must be one of {torch.cuda.device_count()} CUDA devices, got {name}")
+    return _with_number(device)
+
+
+def _with_number(device: torch.device) -> torch.device:
+    """The device as its tensors name it: "cuda" alone is refused by ``set_device`` and equals no tensor's device."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a CUDA device computes in bfloat16 itself; torch also counts those on which it only emulates."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @contextmanager
@@ -129,8 +144,7 @@ def start_runtime(config: Config) -> Iterator[Runtime]:
         device = torch.device("cuda", local_rank)
     dtype = config.dtype
     if dtype == "auto":
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if has_bfloat16 else "float32"
+        dtype = "bfloat16" if _has_bfloat16(device) else "float32"
     with _deterministic() if config.deterministic else nullcontext():
         if device.type == "cuda":
             torch.cuda.set_device(device)

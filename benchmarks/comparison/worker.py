@@ -13,6 +13,7 @@ from comparison.checks import Judge, failure, fitting_problem, verdict_on
 from comparison.contenders import CONTENDERS, NO_WEIGHTS, Contender, Loss
 from comparison.entries import MEASURES, TIMED, Entry, add_rates
 from comparison.problems import Problem, make_problem
+from measuring import device
 from measuring.supervision import RESTART
 from measuring.timing import (
     Call,
@@ -78,9 +79,9 @@ def calls_of(loss_of: Loss, problems: list[Problem], scale: float | None, source
 class ShapeBench:
     """One shape's inputs and limits; one judge at a time, since it holds gradients of full size."""
 
-    def __init__(self, job: Job, device: str = "cuda"):
+    def __init__(self, job: Job, where: str | None = None):
         n, *width, vocab_size = job.shape
-        self.problem = make_problem(n, vocab_size, DTYPES[job.dtype], device, *width)
+        self.problem = make_problem(n, vocab_size, DTYPES[job.dtype], where or device.kind(), *width)
         self.judge, self.judges_plain = None, None
         self.products: dict[bool, float] = {}
 
@@ -106,7 +107,7 @@ class ShapeBench:
     def _timed(self, job: Job, loss_of: Loss, overwrites: bool) -> list[Entry]:
         inputs = self.problem.inputs
         nbytes = sum(t.nbytes for t in inputs)
-        n_copies = copies_beyond_cache(nbytes, _cache_bytes(inputs[0].device))
+        n_copies = copies_beyond_cache(nbytes, _cache_bytes())
         # The judge's problem itself stays as it is.
         problems = [self.problem.copy() for _ in range(n_copies)]
         source = self.problem if overwrites else None
@@ -122,8 +123,8 @@ class ShapeBench:
         return found
 
 
-def _cache_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).L2_cache_size
+def _cache_bytes() -> int:
+    return device.cache_bytes()
 
 
 def work(jobs: list[Job], connection: Connection) -> None:
@@ -135,16 +136,16 @@ def work(jobs: list[Job], connection: Connection) -> None:
         try:
             if bench_of != (job.shape, job.dtype):
                 bench = bench_of = None
-                torch.cuda.empty_cache()
+                device.empty_cache()
                 torch._dynamo.reset()
                 bench, bench_of = ShapeBench(job), (job.shape, job.dtype)
             found = bench.entries(job, copy_gb_per_s)
         except Exception as error:
             found = [job.blank(failure(error))]
         connection.send((found, time.perf_counter() - began))
-        torch.cuda.empty_cache()
+        device.empty_cache()
         try:
-            torch.cuda.synchronize()
+            device.synchronize()
         except Exception:  # an illegal access leaves a context in which every later call fails
             connection.send(RESTART)
             return

@@ -10,7 +10,8 @@ from importlib import metadata
 
 import torch
 
-from measuring.checkout import ROOT
+from measuring import device
+from measuring.checkout import ROOT, kernels_digest
 
 PEERS = ("liger-kernel", "quack-kernels", "cut-cross-entropy")
 
@@ -23,11 +24,12 @@ def environment(commit: str | None = None) -> dict[str, str]:
     """
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "device": device.name(),
         "driver": driver.partition("\n")[0],
         "torch": torch.__version__,
         "triton": version_of("triton"),
         "commit": commit or _commit(),
+        "kernels": kernels_digest(),
         "python": platform.python_version(),
         **{name: version_of(name) for name in PEERS},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -18,6 +18,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from measuring import device
+from measuring.rehearsal import is_rehearsed
+
 FEWEST, MOST = 10, 200  # samples of one measurement
 LONGEST_SPIN_MS = 20.0
 
@@ -43,9 +46,9 @@ def _cycles_per_ms() -> float:
     """Clock cycles that the device's spin counts in a millisecond."""
     cycles = 10_000_000
     for _ in range(2):  # the first one loads the kernel
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = device.event(), device.event()
         begin.record()
-        torch.cuda._sleep(cycles)
+        device.spin(cycles)
         end.record()
         end.synchronize()
     return cycles / begin.elapsed_time(end)
@@ -54,11 +57,11 @@ def _cycles_per_ms() -> float:
 def cuda_times(calls: list[Call]) -> list[float]:
     """Milliseconds of each call on the device, between two events."""
     cycles_per_ms = _cycles_per_ms()
-    torch.cuda.synchronize()
+    device.synchronize()
     spin_ms, events = 1.0, []
     for call in calls:
-        torch.cuda._sleep(int(min(spin_ms, LONGEST_SPIN_MS) * cycles_per_ms))
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        device.spin(int(min(spin_ms, LONGEST_SPIN_MS) * cycles_per_ms))
+        begin, end = device.event(), device.event()
         began = time.perf_counter()
         begin.record()
         call.run()
@@ -68,7 +71,7 @@ def cuda_times(calls: list[Call]) -> list[float]:
         if call.restore:
             call.restore()
         events.append((begin, end))
-    torch.cuda.synchronize()
+    device.synchronize()
     return [begin.elapsed_time(end) for begin, end in events]
 
 
@@ -93,23 +96,19 @@ def copies_beyond_cache(nbytes: int, cache_bytes: int) -> int:
 
 def peak_mib(call: Callable) -> float:
     """Largest memory beside what is held before the call."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return device.peak_bytes(call) / 2**20
 
 
 # Limits -------------------------------------------------------------------------------------------
 
 
 def copy_bandwidth(budget_ms: float) -> float:
-    """Bytes per second that a copy of 1 GiB on the device reads and writes."""
-    source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    """Bytes per second that a copy of 1 GiB on the device (1 MiB in a rehearsal) reads and writes."""
+    size = 2**20 if is_rehearsed() else 2**30
+    source, target = (torch.empty(size, dtype=torch.uint8, device=device.kind()) for _ in range(2))
     source.random_()  # equal bytes can be cheaper to move
     middle, *_ = quantiles(time_calls([Call(lambda: target.copy_(source))], budget_ms))
-    return 2 * 2**30 / (middle / 1e3)
+    return 2 * size / (middle / 1e3)
 
 
 def product_ms(hidden: Tensor, weight: Tensor, budget_ms: float) -> dict[bool, float]:

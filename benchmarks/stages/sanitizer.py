@@ -80,12 +80,14 @@ def run_tool(sanitizer: str, tool: str, seconds: float, program: list[str] | Non
     }
 
 
-def run_sanitizer(seconds: float) -> dict[str, Any]:
+def run_sanitizer(seconds: float, sanitizer: str | None = None) -> dict[str, Any]:
     """Every tool in turn; where compute-sanitizer is missing, that is the record."""
-    sanitizer = find_sanitizer()
+    sanitizer = sanitizer or find_sanitizer()
     if sanitizer is None:
         return {"ok": False, "summary": "compute-sanitizer is not installed", "tools": {}}
     end = time.monotonic() + seconds
-    tools = {tool: run_tool(sanitizer, tool, max(1.0, end - time.monotonic())) for tool in TOOLS}
+    tools = {}
+    for i, tool in enumerate(TOOLS):  # each gets its share of what is left
+        tools[tool] = run_tool(sanitizer, tool, max(1.0, (end - time.monotonic()) / (len(TOOLS) - i)))
     summary = "; ".join(f"{name}: {found['summary']}" for name, found in tools.items())
     return {"ok": all(found["ok"] for found in tools.values()), "summary": summary, "tools": tools}

@@ -18,6 +18,8 @@ from comparison.contenders import CONTENDERS, NO_WEIGHTS
 from comparison.entries import OURS
 from comparison.problems import Problem, make_problem
 from difftrain_kernels import fused_diffusion_loss
+from measuring import device
+from measuring.rehearsal import is_rehearsed
 
 # Rows held in registers; streamed rows of one full block and a tail, aligned and not.
 VOCAB_SIZES = (66, 4104, 4201)
@@ -56,13 +58,13 @@ def _with_cases(impl: str, problem: Problem, _: float) -> torch.Tensor:
     return loss
 
 
-def check(device: str, vocab_sizes=VOCAB_SIZES, dtypes=DTYPES, impl: str = "auto") -> list[str]:
+def check(where: str, vocab_sizes=VOCAB_SIZES, dtypes=DTYPES, impl: str = "auto") -> list[str]:
     """One line for each loss on each shape: its name, and what is wrong or nothing."""
     lines = []
     for kind in ("logits", "linear"):
         for vocab_size in vocab_sizes:
             for dtype in dtypes:
-                problem = make_problem(N, vocab_size, dtype, device, WIDTH if kind == "linear" else 0)
+                problem = make_problem(N, vocab_size, dtype, where, WIDTH if kind == "linear" else 0)
                 judges = {}
                 for name, is_plain, loss_of in losses(kind, vocab_size, impl):
                     if is_plain not in judges:
@@ -74,11 +76,11 @@ def check(device: str, vocab_sizes=VOCAB_SIZES, dtypes=DTYPES, impl: str = "auto
 
 
 def main() -> int:
-    if not torch.cuda.is_available():
+    if not device.is_there():
         print("small_launches.py launches kernels on a CUDA GPU, and torch finds none.", file=sys.stderr)
         return 1
-    lines = check("cuda")
-    torch.cuda.synchronize()
+    lines = check(device.kind(), VOCAB_SIZES[:1] if is_rehearsed() else VOCAB_SIZES)
+    device.synchronize()
     wrong = [line for line in lines if not line.endswith(":")]
     print("\n".join(wrong))
     print(f"{len(lines)} results checked, {len(wrong)} wrong")

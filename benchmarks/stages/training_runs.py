@@ -2,6 +2,7 @@
 
 GPT-2 small, 32768 tokens a step in one micro-batch, on made-up tokens in which every other word
 follows from the one before: something to learn, with GPT-2's vocabulary, and nothing to download.
+Then short trainings of 4096 to 65536 tokens a step, for their time and memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ N_TOKENS = 20_000_000
 # alone, far below bf16's 0.4 %. Later the runs drift apart as any two bf16 runs do, around one curve.
 FIRST_STEP, WINDOW_MEAN = 1e-3, 1e-2
 WINDOWS = 10
+SIZES = (4, 16, 64)  # sequences of a step, of 1024 tokens
+SHORT_STEPS = 40
 
 
 def write_tokens(folder: Path, n_words: int = GPT2_WORDS, n_tokens: int = N_TOKENS, seed: int = 0) -> Path:
@@ -107,6 +110,21 @@ def agreement(curve: list[list[float]], reference: list[list[float]]) -> tuple[b
     )
 
 
+def _trained(
+    options: dict[str, Any], impl: str, data: Path, train: Callable[[Config, float], object], end: float
+) -> dict[str, Any]:
+    """What a run's log says, or why it failed."""
+    config = Config(**options, data=str(data), out_dir=str(data.parent / "run"), loss_impl=impl)
+    try:
+        train(config, max(1.0, end - time.monotonic()))
+        return read_run(config)
+    except Exception as error:
+        return {"failure": f"{type(error).__name__}: {error}"}
+    finally:
+        # Checkpoints take gigabytes; only the log was wanted.
+        shutil.rmtree(config.out_dir, ignore_errors=True)
+
+
 def run_training(
     seconds: float,
     changes: dict[str, Any] | None = None,
@@ -124,18 +142,9 @@ def run_training(
     """
     end = time.monotonic() + seconds
     options = GPT2_SMALL | (changes or {})
-    runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = write_tokens(Path(folder) / "tokens", n_words, n_tokens)
-        for impl in IMPLEMENTATIONS:
-            config = Config(**options, data=str(data), out_dir=str(Path(folder) / "run"), loss_impl=impl)
-            try:
-                train(config, max(1.0, end - time.monotonic()))
-                runs[impl] = read_run(config)
-            except Exception as error:
-                runs[impl] = {"failure": f"{type(error).__name__}: {error}"}
-            # Checkpoints take gigabytes; only the log was wanted.
-            shutil.rmtree(config.out_dir, ignore_errors=True)
+        runs = {impl: _trained(options, impl, data, train, end) for impl in IMPLEMENTATIONS}
     oks = []
     for run in runs.values():
         if "failure" in run:
@@ -153,3 +162,41 @@ def run_training(
     )
     summary = "; ".join(f"{impl}: {r.get('failure') or r['agreement']}" for impl, r in runs.items())
     return {"ok": all(oks), "summary": summary, "what": what, "options": options, "runs": runs}
+
+
+def run_sizes(
+    seconds: float,
+    changes: dict[str, Any] | None = None,
+    *,
+    sizes: Sequence[int] = SIZES,
+    n_words: int = GPT2_WORDS,
+    n_tokens: int = N_TOKENS // 10,
+    train: Callable[[Config, float], object] = train_by_command,
+) -> dict[str, Any]:
+    """Time and memory of a step with each implementation, for each number of sequences in a step.
+
+    One that fails, for want of memory say, is a result; ok is False only where every run of a size failed.
+
+    Args:
+        seconds, changes, train: as in :func:`run_training`.
+    """
+    end = time.monotonic() + seconds
+    options = GPT2_SMALL | {"max_iters": SHORT_STEPS, "eval_interval": SHORT_STEPS} | (changes or {})
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_tokens(Path(folder) / "tokens", n_words, n_tokens)
+        for size in sizes:
+            tokens = size * options["block_size"]
+            for impl in IMPLEMENTATIONS:
+                run = _trained(options | {"batch_size": size}, impl, data, train, end)
+                row = {"tokens": tokens, "impl": impl, "failure": run.get("failure")}
+                if "failure" not in run:
+                    row["ms"] = 1e3 * tokens / run["tokens_per_second"]
+                    row["peak_mib"] = run["peak_memory_mib"]
+                rows.append(row)
+    trained = [row["tokens"] for row in rows if not row["failure"]]
+    return {
+        "ok": all(row["tokens"] in trained for row in rows),
+        "summary": f"{len(trained)} of {len(rows)} runs of {options['max_iters']} steps",
+        "rows": rows,
+    }

@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-COMMANDS = {"bench_loss", "bench_train", "bench_codegen", "bench_rows", "gpu_session", "report"}
+COMMANDS = {
+    "bench_loss", "bench_train", "bench_codegen", "bench_rows", "gpu_session", "predict", "report",
+}  # fmt: skip
 # Each room, and the rooms whose modules it may import.
 ROOMS = {
     "measuring": set(),

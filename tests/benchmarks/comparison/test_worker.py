@@ -57,7 +57,7 @@ def fake_device(monkeypatch):
 
     monkeypatch.setattr(timing, "cuda_times", times_of)
     monkeypatch.setattr(worker, "peak_mib", lambda call: 7.0)
-    monkeypatch.setattr(worker, "_cache_bytes", lambda device: 10_000)
+    monkeypatch.setattr(worker, "_cache_bytes", lambda: 10_000)
 
 
 @pytest.mark.parametrize("kind", ["logits", "linear"])
@@ -124,7 +124,7 @@ def test_the_worker_reports_what_is_missing_or_fails_and_goes_on(fake_device, mo
     monkeypatch.setattr(worker, "CONTENDERS", chosen)
     monkeypatch.setattr(worker, "copy_bandwidth", lambda budget_ms: 100e9)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(worker, "ShapeBench", partial(worker.ShapeBench, device=DEVICE))
+    monkeypatch.setattr(worker, "ShapeBench", partial(worker.ShapeBench, where=DEVICE))
     sent = _Sent()
     worker.work([Job((70, 40), "bf16", c.name) for c in chosen], sent)
     assert [[e.outcome for e in found] for found, seconds in sent] == [
@@ -142,7 +142,7 @@ def test_the_worker_asks_for_a_fresh_process_when_the_device_is_lost(fake_device
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(worker, "copy_bandwidth", lambda budget_ms: 100e9)
-    monkeypatch.setattr(worker, "ShapeBench", partial(worker.ShapeBench, device=DEVICE))
+    monkeypatch.setattr(worker, "ShapeBench", partial(worker.ShapeBench, where=DEVICE))
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     sent = _Sent()
     worker.work([Job((70, 40), "bf16", "eager reference")] * 2, sent)

@@ -48,6 +48,38 @@ def test_anything_else_is_refused_by_name_and_never_overwritten(tmp_path, text):
         result_files.read_result(tmp_path / "absent.json")
 
 
+def test_a_rehearsals_file_says_so_and_is_never_the_newest_or_a_devices(tmp_path):
+    path, rehearsed = tmp_path / "r.json", FACTS | {"device": "rehearsal on the CPU"}
+    result_files.save_stage(path, "graphs", {"ok": True}, rehearsed)
+    assert json.loads(path.read_text())["rehearsal"] is True
+    assert result_files.newest(tmp_path) is None
+    with pytest.raises(ResultError, match="holds figures of rehearsal on the CPU, these are of NVIDIA"):
+        result_files.save_stage(path, "graphs", {}, FACTS)
+    result_files.save_stage(tmp_path / "a.json", "graphs", {}, FACTS)
+    with pytest.raises(ResultError, match="holds figures of NVIDIA"):
+        result_files.save_stage(tmp_path / "a.json", "graphs", {}, rehearsed)
+
+
+def test_a_step_counts_as_begun_until_its_record_is_whole(tmp_path):
+    path = tmp_path / "a.json"
+    for expected in (1, 2):
+        result_files.note_begun(path, "loss", FACTS)
+        assert result_files.read_result(path)["begun"] == {"loss": expected}
+    result_files.save_stage(path, "loss", {"entries": []}, FACTS)
+    assert result_files.read_result(path)["begun"] == {"loss": 2}
+    result_files.save_stage(path, "loss", {"entries": [], "ok": True}, FACTS)
+    assert result_files.read_result(path)["begun"] == {}
+
+
+def test_a_stage_of_other_kernels_is_not_the_current_one(tmp_path):
+    path, ours = tmp_path / "a.json", FACTS | {"kernels": "ours"}
+    assert result_files.current_stage(path, "loss", ours) is None
+    result_files.save_stage(path, "loss", {"entries": []}, FACTS | {"kernels": "theirs"})
+    assert result_files.current_stage(path, "loss", ours) is None
+    result_files.save_stage(path, "loss", {"entries": []}, ours)
+    assert result_files.current_stage(path, "loss", ours)["entries"] == []
+
+
 def test_no_figures_go_into_a_sample(tmp_path):
     path = tmp_path / "sample.json"
     path.write_text(json.dumps(sample_result()))

@@ -8,24 +8,13 @@ pytest.importorskip("triton")
 from stages import graph_replay
 
 
-def redo(step):
-    """A replay that does again what was captured, into the same outputs."""
-    outputs = step()
-
-    def replay():
-        for old, new in zip(outputs, step(), strict=True):
-            old.copy_(new)
-
-    return replay, outputs
-
-
 def stale(step):
     """A replay that keeps what it was captured with."""
     return (lambda: None), step()
 
 
 def test_replays_that_follow_their_inputs_are_right():
-    found = graph_replay.run_graphs(redo, "cpu")
+    found = graph_replay.run_graphs(graph_replay.rehearsed_capture, "cpu")
     assert found["summary"] == "5 of 5 losses replay bit for bit"
     assert found["ok"]
 
@@ -38,9 +27,16 @@ def test_a_replay_that_keeps_old_penalties_is_wrong():
         return loss_of(graph_replay.replace(problem, **problem.y.penalties))
 
     shape = graph_replay.SHAPES["streamed rows"]
-    assert graph_replay.replays_wrong(baked, shape, redo, "cpu").startswith("replay 1: loss off by")
+    assert graph_replay.replays_wrong(baked, shape, graph_replay.rehearsed_capture, "cpu").startswith(
+        "replay 1: loss off by"
+    )
     loss_of, _ = graph_replay.cases()["linear"]
-    assert graph_replay.replays_wrong(loss_of, graph_replay.LINEAR_SHAPE, redo, "cpu") == ""
+    assert (
+        graph_replay.replays_wrong(
+            loss_of, graph_replay.LINEAR_SHAPE, graph_replay.rehearsed_capture, "cpu"
+        )
+        == ""
+    )
     assert graph_replay.replays_wrong(loss_of, graph_replay.LINEAR_SHAPE, stale, "cpu") != ""
 
 
