@@ -86,24 +86,25 @@ TRITON_KERNELS = {
 # The trainer's rooms in the order of the data's way; each with the rooms below it and the libraries that it may import.
 TRAINER = {
     "errors": set(),
+    "progress": {"tqdm"},
     "config": {"errors", "tomli"},
     "schedule": {"config", "torch"},  # torch: a compiled step reads its penalties from tensors
-    "data": {"errors", "config", "numpy", "tiktoken", "tokenizers", "torch"},
+    "data": {"errors", "progress", "config", "numpy", "tiktoken", "tokenizers", "torch"},
     "model": {"config", "torch"},
-    "runtime": {"errors", "config", "torch"},
+    "runtime": {"errors", "progress", "config", "torch"},
     "parallel": {"config", "model", "runtime", "torch"},
     "loss": {"config", "runtime", "difftrain_kernels", "torch"},
-    "evaluate": {"config", "data", "runtime", "loss", "difftrain_kernels", "torch"},
-    "reporting": {"errors", "config", "schedule", "difftrain_kernels", "matplotlib", "torch", "wandb"},
+    "evaluate": {"progress", "config", "data", "runtime", "loss", "difftrain_kernels", "torch"},
+    "reporting": {"errors", "progress", "config", "schedule", "difftrain_kernels", "matplotlib", "torch", "wandb"},
     "checkpoints": {
         "errors", "config", "data", "model", "runtime", "parallel", "safetensors", "torch",
     },
-    "sampling": {"errors", "config", "data", "runtime", "loss", "reporting", "checkpoints", "torch"},
+    "sampling": {"errors", "progress", "config", "data", "runtime", "loss", "reporting", "checkpoints", "torch"},
     "training": {
-        "errors", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluate",
+        "errors", "progress", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluate",
         "reporting", "checkpoints", "difftrain_kernels", "torch", "tqdm",
     },
-    "cli": {"errors", "config", "data", "reporting", "sampling", "training", "shtab"},
+    "cli": {"errors", "progress", "config", "data", "reporting", "sampling", "training", "shtab"},
     "hf_kernel": {"errors", "config"},
     "__init__": {"errors", "config", "schedule", "difftrain_kernels"},
     "__main__": {"cli"},
