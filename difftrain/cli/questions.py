@@ -83,7 +83,7 @@ def _offer_words(parser: argparse.ArgumentParser, shtab: Any) -> None:
             kind = str(action.metavar or "")
             if action.dest == "preset":
                 action.choices = preset_names()
-            elif action.dest in ("run", "out_dir"):
+            elif action.dest in ("run", "runs", "out_dir"):
                 action.complete = shtab.DIRECTORY
             elif "|" in kind and kind == kind.lower():
                 action.choices = kind.split("|")

@@ -70,16 +70,21 @@ def summary_lines(
 
 def verdict(record: dict[str, Any]) -> str:
     """Whether the model of an evaluation knows more than the frequencies of words, in one line."""
-    unigram, level, what = record.get("unigram_entropy"), number(record, "masked_nll", "15"), "masked words"
-    if level is None:
-        level, what = number(record, "nll"), "words"
-    if unigram is None or level is None:
-        return "verdict: none, since there are no figures"
-    gain = unigram - level
-    share = ", 15 % of them masked" if what == "masked words" else ""
+    unigram, nll, level = (
+        number(record, "unigram_entropy"),
+        number(record, "masked_nll", "15"),
+        "with 15 % masked, ",
+    )
+    if nll is None:
+        nll, level = number(record, "nll"), ""
+    if unigram is None or nll is None:
+        return "verdict: none, for want of figures"
+    gain = unigram - nll
     if gain > 0:
-        return f"verdict: of {what} the model knows {gain:.3f} nats more than their frequency{share}"
-    return f"verdict: of {what} the model knows nothing beyond their frequency yet, it is {-gain:.3f} nats worse{share}"
+        return f"verdict: {level}{gain:.3f} nats better than guessing words by frequency"
+    return (
+        f"verdict: {level}{-gain:.3f} nats worse than guessing words by frequency: nothing is learned yet"
+    )
 
 
 def _number(value: float | None) -> str:

@@ -148,18 +148,17 @@ def test_the_summary_has_at_most_ten_lines_with_figures_warnings_verdict_and_rep
     )
     assert lines[1] == "validation loss 1.5000 at the final penalties, the best is 1.2500 at step 4"
     assert lines[2].startswith(f"report: difftrain report '{tmp_path}/a run' (writes ")
-    assert lines[3] == (
-        "verdict: of masked words the model knows 1.150 nats more than their frequency, 15 % of them masked"
-    )
+    assert lines[3] == "verdict: with 15 % masked, 1.150 nats better than guessing words by frequency"
     assert lines[4].startswith("unigram entropy 3.250 nats")
     assert len(summary_lines(tmp_path, record(8), (1.5, 8), [])) == 4
 
 
 def test_the_verdict_may_be_that_nothing_is_known_yet(tmp_path):
     levels = {"15": 3.5, "50": 3.5, "85": 3.5, "training": 3.5}
-    assert "knows nothing beyond their frequency yet, it is 0.250 nats worse" in "".join(
-        summary_lines(tmp_path, record(8, masked_nll=levels), (1.5, 8), [])
+    assert (
+        "with 15 % masked, 0.250 nats worse than guessing words by frequency: nothing is learned"
+        in "".join(summary_lines(tmp_path, record(8, masked_nll=levels), (1.5, 8), []))
     )
-    assert "of words the model knows 1.250 nats more" in "".join(
+    assert "verdict: 1.250 nats better than guessing" in "".join(
         summary_lines(tmp_path, record(8, masked_nll=None), (1.5, 8), [])
     )
