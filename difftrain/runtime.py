@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from difftrain import progress
 from difftrain.config import Config
 from difftrain.errors import FailedElsewhere, UserError
 
@@ -88,7 +89,7 @@ class Runtime:
 
     def shows_progress(self) -> bool:
         """Whether a progress bar makes sense: the main process on a terminal."""
-        return self.is_main and sys.stderr.isatty()
+        return self.is_main and progress.is_shown()
 
     def peak_memory_mib(self) -> float:
         """Largest memory so far in MiB: of the CUDA allocator, else of the process."""

@@ -1,4 +1,4 @@
-"""The command line: ``difftrain train | sample | evaluate | plot | prepare``, a file a command."""
+"""The command line: ``difftrain train | watch | report | evaluate | plot | sample | prepare``, a file a command."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from difftrain.cli import evaluate, plot, prepare, sample, train
+from difftrain.cli import evaluate, plot, prepare, report, sample, train, watch
 from difftrain.cli.questions import Completion, Version
 from difftrain.config.paths import expand_path
 from difftrain.errors import DISK_FULL, FailedElsewhere, OutputClosed, UserError, near_matches
+from difftrain.progress import quiet
 
-COMMANDS = (train, sample, evaluate, plot, prepare)
+COMMANDS = (train, watch, report, evaluate, plot, sample, prepare)
 PIPE_CLOSED = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             args = _parse(sys.argv[1:] if argv is None else list(argv))
-            args.command(args)
+            with quiet(getattr(args, "quiet", False)):
+                args.command(args)
         except SystemExit:  # a help or the version was shown
             _flush()
             raise
@@ -115,6 +117,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     for command in COMMANDS:
         command.add_parser(commands)
+    for parser_of_command in commands.choices.values():
+        parser_of_command.add_argument("--quiet", action="store_true", help="show no progress")
     args, extra = parser.parse_known_args(argv)
     if extra:
         name = extra[0].split("=")[0]
@@ -123,5 +127,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"{what} {name}{near_matches(name, known)}")
     for name, value in vars(args).items():
         if isinstance(value, Path):
-            setattr(args, name, Path(expand_path(str(value))))
+            setattr(args, name, _expanded(value))
+        elif isinstance(value, list) and all(isinstance(each, Path) for each in value):
+            setattr(args, name, list(map(_expanded, value)))
     return args
+
+
+def _expanded(path: Path) -> Path:
+    return Path(expand_path(str(path)))

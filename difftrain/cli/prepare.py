@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> None:
     from difftrain.data import prepare, read_folder
 
-    say = partial(print, flush=True)
+    say = None if args.quiet else partial(print, flush=True)
     folder = prepare(
         expand_path(args.source),
         tokenizer=expand_path(args.tokenizer),

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import shutil
 import subprocess
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from difftrain import __version__
 from difftrain.config.sources import preset_names
 from difftrain.errors import UserError, import_extra
+from difftrain.reporting.sessions import processor
 
 PATIENCE = 10  # seconds that a driver may take to answer
 
@@ -48,7 +47,7 @@ def version_text() -> str:
             f"difftrain {__version__}",
             *(f"{name} {_version_of(name)}" for name in ("torch", "triton")),
             f"Python {platform.python_version()} on {platform.platform()}",
-            *(f"device: {device}" for device in [*_graphics_cards(), _processor()]),
+            *(f"device: {device}" for device in [*_graphics_cards(), processor()]),
         ]
     )
 
@@ -76,15 +75,6 @@ def _graphics_cards() -> list[str]:
     return [", driver ".join(line.rsplit(", ", 1)) for line in lines]
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{(named or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores"
-
-
 def _offer_words(parser: argparse.ArgumentParser, shtab: Any) -> None:
     """Tell shtab what options take; as argparse's own choices they would word the mistakes."""
     (commands,) = (action for action in parser._actions if isinstance(action.choices, dict))
@@ -93,7 +83,7 @@ def _offer_words(parser: argparse.ArgumentParser, shtab: Any) -> None:
             kind = str(action.metavar or "")
             if action.dest == "preset":
                 action.choices = preset_names()
-            elif action.dest in ("run", "out_dir"):
+            elif action.dest in ("run", "runs", "out_dir"):
                 action.complete = shtab.DIRECTORY
             elif "|" in kind and kind == kind.lower():
                 action.choices = kind.split("|")

@@ -16,6 +16,7 @@ import numpy as np
 
 from difftrain.data.preparing import cache_folder
 from difftrain.errors import UserError
+from difftrain.progress import progress
 
 MEMO = ".difftrain.json"  # beside the token files, or else in the cache
 BLOCK = 1 << 22  # bytes in memory at a time
@@ -86,9 +87,11 @@ def find_above(path: Path, dtype: str, bound: int) -> tuple[int, int] | None:
 
 def _read(path: Path, dtype: str) -> dict[str, Any]:
     digest, largest = hashlib.sha256(), 0
-    for block in _blocks(path):
-        digest.update(block)
-        largest = max(largest, int(np.frombuffer(block, dtype).max()))
+    with progress(what=f"checking {path.name}", unit="B", total=path.stat().st_size) as bar:
+        for block in _blocks(path):
+            digest.update(block)
+            largest = max(largest, int(np.frombuffer(block, dtype).max()))
+            bar.update(len(block))
     return {"sha256": digest.hexdigest(), "largest": largest}
 
 

@@ -16,10 +16,12 @@ import numpy as np
 
 from difftrain.config.paths import expand_path
 from difftrain.data.texts import NEWLINES, NotText, read_text, read_texts
-from difftrain.data.vocabulary import make_vocabulary, read_tokenizer
+from difftrain.data.vocabulary import Characters, Vocabulary, make_vocabulary, read_tokenizer
 from difftrain.errors import UserError
+from difftrain.progress import progress
 
 HELD_OUT = 10  # one file in ten, or the last tenth of a single text, is for validation
+PIECE = 1 << 20  # characters encoded at a time, where each is a word
 FORMAT = 2  # part of the cache's key; raise it when the prepared files change
 
 
@@ -59,7 +61,8 @@ def prepare(
         folder = out or cache_folder() / f"stdlib-{_digest(key, sys.version)}"
         if out or not (folder / "meta.json").exists():
             say("preparing stdlib: reading its files")
-            texts = (read_text(file, newline) for file in _stdlib_files())
+            files = progress(_stdlib_files(), what="reading", unit="file")
+            texts = (read_text(file, newline) for file in files)
             _write_folder(folder, *_split([text for text in texts if text]), tokenizer, say)
         return folder
     texts, summary = _read(Path(name), patterns, newline)
@@ -140,7 +143,7 @@ def _write_folder(folder: Path, train: str, val: str, tokenizer: str, say: Calla
     try:
         for split, text in (("train", train), ("val", val)):
             say(f"preparing {folder}: {split}.bin from {len(text):,} characters")
-            np.asarray(vocabulary.encode(text), dtype=dtype).tofile(aside / f"{split}.bin")
+            _encode(vocabulary, text, dtype).tofile(aside / f"{split}.bin")
         meta = vocabulary.to_meta() | {"dtype": np.dtype(dtype).name}
         (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         try:
@@ -150,3 +153,12 @@ def _write_folder(folder: Path, train: str, val: str, tokenizer: str, say: Calla
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _encode(vocabulary: Vocabulary, text: str, dtype: type) -> np.ndarray:
+    """The ids of a text. Where words may be longer than a character, a text cannot be cut without changing them."""
+    if not isinstance(vocabulary, Characters):
+        return np.asarray(vocabulary.encode(text), dtype=dtype)
+    starts = progress(range(0, len(text), PIECE), what="encoding", unit="piece")
+    pieces = [np.asarray(vocabulary.encode(text[start : start + PIECE]), dtype=dtype) for start in starts]
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=dtype)

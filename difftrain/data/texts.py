@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from difftrain.progress import progress
+
 NEWLINES = ("universal", "keep")
 FOREIGN = {"venv", "node_modules", "__pycache__", "site-packages"}  # folders of other people's code
 NAMED = 3  # entries that are named for each reason to leave some out
@@ -51,7 +53,7 @@ def read_texts(root: Path, patterns: Sequence[str], newline: str) -> tuple[list[
     """
     left_out: dict[str, list[str]] = defaultdict(list)
     texts = []
-    for path in _find_files(root, patterns, left_out):
+    for path in progress(_find_files(root, patterns, left_out), what="reading", unit="file"):
         try:
             text = read_text(path, newline)
             reason = "" if text else EMPTY

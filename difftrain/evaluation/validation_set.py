@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from difftrain.config import Config
 from difftrain.data import Corpus, corrupt_by_recipe, mask_share
 from difftrain.loss import model_loss, token_weights
+from difftrain.progress import progress
 from difftrain.runtime import Runtime
 from difftrain_kernels import CaseTable
 from difftrain_kernels.cases import VECTOR_SIZE
@@ -97,7 +98,7 @@ def evaluate(
     parts = sorted({part for part, *_ in validation_set.batches})
     sums = {part: torch.zeros(VECTOR_SIZE, dtype=torch.float64, device="cpu") for part in parts}
     batches = validation_set.batches
-    for first in range(0, len(batches), runtime.world_size):
+    for first in progress(range(0, len(batches), runtime.world_size), what="evaluating", unit="batch"):
         # Sharded weights are gathered in every pass, so the last one is made by all, counted or not.
         part, *tensors = batches[(first + runtime.rank) % len(batches)]
         x, y, weights = (None if t is None else t.to(runtime.device) for t in tensors)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from difftrain.progress import progress
 from difftrain.runtime import Runtime
 
 
@@ -74,7 +74,7 @@ def score_all(
     mine = (
         batches[runtime.rank :: runtime.world_size] or batches[:1]
     )  # an idle process learns n from a batch
-    for batch in tqdm(mine, desc=title, disable=not runtime.shows_progress(), leave=False):
+    for batch in progress(mine, what=title, unit="batch"):
         made = score(*map(list, zip(*batch, strict=True))).double().cpu()
         if figures is None:
             shape = (len(windows.tokens), draws, made.shape[1])

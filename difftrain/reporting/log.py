@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,15 @@ class MetricsLog:
         self._file = (run_dir / FILE).open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; ``step`` and ``kind`` are among its keys. Non-finite numbers become null."""
+        """Append one record and the ``time`` in seconds since 1970; ``step`` and ``kind`` are among its keys.
+
+        Non-finite numbers become null.
+        """
         if self._file is None:
             return
-        self._file.write(json.dumps(_finite_or_null(record), allow_nan=False) + "\n")
+        self._file.write(
+            json.dumps(_finite_or_null(record) | {"time": round(time.time(), 3)}, allow_nan=False) + "\n"
+        )
         self._file.flush()
         if self._wandb or self._tensorboard:
             scalars = dict(_flatten(f"{record['kind']}/", record))
@@ -81,15 +87,17 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
-    records = []
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
-            records.append(record)
-    return records
+    return list(filter(None, map(parse_record, path.read_bytes().splitlines())))
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record that a line of the file holds; None where it holds none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
+    return record if is_record else None
 
 
 def drop_records_after(run_dir: Path, step: int, *, is_evaluated: bool) -> None:

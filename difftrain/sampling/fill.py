@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from difftrain.progress import progress
+
 Logits = Callable[[Tensor], Tensor]
 
 
@@ -46,7 +48,7 @@ def fill(
     """
     x = x.clone()
     forbid = mask_id if by_confidence else None
-    for step in range(max_steps):
+    for step in progress(range(max_steps), what="sampling", unit="pass"):
         is_masked = x == mask_id
         if not is_masked.any():
             return x
@@ -84,7 +86,7 @@ def continue_causal(
 
     Source: nanoGPT's ``generate``.
     """
-    while x.shape[1] < length:
+    for _ in progress(range(length - x.shape[1]), what="sampling", unit="token"):
         sampled, _ = _sample(logits_of(x[:, -block_size:])[:, -1:], temperature, top_k, mask_id, generator)
         x = torch.cat((x, sampled), dim=1)
     return x

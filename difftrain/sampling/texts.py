@@ -15,8 +15,8 @@ from difftrain.data import mask_share
 from difftrain.data.vocabulary import Vocabulary
 from difftrain.errors import UserError
 from difftrain.loss import bent_logits
+from difftrain.reporting.lines import summary_line
 from difftrain.reporting.log import read_metrics
-from difftrain.reporting.records import summary_line
 from difftrain.runtime import resolve_device
 from difftrain.sampling.fill import continue_causal, fill
 

@@ -7,6 +7,7 @@ import sys
 from tqdm import tqdm
 
 from difftrain.errors import OutputClosed
+from difftrain.progress import is_quiet
 
 
 class Console:
@@ -30,6 +31,11 @@ class Console:
             sys.stdout.flush()
         except BrokenPipeError:
             self.is_closed = True
+
+    def progress(self, message: str) -> None:
+        """Say a line that only tells that the run goes on, unless progress is not wanted."""
+        if not is_quiet():
+            self(message)
 
     def check(self) -> None:
         """Raise OutputClosed, with the last thing that was said, if nobody has read it."""

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from difftrain.checkpoints.reading import Checkpoint
@@ -17,14 +18,11 @@ from difftrain.checkpoints.writing import point_to_best
 from difftrain.config import Config
 from difftrain.data import Corpus, open_corpus
 from difftrain.errors import FailedElsewhere, UserError
+from difftrain.reporting.health import Health
+from difftrain.reporting.lines import console_line, summary_line, summary_lines
 from difftrain.reporting.log import MetricsLog, check_trackers, drop_records_after
-from difftrain.reporting.records import (
-    configuration_text,
-    console_line,
-    health_warnings,
-    loss_metrics,
-    summary_line,
-)
+from difftrain.reporting.records import configuration_text, loss_metrics
+from difftrain.reporting.sessions import processor, session
 from difftrain.runtime import Runtime, is_lost_peer, start_runtime, stop_requests
 from difftrain.schedule import learning_rate, masking_penalties
 from difftrain.training.budget import fit_to_budget
@@ -95,7 +93,7 @@ def _train(config: Config, runtime: Runtime, **asked: bool) -> dict[str, Any]:
         if config.budget_minutes and not asked["eval_only"]:
             config = fit_to_budget(config, runtime, corpus, say)
         run = Run(config, runtime, corpus, checkpoint, say)
-        runtime.main_first(lambda: is_writing and _claim(run, resume=asked["resume"]))
+        runtime.main_first(lambda: is_writing and _claim(run, stack, resume=asked["resume"]))
         say(configuration_text(config))
         say(run.title)
         if asked["eval_only"]:
@@ -107,11 +105,29 @@ def _train(config: Config, runtime: Runtime, **asked: bool) -> dict[str, Any]:
     return record
 
 
-def _claim(run: Run, *, resume: bool) -> None:
-    """Make the locked folder this run's; from here on it is written to."""
+def _claim(run: Run, stack: ExitStack, *, resume: bool) -> None:
+    """Make the locked folder this run's, until the stack ends; from here on it is written to."""
     claim_run_dir(run.folder, run.config, resume=resume)
     drop_records_after(run.folder, run.step, is_evaluated=run.is_evaluated)
     point_to_best(run.folder / "checkpoints", run.best_step)
+    if run.step < run.config.max_iters:  # a finished run stays as it is
+        stack.enter_context(session(run.folder, _facts(run), lambda: run.step))
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """What this run computes on and with, for who reads of it later."""
+    device, corpus = run.runtime.device, run.corpus
+    is_cuda = device.type == "cuda"
+    return {
+        "device": f"{device}: {torch.cuda.get_device_name(device) if is_cuda else processor()}",
+        "dtype": run.runtime.dtype_name,
+        "processes": run.runtime.world_size,
+        "parameters": run.model.n_parameters(),
+        "train_tokens": len(corpus.train),
+        "val_tokens": len(corpus.val),
+        "vocabulary": corpus.vocabulary.vocab_size,
+        "data": corpus.record,
+    }
 
 
 def _open(
@@ -160,7 +176,13 @@ def _loop(run: Run) -> dict[str, Any]:
         run.saved_step = run.step
 
     record: dict[str, Any] = {}
-    warned: set[str] = set()
+    health, warnings = Health(config), []
+
+    def watch(record: dict[str, Any]) -> None:
+        for warning in health.see(record):
+            warnings.append(warning)
+            say(f"warning: {warning}")
+
     seconds, timed_from, is_stopping = 0.0, run.step, False
     with stop_requests() as stop, log, progress, saver:
         while True:
@@ -172,10 +194,7 @@ def _loop(run: Run) -> dict[str, Any]:
                 if is_best:
                     run.best_loss, run.best_step = record["loss_final"], run.step
                 run.is_evaluated = True
-                for key, message in health_warnings(record, config):
-                    if key not in warned:
-                        say(f"warning: {message}")
-                    warned.add(key)
+                watch(record)
                 log.write(record)
                 if config.always_save_checkpoint or is_best or is_last:
                     save()
@@ -217,7 +236,8 @@ def _loop(run: Run) -> dict[str, Any]:
                 train_record["skipped_steps"] = run.skipped_steps
                 train_record["validation_id"] = run.validation_set.id
                 seconds, timed_from = 0.0, run.step + 1
-                say(console_line(train_record))
+                say.progress(console_line(train_record))
+                watch(train_record)
                 progress.set_postfix_str(
                     f"loss {train_record['loss']:.3f} pk {pk:.2f} pm {pm:.2f} lr {lr:.1e} "
                     f"{train_record['tokens_per_second']:,.0f} tok/s"
@@ -226,5 +246,6 @@ def _loop(run: Run) -> dict[str, Any]:
             run.step += 1
         if not record:  # a finished run, resumed
             record = run.evaluate()
-        say(summary_line(record))  # before the last save is waited for, which can fail
+        for line in summary_lines(run.folder, record, (run.best_loss, run.best_step), warnings):
+            say(line)  # before the last save is waited for, which can fail
     return record

@@ -15,9 +15,13 @@ from difftrain.config import Config
 from difftrain.config.sources import CONFIG_FILE, is_run_folder
 from difftrain.data import Corpus
 from difftrain.errors import DISK_FULL, UserError
+from difftrain.reporting.lines import REPORT
 from difftrain.reporting.log import FILE
+from difftrain.reporting.sessions import FILE as SESSIONS
 
-RUN_ENTRIES = (FILE, "checkpoints", "samples", "plots", "tensorboard", "wandb", CONFIG_FILE)
+RUN_ENTRIES = (
+    FILE, SESSIONS, "checkpoints", "samples", "plots", "tensorboard", "wandb", REPORT, CONFIG_FILE,
+)  # fmt: skip
 LOCK = ".lock"
 # What a run is to its end: the model, and what it learns to answer.
 LASTING_KEYS = ("mode", "block_size", "n_layer", "n_head", "n_embd", "bias", "position", "recipe")

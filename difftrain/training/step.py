@@ -18,7 +18,8 @@ from difftrain.evaluation import FIXED, LEVELS, TRAINING, evaluate, make_validat
 from difftrain.loss import choose_loss, loss_terms, model_loss, token_weights
 from difftrain.model import Transformer, make_optimizer, restore_optimizer
 from difftrain.parallel import gradient_sync, replicate, reshard, shard, whole
-from difftrain.reporting.records import console_line, loss_metrics
+from difftrain.reporting.lines import console_line
+from difftrain.reporting.records import loss_metrics
 from difftrain.runtime import Runtime
 from difftrain.schedule import PenaltyTensors, learning_rate, masking_penalties
 from difftrain_kernels import CaseTable

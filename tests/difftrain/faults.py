@@ -23,6 +23,7 @@ BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX, WINDOWS
         "data/levels", "data/replacement",
     )
 )  # fmt: skip
+HEALTH, LINES, SESSIONS = (f"difftrain/reporting/{name}.py" for name in ("health", "lines", "sessions"))
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
 BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
 DEFAULTS = ["tests/difftrain/test_defaults.py"]
@@ -51,7 +52,14 @@ STAGES = {
         ["tests/difftrain/test_resume.py"],
         ["tests/difftrain/test_distributed.py"],
     ),
-    LOOP: (TRAIN_TESTS, RESUME_TESTS, CLOSED_TESTS, BUDGET_TESTS, ["tests/difftrain/test_cli.py"]),
+    LOOP: (
+        ["tests/difftrain/test_train.py", "-k", "finished_run"],
+        TRAIN_TESTS,
+        RESUME_TESTS,
+        CLOSED_TESTS,
+        BUDGET_TESTS,
+        ["tests/difftrain/test_cli.py"],
+    ),
     RUNTIME: (["tests/difftrain/test_runtime.py"], TRAIN_TESTS, ["tests/difftrain/test_distributed.py"]),
     LOG: (["tests/difftrain/test_metrics.py"], RESUME_TESTS),
     SCHEDULE: (["tests/difftrain/test_schedule.py"], DEFAULTS),
@@ -77,7 +85,7 @@ STAGES = {
     PREPARING: (["tests/difftrain/test_texts.py"], ["tests/difftrain/test_permissions.py"]),
     CONTENTS: (["tests/difftrain/test_opening.py"],),
     OPENING: (["tests/difftrain/test_data.py"], ["tests/difftrain/test_opening.py"]),
-    RUN_FOLDER: (DATA_TESTS, RECIPE_TESTS, TRAIN_TESTS),
+    RUN_FOLDER: (["tests/difftrain/test_sessions.py"], DATA_TESTS, RECIPE_TESTS, TRAIN_TESTS),
     SAMPLING: (["tests/difftrain/test_sample.py"], DATA_TESTS),
     BUDGET: (BUDGET_TESTS,),
     CONSOLE: (CLOSED_TESTS,),
@@ -85,6 +93,9 @@ STAGES = {
     ERRORS: (["tests/difftrain/test_errors.py"],),
     QUESTIONS: (["tests/difftrain/test_questions.py"],),
     LOSS: (RECIPE_TESTS, ["tests/difftrain/test_sample.py"]),
+    HEALTH: (["tests/difftrain/test_health.py"],),
+    LINES: (["tests/difftrain/test_health.py"], ["tests/difftrain/test_metrics.py"]),
+    SESSIONS: (["tests/difftrain/test_sessions.py"],),
     RECORDS: (["tests/difftrain/evaluation/test_validation_set.py"], ["tests/difftrain/test_metrics.py"]),
 }
 # (file, what is wrong, text, replacement); all occurrences are replaced.
@@ -186,7 +197,18 @@ MUTANTS = [
     (EVALUATE, "weights are no part of the set's id", "for t in tensors if t is not None", "for t in tensors[:2]"),
     (RECORDS, "positions that do not count thin the nll", "table.gap, n_counted)", "table.gap, table.n_positions)"),
     (RECORDS, "an infinite gap is recorded", "None if config.forbids_mask else ", ""),
-    (RECORDS, "penalties that are none are warned of", " or not config.has_penalties", ""),
+    (HEALTH, "penalties that are none are warned of", "if self._has_penalties and record", "if record"),
+    (HEALTH, "a warning is told again and again", "        self._told |= {warning.key for warning in new}\n", ""),
+    (HEALTH, "a falling loss jumps", "nll > SPIKE_RISE * median and nll", "abs(nll - median) > 0.3 * median and abs(nll - median) + median"),
+    (HEALTH, "who trains no better memorises", "            and mean < MEMORISING_GAP * nll\n", ""),
+    (HEALTH, "who comes apart memorises", "            and mean < self._trained_at_lowest\n", ""),
+    (HEALTH, "steps not applied go untold", "        if skipped >= SPIKES:", "        if False:"),
+    (LINES, "a bad model is praised", "    if gain > 0:", "    if True:"),
+    (SESSIONS, "an end is not recorded", '            _append(run_dir, {"event": "end"', '            dict({"event": "end"'),
+    (SESSIONS, "a process elsewhere is looked for here", " or host != socket.gethostname()", ""),
+    (LOG, "a record has no time", ' | {"time": round(time.time(), 3)}', ""),
+    (LOOP, "a finished run that is resumed is written to", "    if run.step < run.config.max_iters:  # a", "    if True:  # a"),
+    (RUN_FOLDER, "an overwritten run keeps its sessions", "    FILE, SESSIONS, ", "    FILE, "),
     (RUN_FOLDER, "a run goes on under another recipe", ', "recipe")', ")"),
     (SAMPLING, "all of a text in one pass", " or not config.has_penalties", ""),
     (SAMPLING, "a text is sampled from the bare logits", "bent_logits(checkpoint.make_model(device), vocabulary.mask_id, config)", "checkpoint.make_model(device)"),
@@ -200,7 +222,7 @@ MUTANTS = [
     (SOURCES, "a preset's budget cuts the steps asked for", 'if "max_iters" in explicit:', "if False:"),
     (LOOP, "a resumed run gets another end", "if resume and config.budget_minutes:", "if False:"),
     (LOOP, "a run that nobody reads goes on", "stop.requested or say.is_closed, saver.has_failed", "stop.requested, saver.has_failed"),
-    (LOOP, "the last figures wait for the last save", "        say(summary_line(record))  # before the last save is waited for, which can fail\n", "    say(summary_line(record))\n"),
+    (LOOP, "the last figures wait for the last save", "        for line in summary_lines(run.folder, record, (run.best_loss, run.best_step), warnings):\n            say(line)  # before the last save is waited for, which can fail\n", "    for line in summary_lines(run.folder, record, (run.best_loss, run.best_step), warnings):\n        say(line)\n"),
     (LOOP, "a configuration is shown, then checked", "    checkpoint, corpus = runtime", "    say(configuration_text(config))\n    checkpoint, corpus = runtime"),
     (CONSOLE, "a closed pipe ends a run in the middle", "except BrokenPipeError:", "except ZeroDivisionError:"),
     (CONSOLE, "a run that nobody reads ends as if read", "        if self.is_closed:\n", "        if False:\n"),

@@ -1,26 +1,13 @@
 import math
+import time
 
 import pytest
 
 from difftrain.config import Config
 from difftrain.errors import UserError
+from difftrain.reporting.lines import console_line, summary_line
 from difftrain.reporting.log import MetricsLog, drop_records_after, read_metrics
-from difftrain.reporting.records import console_line, health_warnings, summary_line
-
-
-def record(step, kind="eval", masked=0.1, intact=0.1, gap=1.0, **changes):
-    row = {"n": 10, "target": 0.5, "other": 0.4, "nll": 1.0}
-    base = {
-        "kind": kind, "step": step, "loss": 1.25, "loss_final": 1.5, "nll": 2.0, "pk": 0.5, "pm": 0.25, "lr": 1e-3,
-        "validation_id": "abc", "unigram_entropy": 3.25,
-        "masked_nll": {"15": 2.1, "50": 2.4, "85": 2.8, "training": 2.9},
-        "cases": {
-            "masked": row | {"mask": masked, "gap": gap},
-            "intact": row | {"mask": intact, "gap": 1.0},
-            "corrupted": row | {"mask": 0.9, "gap": 0.0},
-        },
-    }  # fmt: skip
-    return base | changes
+from made_records import record
 
 
 def write(run_dir, *records):
@@ -29,11 +16,23 @@ def write(run_dir, *records):
             log.write(item)
 
 
+def read(run_dir):
+    """The records without the time at which they were written."""
+    return [{k: v for k, v in r.items() if k != "time"} for r in read_metrics(run_dir)]
+
+
 def test_records_come_back_in_order_and_non_finite_numbers_as_null(tmp_path):
     write(tmp_path, record(0), record(1, loss=math.nan, nll=math.inf))
-    first, second = read_metrics(tmp_path)
+    first, second = read(tmp_path)
     assert first == record(0)
     assert second == record(1, loss=None, nll=None)
+
+
+def test_a_record_says_when_it_was_written_in_the_file_alone(tmp_path):
+    kept, before = record(0), time.time()
+    write(tmp_path, kept)
+    assert before - 0.001 <= read_metrics(tmp_path)[0]["time"] <= time.time() + 0.001
+    assert "time" not in kept
 
 
 def test_processes_that_do_not_write_leave_no_file(tmp_path):
@@ -46,7 +45,7 @@ def test_a_line_cut_off_by_a_kill_is_passed_over(tmp_path):
     write(tmp_path, record(0))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "ev')
-    assert read_metrics(tmp_path) == [record(0)]
+    assert read(tmp_path) == [record(0)]
 
 
 def test_folders_without_records_are_named(tmp_path):
@@ -87,32 +86,6 @@ def test_the_summary_states_unigram_entropy_and_every_level():
     )
 
 
-@pytest.mark.parametrize(
-    ("changes", "keys"),
-    [
-        ({}, []),
-        ({"masked": 0.0}, ["pk"]),
-        ({"masked": 0.0, "pk": 1.0}, []),
-        ({"intact": 0.0}, ["pm"]),
-        ({"masked": 0.99, "intact": 0.99}, ["all"]),
-        ({"gap": 40.0}, ["gap"]),
-    ],
-)
-def test_penalties_that_do_nothing_and_degenerate_answers_are_warned_of(changes, keys):
-    assert [key for key, _ in health_warnings(record(5, **changes), Config())] == keys
-    assert health_warnings(record(0, **changes), Config()) == []
-
-
-@pytest.mark.parametrize("recipe", ["llada", "mdlm"])
-def test_a_recipe_without_penalties_is_warned_of_nothing_that_they_do(recipe):
-    none = {"n": 0, "mask": math.nan, "target": math.nan, "other": math.nan, "nll": math.nan, "gap": None}
-    for gap in (40.0, None):
-        seen = record(5, masked=0.0, gap=gap, pk=1.0, pm=1.0)
-        seen["cases"] |= {"intact": none, "corrupted": none}
-        assert health_warnings(seen, Config(recipe=recipe)) == []
-        assert "says [MASK] to masked 0% |" in console_line(seen)
-
-
 def test_a_missing_tracker_names_its_extra(tmp_path, monkeypatch):
     import sys
 
@@ -132,7 +105,7 @@ def test_trackers_get_every_number_of_a_record(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: run))
     with MetricsLog(tmp_path, Config(wandb_log=True), is_writing=True) as log:
         log.write(record(3))
-        assert read_metrics(tmp_path) == [record(3)]  # flushed at once
+        assert read(tmp_path) == [record(3)]  # flushed at once
     (step, scalars), end = logged
     assert (step, end) == (3, "end")
     assert scalars["eval/loss"] == 1.25

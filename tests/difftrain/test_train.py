@@ -25,7 +25,7 @@ from difftrain.training.loop import TrainingFailed, train
 from launch import obey, train_command
 from processes import run_in_processes
 
-TIMES = ("tokens_per_second", "peak_memory_mib")
+TIMES = ("time", "tokens_per_second", "peak_memory_mib")
 
 
 def weights_of(config, which="latest"):
@@ -235,6 +235,7 @@ def test_an_inert_penalty_and_a_degenerate_model_are_reported(tiny, capsys):
     train(tiny(max_iters=8, learning_rate=0.0, min_lr=0.0))
     out = capsys.readouterr().out
     assert out.count("penalty_mask_correct acts on nothing") == 1
+    assert "docs/health.md#inert-penalty" in out
 
 
 def test_bfloat16_autocast_trains(tiny):

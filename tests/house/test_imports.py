@@ -86,27 +86,30 @@ TRITON_KERNELS = {
 # The trainer's rooms in the order of the data's way; each with the rooms below it and the libraries that it may import.
 TRAINER = {
     "errors": set(),
+    "progress": {"tqdm"},
     "config": {"errors", "tomli"},
     "schedule": {"config", "torch"},  # torch: a compiled step reads its penalties from tensors
-    "data": {"errors", "config", "numpy", "tiktoken", "tokenizers", "torch"},
+    "data": {"errors", "progress", "config", "numpy", "tiktoken", "tokenizers", "torch"},
     "model": {"config", "torch"},
-    "runtime": {"errors", "config", "torch"},
+    "runtime": {"errors", "progress", "config", "torch"},
     "parallel": {"config", "model", "runtime", "torch"},
     "loss": {"config", "data", "runtime", "difftrain_kernels", "torch"},
-    "reporting": {"errors", "config", "schedule", "difftrain_kernels", "matplotlib", "torch", "wandb"},
+    "reporting": {"errors", "progress", "config", "schedule", "difftrain_kernels", "matplotlib", "torch", "wandb"},
     "checkpoints": {
         "errors", "config", "data", "model", "runtime", "parallel", "safetensors", "torch",
     },
     "evaluation": {
-        "errors", "config", "schedule", "data", "runtime", "loss", "checkpoints", "difftrain_kernels", "numpy", "torch",
-        "tqdm",
+        "errors", "progress", "config", "schedule", "data", "runtime", "loss", "checkpoints", "difftrain_kernels",
+        "numpy", "torch",
     },
-    "sampling": {"errors", "config", "data", "runtime", "loss", "reporting", "checkpoints", "torch"},
+    "sampling": {"errors", "progress", "config", "data", "runtime", "loss", "reporting", "checkpoints", "torch"},
     "training": {
-        "errors", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",
+        "errors", "progress", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",
         "reporting", "checkpoints", "difftrain_kernels", "torch", "tqdm",
     },
-    "cli": {"errors", "config", "data", "evaluation", "reporting", "runtime", "sampling", "training", "shtab"},
+    "cli": {
+        "errors", "progress", "config", "data", "evaluation", "reporting", "runtime", "sampling", "training", "shtab",
+    },
     "hf_kernel": {"errors", "config"},
     "__init__": {"errors", "config", "schedule", "difftrain_kernels"},
     "__main__": {"cli"},

@@ -7,7 +7,7 @@ from pathlib import Path
 from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.reporting.log import read_metrics
 
-TIMES = ("tokens_per_second", "peak_memory_mib")  # what differs between equal runs
+TIMES = ("time", "tokens_per_second", "peak_memory_mib")  # what differs between equal runs
 
 
 def digests_of(config):
