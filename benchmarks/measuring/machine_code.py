@@ -64,6 +64,8 @@ def read_nvidia(cubin: bytes, element_bits: int, is_streamed: bool) -> dict:
         if not any(o.startswith("MUFU.EX2") for o in operations):
             continue
         loaded = sum(_access_bits(o) for o in operations if o.startswith("LDG")) / element_bits
+        if not loaded:
+            continue
         narrow += sum(0 < _access_bits(o) < 128 for o in operations)
         is_gradient = any(o.startswith("STG") for o in operations)
         key = "slots_grad" if is_gradient else "slots_scan"
