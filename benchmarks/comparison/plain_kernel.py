@@ -19,7 +19,12 @@ from difftrain_kernels.triton_kernels.blocks import head_size, row_pointer
 from difftrain_kernels.triton_kernels.device import on_device
 from difftrain_kernels.triton_kernels.scores import LN2, LOG2E, scaling_of
 from difftrain_kernels.triton_kernels.spacing import spacing_of_rows
-from difftrain_kernels.triton_kernels.streamed_rows import scan_row, write_gradient_row, zero_row
+from difftrain_kernels.triton_kernels.streamed_rows import (
+    on_one_scale,
+    scan_row,
+    write_gradient_row,
+    zero_row,
+)
 from difftrain_kernels.triton_kernels.term_arguments import gradient_arguments
 from difftrain_kernels.triton_kernels.tiles import choose_tile, tile_arguments
 
@@ -33,9 +38,14 @@ def _plain_row(
     target = y.to(tl.int32)
     target_logit = tl.load(row_ptr + target).to(tl.float32)
     head = head_size(row_ptr, vocab_size, VECTOR, ALIGNED)
-    _top, shift, rest, _block, _, _ = scan_row(
-        row_ptr, head, target, -1, vocab_size, scaling_of(terms), terms, REPEAT, LANES, VECTOR, ALIGNED
-    )
+    n_vectors = (vocab_size - head) // VECTOR
+    scaling = scaling_of(terms)
+    sums = scan_row(
+        row_ptr, head, n_vectors, n_vectors // (REPEAT * LANES), target, -1, vocab_size, scaling, terms,
+        REPEAT, LANES, VECTOR,
+    )  # fmt: skip
+    _top, shift, moved = on_one_scale(sums, scaling, terms)
+    rest = tl.sum(moved.total, axis=0)
     log2_p = tl.fma(target_logit, LOG2E, -shift)
     total = rest + tl.exp2(log2_p)
     tl.store(loss_ptr + row, (tl.log2(total) - log2_p) * LN2)
@@ -116,7 +126,7 @@ def plain_cross_entropy(logits: Tensor, y: Tensor, ignore_index: int, *, upstrea
 def _launch(kernel, logits: Tensor, y: Tensor, ignore_index: int, **more) -> Tensor:
     n, vocab_size = logits.shape
     row_loss = torch.empty(n, dtype=torch.float32, device=logits.device)
-    tile = tile_arguments(logits, choose_tile(vocab_size))
+    tile = tile_arguments(logits, choose_tile(logits))
     with on_device(logits):
         kernel[(n,)](
             logits_ptr=logits, y_ptr=y, loss_ptr=row_loss, ignore_index=ignore_index,

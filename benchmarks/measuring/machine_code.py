@@ -58,17 +58,23 @@ def read_nvidia(cubin: bytes, element_bits: int, is_streamed: bool) -> dict:
     """The figures of one cubin; only streamed rows have loops over logits."""
     code, usage = read_sass(cubin)
     opcodes = [_opcode(instruction) for _, instruction in code]
-    slots, narrow = {"slots_scan": None, "slots_grad": None}, 0
+    slots, widest, narrow = {"slots_scan": None, "slots_grad": None}, {}, 0
     for body in innermost_loops(code) if is_streamed else []:
         operations = [_opcode(i) for i in body]
         if not any(o.startswith("MUFU.EX2") for o in operations):
             continue
         loaded = sum(_access_bits(o) for o in operations if o.startswith("LDG")) / element_bits
+        if not loaded:
+            continue
         narrow += sum(0 < _access_bits(o) < 128 for o in operations)
         is_gradient = any(o.startswith("STG") for o in operations)
         key = "slots_grad" if is_gradient else "slots_scan"
-        count = sum(o != "NOP" for o in operations) / loaded
-        slots[key] = round(max(count, slots[key] or 0.0), 2)
+        count = round(sum(o != "NOP" for o in operations) / loaded, 2)
+        # The loops over whole blocks, not those over what does not fill one.
+        if loaded > widest.get(key, 0):
+            widest[key], slots[key] = loaded, count
+        elif loaded == widest[key]:
+            slots[key] = max(count, slots[key])
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spill_instructions": sum(o.startswith(("LDL", "STL")) for o in opcodes),

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "bench_rows.py"
 
 
@@ -18,6 +20,28 @@ def measure(folder, *arguments):
         check=True, env=environment, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     return {row["kernel"]: row for row in json.loads(file.read_text())}
+
+
+# What the loops alone took when whole rows were first counted (bf16, V = 50304, sm_90): the scan, and the gradient.
+SCAN, GRADIENT = 6.19, 5.25
+LOOPS = {"loss": SCAN, "loss_and_gradient": SCAN + GRADIENT, "gradient": GRADIENT}
+
+
+@pytest.mark.parametrize(
+    "vocab_size",
+    [
+        5000,
+        50304,
+        *(pytest.param(v, marks=pytest.mark.slow) for v in (4097, 8192, 16385, 32000, 50257, 128256)),
+    ],
+)
+def test_whole_rows_stay_within_their_instruction_budget(vocab_size, tmp_path):
+    rows = measure(tmp_path, "--vocab-size", str(vocab_size), "--kernel", *LOOPS)
+    factor = 1.3 if vocab_size >= 32000 else 1.6
+    assert rows.keys() == LOOPS.keys()
+    for kernel, loops in LOOPS.items():
+        assert rows[kernel]["per_logit"] <= factor * loops, rows[kernel]
+        assert rows[kernel]["narrow"] <= 0.02, rows[kernel]
 
 
 def test_whole_rows_are_counted_with_what_stands_outside_their_loops(tmp_path):

@@ -61,7 +61,9 @@ def assert_within_budget(rows, sizes):
         assert row["fp64_instructions"] == 0, row
         assert row["int32_address_products"] == 0, row
         assert row["wide_accesses"] > 0, row
-        assert row["registers"] <= 64, row
+        # Two programs of 8 warps, or one of 16, fill a multiprocessor's registers (tile_model.py).
+        assert row["registers"] <= 128, row
+        assert row["registers"] * 32 * row["warps"] <= 65536, row
         assert (row["slots_scan"] is not None) == row["kernel"].startswith(("loss", "slice")), row
         assert (row["slots_grad"] is not None) == row["kernel"].endswith("gradient"), row
         # Below 4 the loop was misread: a logit costs a conversion, an FMA, an exp2 and more.

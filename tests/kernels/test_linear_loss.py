@@ -109,7 +109,7 @@ def test_errors_are_at_most_twice_those_of_eager(
         from difftrain_kernels.triton_kernels import tiles
 
         tile = tiles.Tile(warps=1, repeat=2)
-        monkeypatch.setattr(tiles, "choose_tile", lambda vocab_size: tile)
+        monkeypatch.setattr(tiles, "choose_tile", lambda logits: tile)
     problem = head_problem(n, vocab_size, dtype, device)
     upstream = torch.rand(n, device=device) if reduction == "none" else torch.tensor(0.3, device=device)
     found = value_and_gradients(

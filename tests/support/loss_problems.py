@@ -28,7 +28,7 @@ def rows_are(family):
     """Choose how rows are cut: "small", or "streamed" with blocks small enough for short rows."""
     choose = tiles.choose_tile
     if family == "streamed":
-        tiles.choose_tile = lambda vocab_size: tiles.Tile(warps=1, repeat=2)
+        tiles.choose_tile = lambda logits: tiles.Tile(warps=1, repeat=2)
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
 """Blocks of a streamed row: ``REPEAT * LANES * VECTOR`` logits, in accesses of 16 bytes.
 
-The bulk of a row begins at its first 16-byte boundary. What stands before it is the head, what
-does not fill the last block the tail.
+A row is vectors of 16 bytes between two ends: what stands before its first 16-byte boundary, the head,
+and what is left behind the last whole vector. Vectors that do not fill a block are taken in pieces, a
+vector to a lane; the two ends together in one access, a logit to a lane.
 """
 
 import triton
@@ -16,6 +17,28 @@ def block_offsets(REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexp
     repeat = tl.arange(0, REPEAT)[:, None, None]
     lane = tl.arange(0, LANES)[None, :, None]
     return (repeat * LANES + lane) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def vectors_of(block, REPEAT: tl.constexpr, LANES: tl.constexpr):
+    """The numbers of a block's vectors, (REPEAT, LANES, 1). A mask of this shape is the same for all of a
+    vector, so that a masked access stays 16 bytes wide."""
+    vector = block * (REPEAT * LANES) + tl.arange(0, REPEAT)[:, None, None] * LANES
+    return vector + tl.arange(0, LANES)[None, :, None]
+
+
+@triton.jit
+def vector_with(column, head, n_vectors, VECTOR: tl.constexpr):
+    """The number of the vector that holds a column, ``n_vectors`` where none does."""
+    vector = (column - head) // VECTOR
+    return tl.where((column >= head) & (vector < n_vectors), vector, n_vectors)
+
+
+@triton.jit
+def end_columns(place, head, n_vectors, vocab_size, VECTOR: tl.constexpr):
+    """Columns of a row's two ends by their place in them, from 0, and which places there are."""
+    column = tl.where(place < head, place, place + n_vectors * VECTOR)
+    return column, column < vocab_size
 
 
 @triton.jit
@@ -52,14 +75,31 @@ def lane_pointers(block_ptr, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: 
 
 
 @triton.jit
-def load_wide(block_ptr, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """A full block as (REPEAT, LANES, VECTOR) fp32."""
+def load_wide(block_ptr, exist, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """A block as (REPEAT, LANES, VECTOR) fp32; -inf where vectors do not exist, None: all do."""
     if block_ptr.dtype.element_ty == tl.bfloat16:
         # Two neighbours in one word: a shift and an AND, where the compiler's own way takes three.
         words_ptr = block_ptr.to(tl.pointer_type(tl.uint32))
-        words = tl.load(lane_pointers(tl.multiple_of(words_ptr, 16), REPEAT, LANES, VECTOR // 2))
+        pointers = lane_pointers(tl.multiple_of(words_ptr, 16), REPEAT, LANES, VECTOR // 2)
+        words = tl.load(pointers) if exist is None else tl.load(pointers, mask=exist, other=0xFF80FF80)
         low = (words << 16).to(tl.float32, bitcast=True)
         high = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
         return tl.join(low, high).reshape(REPEAT, LANES, VECTOR)
     else:
-        return tl.load(lane_pointers(block_ptr, REPEAT, LANES, VECTOR)).to(tl.float32)
+        pointers = lane_pointers(block_ptr, REPEAT, LANES, VECTOR)
+        if exist is None:
+            return tl.load(pointers).to(tl.float32)
+        else:
+            return tl.load(pointers, mask=exist, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def store_wide(block_ptr, exist, values, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """A block of (REPEAT, LANES, VECTOR), as :func:`load_wide` reads it."""
+    # Streamed out, so that the gradient does not push rows that are still to be read from the cache.
+    pointers = lane_pointers(block_ptr, REPEAT, LANES, VECTOR)
+    values = values.to(block_ptr.dtype.element_ty)
+    if exist is None:
+        tl.store(pointers, values, cache_modifier=".cs")
+    else:
+        tl.store(pointers, values, mask=exist, cache_modifier=".cs")

@@ -114,13 +114,13 @@ def launch_gradient(
     """
     upstream = upstream.to(torch.float32)
     n, vocab_size = len(y), logits.shape[-1]
-    tile = tile or tiles.choose_tile(vocab_size)
+    tile = tile or tiles.choose_tile(logits)
     gradient = gradient_buffer(logits, gradient_out)
     if n == 0:
         return gradient
     kernel = _small_gradient_kernel if tile.rows else _gradient_kernel
     with on_device(logits):
-        kernel[(min(triton.cdiv(n, tile.rows or 1), tiles.MAX_PROGRAMS),)](
+        kernel[(min(triton.cdiv(n, tile.rows or 1), tiles.max_programs(tile)),)](
             logits_ptr=logits, gradient_ptr=gradient, y_ptr=y.contiguous(),
             case_ptr=statistics.case, statistics_ptr=statistics.columns,
             upstream_ptr=upstream, stated=float(stated), divisor=float(divisor),

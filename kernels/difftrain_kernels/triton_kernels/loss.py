@@ -72,7 +72,7 @@ def launch_loss(
         tile: how to cut rows; by default the one for V.
     """
     n, vocab_size = len(y), logits.shape[-1]
-    tile = tile or tiles.choose_tile(vocab_size)
+    tile = tile or tiles.choose_tile(logits)
     statistics = empty_statistics(n, logits.device, terms)
     if n == 0:
         return statistics
@@ -163,7 +163,7 @@ def launch_loss_and_gradient(
     writes the gradient once.
     """
     n, vocab_size = len(y), logits.shape[-1]
-    tile = tile or tiles.choose_tile(vocab_size)
+    tile = tile or tiles.choose_tile(logits)
     statistics = empty_statistics(n, logits.device, terms)
     gradient = gradient_buffer(logits, gradient_out)
     if n == 0:

@@ -143,7 +143,7 @@ def launch_slice(
         tile: how to cut rows; by default the one for V_r.
     """
     n, vocab_size = len(y), logits.shape[-1]
-    tile = tile or tiles.choose_tile(vocab_size)
+    tile = tile or tiles.choose_tile(logits)
     message = torch.empty(message_size(terms), n, dtype=torch.float32, device=logits.device)
     if n == 0:
         return message

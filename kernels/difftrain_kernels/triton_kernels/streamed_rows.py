@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import block_offsets, block_pointer, head_size, lane_pointers, load_wide
+from .blocks import block_pointer, end_columns, head_size, load_wide, store_wide, vector_with, vectors_of
 from .first_maximum import first_index, first_maximum
 from .row_statistics import gradient_of, store_statistics, target_gradient_of
 from .scores import FAINT, exponents_of, shift_of, units_of
@@ -17,7 +17,7 @@ class Sums(NamedTuple):
 
     top: Any  # largest logit
     total: Any  # sum of exp2 on its scale, without the target
-    seen: Any  # the block in which it came first, -1 in the head
+    seen: Any  # the block in which it came first: -1 the head, all behind the last full block counts as one
     exponents: Any  # sum of all exponents, on the same scale
     words: Any  # how many
     moment: Any  # sum of exp2 times exponent, without the target
@@ -36,7 +36,7 @@ def _move(sums, top, move, terms):
 
 
 @triton.jit
-def _add_block(values, takes_part, column, target, block, sums, scaling, terms):
+def _add_block(values, takes_part, block, sums, scaling, terms):
     """One more block in each lane's sums; all of it where ``takes_part`` is None."""
     before = sums.top
     top = tl.maximum(sums.top, tl.max(tl.max(values, axis=2), axis=0))
@@ -44,10 +44,8 @@ def _add_block(values, takes_part, column, target, block, sums, scaling, terms):
     exponents = exponents_of(units_of(values, scaling), shift[None, :, None], scaling)
     exps = tl.exp2(exponents)
     sums = _move(sums, top, shift_of(sums.top, scaling) - shift, terms)
-    if takes_part is not None:
-        if scaling.inner is not None:
-            exps = tl.where(takes_part, exps, 0.0)  # a cap makes a number of -inf
-        exps = tl.where(column == target, 0.0, exps)
+    if (takes_part is not None) and (scaling.inner is not None):
+        exps = tl.where(takes_part, exps, 0.0)  # a cap makes a number of -inf
     total = sums.total + tl.sum(tl.sum(exps, axis=2), axis=0)
     exponent_sum, words, moment = sums.exponents, sums.words, sums.moment
     if terms.label_smoothing is not None:
@@ -65,139 +63,126 @@ def _add_block(values, takes_part, column, target, block, sums, scaling, terms):
 
 @triton.jit
 def _scan_blocks(
-    row_ptr,
-    head,
-    first,
-    last,
-    sums,
-    scaling,
-    terms,
-    REPEAT: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    row_ptr, head, first, last, sums, scaling, terms,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Blocks [first, last), all full: no mask, nothing crosses lanes."""
     for block in range(first, last):
-        values = load_wide(
-            block_pointer(row_ptr, head, block, REPEAT * LANES * VECTOR), REPEAT, LANES, VECTOR
-        )
-        sums = _add_block(values, None, None, None, block, sums, scaling, terms)
+        block_ptr = block_pointer(row_ptr, head, block, REPEAT * LANES * VECTOR)
+        values = load_wide(block_ptr, None, REPEAT, LANES, VECTOR)
+        sums = _add_block(values, None, block, sums, scaling, terms)
     return sums
 
 
 @triton.jit
-def _scan_edge(
-    row_ptr, head, block, target, forbidden, vocab_size, sums, scaling, terms,
-    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, IS_TAIL: tl.constexpr,
+def _scan_some(
+    row_ptr, head, block, n_vectors, without, and_without, seen, sums, scaling, terms,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One block, the row's tail or a full one, whose sum leaves out the target and the forbidden word."""
-    block_ptr = block_pointer(row_ptr, head, block, REPEAT * LANES * VECTOR)
-    offsets = block_offsets(REPEAT, LANES, VECTOR)
-    column = head + block * (REPEAT * LANES * VECTOR) + offsets
-    takes_part = column < vocab_size
-    if IS_TAIL:
-        values = tl.load(block_ptr + offsets, mask=takes_part, other=float("-inf")).to(tl.float32)
-    else:
-        values = load_wide(block_ptr, REPEAT, LANES, VECTOR)
+    """Those vectors of one block that the row has, without two that are taken one by one."""
+    vector = vectors_of(block, REPEAT, LANES)
+    exist = (vector < n_vectors) & (vector != without)
     if terms.FORBID_MASK:
-        takes_part = takes_part & (column != forbidden)
-        values = tl.where(takes_part, values, float("-inf"))
-    return _add_block(values, takes_part, column, target, block, sums, scaling, terms)
+        exist = exist & (vector != and_without)
+    values = load_wide(
+        block_pointer(row_ptr, head, block, REPEAT * LANES * VECTOR), exist, REPEAT, LANES, VECTOR
+    )
+    return _add_block(values, tl.broadcast_to(exist, values.shape), seen, sums, scaling, terms)
 
 
 @triton.jit
-def _scan_head(row_ptr, head, target, forbidden, sums, scaling, terms, LANES: tl.constexpr):
-    """What stands before the first 16-byte boundary, at most one logit to a lane."""
+def _scan_singly(
+    row_ptr, head, n_vectors, first, second, behind, target, forbidden, vocab_size, sums, scaling, terms,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Logit by logit, at most one to a lane: two vectors and the row's ends, where columns are compared.
+    What is not before the last full block counts as seen in ``behind``."""
     lane = tl.arange(0, LANES)
-    takes_part = lane < head
-    values = tl.load(row_ptr + lane, mask=takes_part, other=float("-inf")).to(tl.float32)
+    vector = tl.where(lane < VECTOR, first, second)
+    place = lane - 2 * VECTOR  # in the ends
+    column, takes_part = end_columns(place, head, n_vectors, vocab_size, VECTOR)
+    block = tl.where(place < head, -1, behind)
+    is_end = place >= 0
+    column = tl.where(is_end, column, head + vector * VECTOR + lane % VECTOR)
+    takes_part = tl.where(is_end, takes_part, vector < n_vectors)
+    block = tl.where(is_end, block, tl.minimum(vector // (REPEAT * LANES), behind))
+    values = tl.load(row_ptr + column, mask=takes_part, other=float("-inf")).to(tl.float32)
     if terms.FORBID_MASK:
-        takes_part = takes_part & (lane != forbidden)
+        takes_part = takes_part & (column != forbidden)
         values = tl.where(takes_part, values, float("-inf"))
+    # Of equal maxima the one that stands first in the row counts.
+    seen = tl.where(values == sums.top, tl.minimum(block, sums.seen), sums.seen)
+    seen = tl.where(values > sums.top, block, seen)
     top = tl.maximum(sums.top, values)
-    exponents = exponents_of(units_of(values, scaling), shift_of(top, scaling), scaling)
+    shift = shift_of(top, scaling)
+    exponents = exponents_of(units_of(values, scaling), shift, scaling)
     exps = tl.exp2(exponents)
     if scaling.inner is not None:
         exps = tl.where(takes_part, exps, 0.0)
-    exps = tl.where(lane == target, 0.0, exps)
-    moment = exps * tl.maximum(exponents, FAINT)
-    exponents = tl.where(takes_part, exponents, 0.0)
-    return Sums(top, exps, sums.seen, exponents, takes_part.to(tl.float32), moment)
+    exps = tl.where(column == target, 0.0, exps)
+    sums = _move(sums, top, shift_of(sums.top, scaling) - shift, terms)
+    exponent_sum, words, moment = sums.exponents, sums.words, sums.moment
+    if terms.label_smoothing is not None:
+        exponent_sum += tl.where(takes_part, exponents, 0.0)
+        words += takes_part.to(tl.float32)
+    if terms.ENTROPY:
+        moment += exps * tl.maximum(exponents, FAINT)
+    return Sums(top, sums.total + exps, seen, exponent_sum, words, moment)
 
 
 @triton.jit
 def scan_row(
-    row_ptr, head, target, forbidden, vocab_size, scaling, terms,
-    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+    row_ptr, head, n_vectors, n_full, target, forbidden, vocab_size, scaling, terms,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Maximum, its shift, the sum without ``target``, and the maximum's first block; then, where the terms
-    ask for them, the sum of all exponents, and of exp2 times exponent without the target."""
-    BLOCK: tl.constexpr = REPEAT * LANES * VECTOR
+    """Each lane's sums."""
     zeros = tl.full([LANES], 0.0, tl.float32)
     top = tl.full([LANES], scaling.floor, tl.float32)
     sums = Sums(top, zeros, tl.full([LANES], -1, tl.int32), zeros, zeros, zeros)
-    if not ALIGNED:
-        sums = _scan_head(row_ptr, head, target, forbidden, sums, scaling, terms, LANES)
 
-    # The target's block stands apart, so that no other block compares columns with the target; so does
-    # that of a forbidden word.
-    n_full = (vocab_size - head) // BLOCK
-    apart = tl.minimum(tl.maximum(target - head, 0) // BLOCK, n_full)
+    # The vectors of the target and of a forbidden word are left out of their blocks, so that no block
+    # compares columns.
+    first = vector_with(target, head, n_vectors, VECTOR)
+    second = n_vectors
+    apart = first // (REPEAT * LANES)
     last_apart = apart
     if terms.FORBID_MASK:
-        other = tl.minimum(tl.maximum(forbidden - head, 0) // BLOCK, n_full)
+        second = vector_with(forbidden, head, n_vectors, VECTOR)
+        other = second // (REPEAT * LANES)
         last_apart = tl.maximum(apart, other)
         apart = tl.minimum(apart, other)
     sums = _scan_blocks(row_ptr, head, 0, apart, sums, scaling, terms, REPEAT, LANES, VECTOR)
     if apart < n_full:
-        sums = _scan_edge(
-            row_ptr,
-            head,
-            apart,
-            target,
-            forbidden,
-            vocab_size,
-            sums,
-            scaling,
-            terms,
-            REPEAT,
-            LANES,
-            VECTOR,
-            False,
-        )
+        sums = _scan_some(
+            row_ptr, head, apart, n_vectors, first, second, apart, sums, scaling, terms, REPEAT, LANES, VECTOR
+        )  # fmt: skip
     if terms.FORBID_MASK:
         sums = _scan_blocks(
             row_ptr, head, apart + 1, last_apart, sums, scaling, terms, REPEAT, LANES, VECTOR
         )
         if (last_apart > apart) & (last_apart < n_full):
-            sums = _scan_edge(
-                row_ptr, head, last_apart, target, forbidden, vocab_size, sums, scaling, terms,
-                REPEAT, LANES, VECTOR, False,
+            sums = _scan_some(
+                row_ptr, head, last_apart, n_vectors, first, second, last_apart, sums, scaling, terms,
+                REPEAT, LANES, VECTOR,
             )  # fmt: skip
+        second = tl.where(second == first, n_vectors, second)
     sums = _scan_blocks(row_ptr, head, last_apart + 1, n_full, sums, scaling, terms, REPEAT, LANES, VECTOR)
-    if head + n_full * BLOCK < vocab_size:
-        sums = _scan_edge(
-            row_ptr,
-            head,
-            n_full,
-            target,
-            forbidden,
-            vocab_size,
-            sums,
-            scaling,
-            terms,
-            REPEAT,
-            LANES,
-            VECTOR,
-            True,
+    for piece in range(n_full * REPEAT, tl.cdiv(n_vectors, LANES)):
+        sums = _scan_some(
+            row_ptr, head, piece, n_vectors, first, second, n_full, sums, scaling, terms, 1, LANES, VECTOR
         )
+    return _scan_singly(
+        row_ptr, head, n_vectors, first, second, n_full, target, forbidden, vocab_size, sums, scaling, terms,
+        REPEAT, LANES, VECTOR,
+    )  # fmt: skip
 
-    row_top = tl.max(sums.top, axis=0)
-    shift = shift_of(row_top, scaling)
-    moved = _move(sums, row_top, shift_of(sums.top, scaling) - shift, terms)
-    rest = tl.sum(moved.total, axis=0)
-    first_block = tl.min(tl.where(sums.top == row_top, sums.seen, n_full), axis=0)
-    return row_top, shift, rest, first_block, tl.sum(moved.exponents, axis=0), tl.sum(moved.moment, axis=0)
+
+@triton.jit
+def on_one_scale(sums, scaling, terms):
+    """The row's maximum, its shift, and all lanes' sums relative to it."""
+    top = tl.max(sums.top, axis=0)
+    shift = shift_of(top, scaling)
+    return top, shift, _move(sums, top, shift_of(sums.top, scaling) - shift, terms)
 
 
 @triton.jit
@@ -205,22 +190,41 @@ def read_row(
     row_ptr, target, mask_id, forbidden, vocab_size, scaling, terms,
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """All that a row's logits say; ``predicted`` only where it may be ``mask_id`` or ``target``, else -1."""
+    """All that a row's logits say: the maximum, its shift, the sum without ``target``; where the terms ask for
+    them, the sum of all exponents, and of exp2 times exponent without the target; the first maximum's
+    column, only where it may be ``mask_id`` or ``target``, else -1; and their two logits."""
     target_logit = tl.load(row_ptr + tl.maximum(target, 0)).to(tl.float32)
     mask_logit = tl.load(row_ptr + mask_id).to(tl.float32)
     head = head_size(row_ptr, vocab_size, VECTOR, ALIGNED)
-    top, shift, rest, first_block, exponent_sum, moment = scan_row(
-        row_ptr, head, target, forbidden, vocab_size, scaling, terms, REPEAT, LANES, VECTOR, ALIGNED
+    n_vectors = (vocab_size - head) // VECTOR
+    n_full = n_vectors // (REPEAT * LANES)
+    sums = scan_row(
+        row_ptr,
+        head,
+        n_vectors,
+        n_full,
+        target,
+        forbidden,
+        vocab_size,
+        scaling,
+        terms,
+        REPEAT,
+        LANES,
+        VECTOR,
     )
+    top, shift, moved = on_one_scale(sums, scaling, terms)
+    rest = tl.sum(moved.total, axis=0)
     # Only a row whose [MASK] or target logit is the maximum needs to know where the maximum came first.
     predicted = -1
     if (mask_logit == top) | (target_logit == top):
+        first_block = tl.min(tl.where(sums.top == top, sums.seen, n_full), axis=0)
         predicted = first_index(
-            row_ptr, head, first_block, top, forbidden, vocab_size, terms, REPEAT, LANES, VECTOR
+            row_ptr, head, n_vectors, first_block, top, forbidden, vocab_size, terms, REPEAT, LANES, VECTOR
         )
     # The target is not in rest, so a NaN there shows only in its own logit.
     if not ((rest >= 0) & (target_logit == target_logit) & (top > scaling.floor) & (top < float("inf"))):
-        predicted, top = first_maximum(row_ptr, forbidden, vocab_size, terms, REPEAT * LANES * VECTOR)
+        predicted, top = first_maximum(row_ptr, forbidden, vocab_size, terms, LANES * VECTOR)
+    exponent_sum, moment = tl.sum(moved.exponents, axis=0), tl.sum(moved.moment, axis=0)
     return top, shift, rest, exponent_sum, moment, predicted, target_logit, mask_logit
 
 
@@ -252,26 +256,17 @@ def score_row(
 
 @triton.jit
 def _write_block(
-    row_ptr, gradient_ptr, head, block, vocab_size, shift, factor, uniform, scaling, terms,
-    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, IS_TAIL: tl.constexpr,
+    row_ptr, gradient_ptr, head, block, n_vectors, shift, factor, uniform, scaling, terms,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, IS_FULL: tl.constexpr,
 ):  # fmt: skip
     block_ptr = block_pointer(row_ptr, head, block, REPEAT * LANES * VECTOR)
+    exist = None
+    if not IS_FULL:
+        exist = vectors_of(block, REPEAT, LANES) < n_vectors
+    values = load_wide(block_ptr, exist, REPEAT, LANES, VECTOR)
+    gradient = gradient_of(values, shift, factor, uniform, scaling, terms)
     out_ptr = block_pointer(gradient_ptr, head, block, REPEAT * LANES * VECTOR)
-    offsets = block_offsets(REPEAT, LANES, VECTOR)
-    dtype = gradient_ptr.dtype.element_ty
-    if IS_TAIL:
-        inside = head + block * (REPEAT * LANES * VECTOR) + offsets < vocab_size
-        values = tl.load(block_ptr + offsets, mask=inside).to(tl.float32)
-        tl.store(
-            out_ptr + offsets,
-            gradient_of(values, shift, factor, uniform, scaling, terms).to(dtype),
-            mask=inside,
-        )
-    else:
-        values = load_wide(block_ptr, REPEAT, LANES, VECTOR)
-        # Streamed out, so that the gradient does not push rows that are still to be read from the cache.
-        gradient = gradient_of(values, shift, factor, uniform, scaling, terms).to(dtype)
-        tl.store(lane_pointers(out_ptr, REPEAT, LANES, VECTOR), gradient, cache_modifier=".cs")
+    store_wide(out_ptr, exist, gradient, REPEAT, LANES, VECTOR)
 
 
 @triton.jit
@@ -281,32 +276,30 @@ def write_gradient_row(
 ):  # fmt: skip
     """One row of the gradient; ``gradient_ptr`` may be the row itself."""
     head = head_size(row_ptr, vocab_size, VECTOR, ALIGNED)
-    n_full = (vocab_size - head) // (REPEAT * LANES * VECTOR)
+    n_vectors = (vocab_size - head) // VECTOR
+    n_full = n_vectors // (REPEAT * LANES)
     dtype = gradient_ptr.dtype.element_ty
     target_logit = 0.0
     if scaling.inner is not None:
         target_logit = tl.load(row_ptr + tl.maximum(target, 0)).to(tl.float32)
     # Every thread must have read what another one is about to overwrite.
     tl.debug_barrier()
-    if head + n_full * (REPEAT * LANES * VECTOR) < vocab_size:
-        _write_block(
-            row_ptr, gradient_ptr, head, n_full, vocab_size, shift, factor, uniform, scaling, terms,
-            REPEAT, LANES, VECTOR, True,
-        )  # fmt: skip
     # Backwards: what the scan read last is the likeliest to be in the cache still.
+    if n_vectors * VECTOR < vocab_size:
+        column, exists = end_columns(tl.arange(0, LANES), head, n_vectors, vocab_size, VECTOR)
+        values = tl.load(row_ptr + column, mask=exists).to(tl.float32)
+        ends = gradient_of(values, shift, factor, uniform, scaling, terms).to(dtype)
+        tl.store(gradient_ptr + column, ends, mask=exists)
+    for piece in range(n_full * REPEAT, tl.cdiv(n_vectors, LANES)):
+        _write_block(
+            row_ptr, gradient_ptr, head, piece, n_vectors, shift, factor, uniform, scaling, terms,
+            1, LANES, VECTOR, False,
+        )  # fmt: skip
     for block in range(n_full - 1, -1, -1):
         _write_block(
-            row_ptr, gradient_ptr, head, block, vocab_size, shift, factor, uniform, scaling, terms,
-            REPEAT, LANES, VECTOR, False,
+            row_ptr, gradient_ptr, head, block, n_vectors, shift, factor, uniform, scaling, terms,
+            REPEAT, LANES, VECTOR, True,
         )  # fmt: skip
-    if not ALIGNED:
-        lane = tl.arange(0, LANES)
-        values = tl.load(row_ptr + lane, mask=lane < head).to(tl.float32)
-        tl.store(
-            gradient_ptr + lane,
-            gradient_of(values, shift, factor, uniform, scaling, terms).to(dtype),
-            mask=lane < head,
-        )
     if target >= 0:
         tl.debug_barrier()
         tl.store(
@@ -325,14 +318,15 @@ def zero_row(
 ):  # fmt: skip
     """One row of the gradient where the position does not count."""
     head = head_size(gradient_ptr, vocab_size, VECTOR, ALIGNED)
-    n_full = (vocab_size - head) // (REPEAT * LANES * VECTOR)
-    offsets = block_offsets(REPEAT, LANES, VECTOR)
-    zeros = tl.zeros([REPEAT, LANES, VECTOR], gradient_ptr.dtype.element_ty)
+    n_vectors = (vocab_size - head) // VECTOR
+    n_full = n_vectors // (REPEAT * LANES)
     for block in range(0, n_full):
-        tl.store(block_pointer(gradient_ptr, head, block, REPEAT * LANES * VECTOR) + offsets, zeros)
-    inside = head + n_full * (REPEAT * LANES * VECTOR) + offsets < vocab_size
-    tail_ptr = block_pointer(gradient_ptr, head, n_full, REPEAT * LANES * VECTOR)
-    tl.store(tail_ptr + offsets, zeros, mask=inside)
-    if not ALIGNED:
-        lane = tl.arange(0, LANES)
-        tl.store(gradient_ptr + lane, 0.0, mask=lane < head)
+        out_ptr = block_pointer(gradient_ptr, head, block, REPEAT * LANES * VECTOR)
+        store_wide(out_ptr, None, tl.zeros([REPEAT, LANES, VECTOR], tl.float32), REPEAT, LANES, VECTOR)
+    for piece in range(n_full * REPEAT, tl.cdiv(n_vectors, LANES)):
+        out_ptr = block_pointer(gradient_ptr, head, piece, LANES * VECTOR)
+        exist = vectors_of(piece, 1, LANES) < n_vectors
+        store_wide(out_ptr, exist, tl.zeros([1, LANES, VECTOR], tl.float32), 1, LANES, VECTOR)
+    if n_vectors * VECTOR < vocab_size:
+        column, exists = end_columns(tl.arange(0, LANES), head, n_vectors, vocab_size, VECTOR)
+        tl.store(gradient_ptr + column, 0.0, mask=exists)

@@ -1,12 +1,15 @@
-"""How rows are cut: the table of tiles, and what follows from it at a launch."""
+"""How rows are cut: small rows held whole, others streamed in tiles that a model of the device chooses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 from torch import Tensor
+
+from .tile_model import H100, REGISTERS, Machine, StreamedTile, tiles_by_merit
 
 
 @dataclass(frozen=True)
@@ -21,25 +24,45 @@ class Tile:
 
 SMALL_VOCAB = 4096
 SMALL_TILE = 1024  # logits per program of 4 warps; longer rows get up to 16 logits to a thread
-# Rows longer than the bound on the left are streamed with this tile. Not timed on a GPU yet: chosen on
-# 2026-11-23 from the machine code for sm_90, bf16, V = 50304, 128256 and 151936 (bench_codegen, Triton
-# 3.7.1). At up to 64 registers, 2 programs of 16 warps or 1 of 32 fill a multiprocessor, and rows in
-# flight stay in the L2.
-STREAM_TILES = (
-    (65536, Tile(warps=32, repeat=2)),
-    (16384, Tile(warps=16, repeat=2)),
-    (0, Tile(warps=8, repeat=2)),
-)
-MAX_REGISTERS = 64  # 32 warps to a multiprocessor
-MAX_PROGRAMS = 1024  # of the kernels whose programs take many rows
+MAX_PROGRAMS = 1024  # of the kernels whose programs take many rows, or blocks of them
+MAX_WARPS = 8192  # the same of streamed rows, whose programs have one warp or many
 
 
-def choose_tile(vocab_size: int) -> Tile:
-    """The tile for rows of this length."""
+@cache
+def machine_of(device: torch.device) -> Machine:
+    """What a device tells of itself, asked once; an H100 where there is none."""
+    if device.type != "cuda":
+        return H100
+    asked = torch.cuda.get_device_properties(device)
+    return Machine(
+        asked.multi_processor_count, asked.L2_cache_size, asked.shared_memory_per_multiprocessor,
+        asked.regs_per_multiprocessor, asked.max_threads_per_multi_processor // asked.warp_size,
+    )  # fmt: skip
+
+
+def choose_tile(logits: Tensor) -> Tile:
+    """The tile for rows of this length and dtype on their device.
+
+    The loss alone takes the tile of the loss with its gradient, though it reads once: lanes add in the
+    same order then, and both leave the same bits.
+    """
+    vocab_size = logits.shape[-1]
     if vocab_size <= SMALL_VOCAB:
         block_v = max(16, triton.next_power_of_2(vocab_size))
         return Tile(warps=max(4, block_v // 512), rows=max(1, SMALL_TILE // block_v), block_v=block_v)
-    return next(tile for above, tile in STREAM_TILES if vocab_size > above)
+    itemsize = logits.dtype.itemsize
+    return streamed_tile(tiles_by_merit(vocab_size, itemsize, machine_of(logits.device))[0], itemsize)
+
+
+def streamed_tile(tile: StreamedTile, itemsize: int) -> Tile:
+    """A tile of the model in 16-byte accesses of logits of this size."""
+    warps = max(2, tile.warps) if torch.version.hip else tile.warps  # 64 lanes to a warp
+    return Tile(warps=warps, repeat=tile.logits * itemsize // 16)
+
+
+def max_programs(tile: Tile) -> int:
+    """How many programs share the rows, where a program takes many."""
+    return MAX_PROGRAMS if tile.rows else MAX_WARPS // tile.warps
 
 
 def vector_size(dtype: torch.dtype) -> int:
@@ -64,7 +87,8 @@ def tile_arguments(logits: Tensor, tile: Tile) -> dict:
     if torch.version.hip:
         options["num_warps"] = max(1, tile.warps // 2)  # 64 lanes to a warp
     else:
-        options["maxnreg"] = MAX_REGISTERS
+        held = tile.repeat * vector_size(logits.dtype)
+        options["maxnreg"] = REGISTERS.get(held, min(REGISTERS.values()))
     aligned = not any(row_phase(logits))
     return {
         "REPEAT": tile.repeat,
