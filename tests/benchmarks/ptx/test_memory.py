@@ -140,9 +140,7 @@ def test_a_predicated_vector_load_keeps_what_the_registers_held():
 
 
 def test_traffic_is_counted_in_bytes_sectors_and_instructions_of_warps():
-    _, memory = run(
-        "ld.global.b32 %r3, [%rd3]; bra $L1; $L1: st.global.b8 [%rd3], %r3;"
-    )
+    _, memory = run("ld.global.b32 %r3, [%rd3]; bra $L1; $L1: st.global.b8 [%rd3], %r3;")
     assert dict(memory.traffic) == {
         ("out", "load", 4, "bytes"): 256, ("out", "load", 4, "sectors"): 8, ("out", "load", 4, "instructions"): 2,
         ("out", "store", 1, "bytes"): 64, ("out", "store", 1, "sectors"): 8, ("out", "store", 1, "instructions"): 2,
