@@ -2,12 +2,12 @@
 
 (
     TILES, SPACING, SCORES, WEIGHTS, ROW_STATISTICS, TERM_ARGUMENTS, BLOCKS, FIRST_MAXIMUM, STREAMED_ROWS, SMALL_ROWS,
-    LOSS, GRADIENT, SLICES, CASE_SUMS,
+    LOSS, GRADIENT, SLICES, CASE_SUMS, RESCALE,
 ) = TRITON = [
     f"kernels/difftrain_kernels/triton_kernels/{name}.py"
     for name in (
         "tiles", "spacing", "scores", "weights", "row_statistics", "term_arguments", "blocks", "first_maximum",
-        "streamed_rows", "small_rows", "loss", "gradient", "slices", "case_sums",
+        "streamed_rows", "small_rows", "loss", "gradient", "slices", "case_sums", "rescale",
     )
 ]  # fmt: skip
 LOGITS_LOSS = "kernels/difftrain_kernels/logits_loss.py"

@@ -193,9 +193,8 @@ def test_hostile_small_rows():
 
 
 @small
-def test_small_rows_of_one_word_and_of_the_longest():
-    check_call(1, FP32, mode="stated", n=5)
-    check_call(4095, FP16, mode="stated, over the logits", phase=3, pk_on_device=True)
+def test_small_rows_of_one_word():
+    check_call(1, FP32, mode="stated", n=5, pk_on_device=True)
 
 
 @small
@@ -205,25 +204,15 @@ def test_small_rows_with_every_term():
 
 
 @small
-def test_small_rows_with_gaps_between_sequences():
-    check_cut(66, BF16, WAYS[3])
-
-
-@small
 def test_slices_of_small_rows():
     check_slices([30, 1, 35], n=130)
 
 
 @small
-def test_slices_with_every_term():
-    check_slices([30, 1, 35], terms=every_term(4, "cpu"))
-
-
-@small
 def test_many_rows_in_the_table_of_cases():
     # Several blocks of rows, the last of them not full.
-    rows, y, x = random_problem(1100, 12, MASK_ID, FP32, seed=8)
-    check_launches(rows, y, x, way=WAYS[2])
+    rows, y, x = random_problem(1100, 10, MASK_ID, BF16, seed=8)
+    check_launches(rows, y, x, way=WAYS[2], seeds=(1,))
 
 
 # The rest of what the public calls can choose.
@@ -268,7 +257,8 @@ def test_each_term_in_slices(name):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize(
-    "vocab_size", [1, 2, 16, 66, 128, 1000, 4096, 4097, 8192, 16384, 16385, 32000, 50257, 50304, 65537]
+    "vocab_size",
+    [1, 2, 16, 66, 128, 1000, 4095, 4096, 4097, 8192, 16384, 16385, 32000, 50257, 50304, 65537],
 )
 def test_each_type_and_tile(vocab_size, dtype, mode):
     check_call(vocab_size, dtype, mode=mode, reduction="sum", n=2)
@@ -313,7 +303,9 @@ def test_gaps_between_sequences_in_each_way(vocab_size, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [[4200, 4097], [4097, 4200, 5], [5, 4200], [66] * 5, [50304 // 8] * 2])
+@pytest.mark.parametrize(
+    "sizes", [[30, 1, 35], [4200, 4097], [4097, 4200, 5], [5, 4200], [66] * 5, [50304 // 8] * 2]
+)
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_slices_of_each_size(sizes, dtype):
     check_slices(sizes, dtype)

@@ -27,21 +27,25 @@ class Executed:
 
 @dataclass(frozen=True)
 class Change:
-    """A fault: in the PTX of one kernel the first match of a pattern (or one further on) replaced."""
+    """A fault: in the PTX of one kernel one match of a pattern replaced; each, where ``which`` is None."""
 
     kernel: str
     pattern: str
     replacement: str
-    which: int = 0
+    which: int | None = 0
 
     def __call__(self, kernel: str, ptx: str) -> str:
         if kernel != self.kernel:
             return ptx
+        if self.which is None:
+            return re.sub(self.pattern, self.replacement, ptx, flags=re.M)
         match = list(re.finditer(self.pattern, ptx, re.M))[self.which]
         return ptx[: match.start()] + match.expand(self.replacement) + ptx[match.end() :]
 
 
-def execute(function, *arguments, overwrites=(), capability=90, seed=1, nudge=0, change=None, **keywords) -> Executed:
+def execute(
+    function, *arguments, overwrites=(), capability=90, seed=1, nudge=0, change=None, **keywords
+) -> Executed:
     """Call a function of a module of tests/support; Triton's launches inside it run in the emulator.
 
     Args:
