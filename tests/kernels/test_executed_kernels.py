@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from difftrain_kernels.terms import PLAIN, Terms
+from every_loss import arguments_of, inputs_of, value_and_gradients
 from executed import run_clean
 from kernel_terms import CELLS, WAYS, every_term, expected_of, in_slices, launch
 from kernel_terms import assert_near_oracle as assert_found_near_oracle
@@ -310,3 +311,17 @@ def test_gaps_between_sequences_in_each_way(vocab_size, way):
 def test_slices_of_each_size(sizes, dtype):
     check_slices(sizes, dtype)
     check_slices(sizes, dtype, terms=every_term(4, "cpu"))
+
+
+@pytest.mark.slow
+def test_the_linear_loss_in_chunks():
+    way = ("linear", "triton")
+    # Chunks whose labels begin at any 8-byte address.
+    arguments = arguments_of(way) | {"chunk_tokens": 7}
+    for name in inputs_of(way):
+        arguments[name].requires_grad_()
+    found = run_clean(value_and_gradients, way=way, arguments=arguments).result
+    expected = value_and_gradients(("linear", "reference"), arguments)
+    torch.testing.assert_close(found[0], expected[0], rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[1].counts, expected[1].counts)
