@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("triton")
 BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "bench_rows.py"
 
 
