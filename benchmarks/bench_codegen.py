@@ -1,5 +1,5 @@
 """What the loss kernels compile to: registers, spills, access widths, instructions per logit. No GPU.
-Takes ten minutes of one CPU core for the whole table, seconds for one target, dtype and V. Prints the
+Takes fifteen minutes of one CPU core for the whole table, seconds for one target, dtype and V. Prints the
 table, and writes it to the file that --json names.
 
     python benchmarks/bench_codegen.py [--json FILE] [--target sm_90 ...] [--dtype bf16 ...] [--vocab-size V ...]
@@ -38,8 +38,10 @@ from measuring.machine_code import int32_address_products, read_amd, read_nvidia
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -31,7 +31,11 @@ HINTS = {start: hint for faults in FAULTS for start, hint in faults.get("HINTS",
 
 def survives(file: str, fault: str, text: str, replacement: str) -> str:
     """The test that killed the fault, or an empty string."""
-    hinted = [["tests", "-k", hint] for start, hint in HINTS.items() if fault.startswith(start)]
+    hinted = [
+        ["tests/kernels", "tests/difftrain", "-k", hint]
+        for start, hint in HINTS.items()
+        if fault.startswith(start)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("kernels", "difftrain", "tests", "benchmarks"):

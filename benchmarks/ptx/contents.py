@@ -50,6 +50,11 @@ class Contents(TorchDispatchMode):
         self.new: dict[int, _New] = {}
         self.faults: Counter = Counter()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is traced in a session; torch would import its whole compiler to mark this, which takes seconds.
+        return False
+
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         results = [r.alias_info for r in function._schema.returns]
         is_view = any(alias is not None and not alias.is_write for alias in results)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,12 +53,14 @@ class Session:
 
     Attributes:
         overwrites: tensors from before it that may be written; all others must stay as they are.
+        change: what to make of a kernel's PTX before it runs, by its name: to seed a fault.
     """
 
     capability: int = 90
     seed: int | None = None
     nudge: int = 0
     overwrites: tuple[Tensor, ...] = ()
+    change: Callable[[str, str], str] | None = None
     launches: list[Launch] = field(default_factory=list)
     contents: Contents = field(default_factory=Contents)
 
@@ -163,6 +165,8 @@ def _launch(
     ]
     segments = _map(memory, [(n, v) for n, v in named if isinstance(v, Tensor)], session)
     passed = [_address(segments, v) if isinstance(v, Tensor) else v for _, v in named]
+    if session.change is not None:
+        ptx = session.change(source.fn.__name__, ptx)
     machine = machine_of(ptx, shared, session.nudge)
     before = machine.executed
     seed = None if session.seed is None else session.seed + len(session.launches)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("triton")
 BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "bench_rows.py"
 
 

@@ -2,12 +2,12 @@
 
 (
     TILES, SPACING, SCORES, WEIGHTS, ROW_STATISTICS, TERM_ARGUMENTS, BLOCKS, FIRST_MAXIMUM, STREAMED_ROWS, SMALL_ROWS,
-    LOSS, GRADIENT, SLICES, CASE_SUMS,
+    LOSS, GRADIENT, SLICES, CASE_SUMS, RESCALE,
 ) = TRITON = [
     f"kernels/difftrain_kernels/triton_kernels/{name}.py"
     for name in (
         "tiles", "spacing", "scores", "weights", "row_statistics", "term_arguments", "blocks", "first_maximum",
-        "streamed_rows", "small_rows", "loss", "gradient", "slices", "case_sums",
+        "streamed_rows", "small_rows", "loss", "gradient", "slices", "case_sums", "rescale",
     )
 ]  # fmt: skip
 LOGITS_LOSS = "kernels/difftrain_kernels/logits_loss.py"
@@ -36,6 +36,7 @@ KERNEL_STAGES = (
     ["tests/kernels/test_triton_kernels.py", "-k", "rows_match_the_oracle"],
     ["tests/kernels/test_kernel_terms.py"],
     ["tests/kernels/test_kernel_sums.py"],
+    ["tests/kernels/test_executed_kernels.py"],
 )
 STAGES = {
     **dict.fromkeys(TRITON, KERNEL_STAGES),
@@ -57,6 +58,9 @@ STAGES = {
 }
 # The test that should notice, where it is not among the first; all tests follow if it does not.
 HINTS = {
+    "compiled, small": "executed_kernels and small_rows_in_each_mode",
+    "compiled, streamed": "executed_kernels and streamed_rows_in_each_mode",
+    "compiled, terms": "executed_kernels and streamed_rows_with_every_term",
     "pk for every answer": "weights",
     "pm for [MASK] wanted": "weights",
     "pk where [MASK] is the target": "weights",
@@ -219,6 +223,10 @@ MUTANTS = [
     (CASE_SUMS, "terms: weighted sums of the plain nll", "column = NLL if places.WEIGHTED is None else places.WEIGHTED", "column = NLL"),
     (TERM_ARGUMENTS, "terms: expanded token weights are copied", "    spacing = spacing_of(weights.shape, weights.stride())\n", "    weights = weights.contiguous()\n    spacing = Spacing(1)\n"),
     (TERM_ARGUMENTS, "terms: the gate is always the prediction's", "        PROBABILITY=_YES if terms.gate == PROBABILITY else None,\n", "        PROBABILITY=None,\n"),
+    (RESCALE, "compiled, small: threads hold copies of what they overwrite", "max(32 * WARPS, triton.next_power_of_2(vocab_size))", "triton.next_power_of_2(vocab_size)"),
+    (RESCALE, "rescaled by the stated upstream too", "(upstream / stated)", "upstream"),
+    (STREAMED_ROWS, "compiled, streamed: target stored beside its block", "    if target >= 0:\n        tl.debug_barrier()\n", "    if target >= 0:\n"),
+    (STREAMED_ROWS, "compiled, terms: forbidden word stored beside its block", "    if terms.FORBID_MASK:\n        tl.debug_barrier()\n", "    if terms.FORBID_MASK:\n"),
     (PARALLEL, "processes without columns take part", "        if 0 in self.sizes:", "        if False:"),
     (PARALLEL, "sum's gradient divided by N", "\"divisor\": max(1, len(y)) if call.reduction == \"mean\" else 1,", "\"divisor\": max(1, len(y)),"),
     (PARALLEL, "slice starts one late", "sum(sizes[:rank]), group", "sum(sizes[:rank]) + 1, group"),

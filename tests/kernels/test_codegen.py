@@ -76,26 +76,50 @@ def test_the_table_has_the_agreed_keys(rows):
     assert {row["aligned"] for row in rows if row["vocab_size"] == 50305} == {False}
 
 
-@pytest.mark.parametrize(
-    "target",
-    ["gfx942", *(pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100"))],
-)
-def test_other_targets_compile_without_spills(target, tmp_path):
-    rows = measure(tmp_path, "--target", target, "--dtype", "bf16", "--vocab-size", "50305")
-    assert {row["kernel"] for row in rows} >= {
-        "loss",
-        "loss_and_gradient",
-        "gradient",
-        "case_sums",
-        "add_blocks",
-        "slice",
-        "combine",
-        "rescale",
-    }
+OTHER_TARGETS = ("sm_80", "sm_89", "sm_100", "sm_120", "gfx942")
+STREAMED = {"loss", "loss_and_gradient", "gradient", "slice"}
+
+
+def assert_fit_for_any_target(rows):
+    """No spills, no fp64, no address that overflows, and rows in accesses of 16 bytes."""
     for row in rows:
         assert row["spill_instructions"] == 0, row
         assert row["fp64_instructions"] == 0, row
         assert row["int32_address_products"] == 0, row
+        assert not row["narrow_accesses_in_loops"], row
+        assert row["wide_accesses"] > 0 or row["kernel"] not in STREAMED, row
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["gfx942", *(pytest.param(t, marks=pytest.mark.slow) for t in OTHER_TARGETS if t != "gfx942")],
+)
+def test_other_targets_compile_without_spills(target, tmp_path):
+    rows = measure(tmp_path, "--target", target, "--dtype", "bf16", "--vocab-size", "50305")
+    assert {row["kernel"] for row in rows} >= STREAMED | {"case_sums", "combine", "rescale"}
+    assert_fit_for_any_target(rows)
+
+
+# Small rows, and rows of each tile, aligned or not.
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("target", ["sm_90", *OTHER_TARGETS])
+def test_every_target_compiles_every_type_and_tile_without_spills(target, dtype, tmp_path):
+    sizes = ("66", "1024", "4096", "5000", "8193", "32000", "128256")
+    assert_fit_for_any_target(
+        measure(tmp_path, "--target", target, "--dtype", dtype, "--vocab-size", *sizes)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terms", ["free", "softcap", "label_smoothing", "entropy", "case_weights"])
+@pytest.mark.parametrize("target", OTHER_TARGETS)
+def test_every_target_compiles_every_term_without_spills(target, terms, tmp_path):
+    rows = measure(
+        tmp_path, "--target", target, "--dtype", "bf16", "--vocab-size", "66", "50304", "50305",
+        "--terms", terms,
+    )  # fmt: skip
+    assert_fit_for_any_target(rows)
 
 
 def test_terms_of_a_row_and_a_forbidden_word_cost_the_loops_nothing(tmp_path):

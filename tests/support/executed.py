@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import os
 import pickle
+import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,15 +25,36 @@ class Executed:
     faults: Counter  # (kernel, kind, segment, where) -> bytes
 
 
-def execute(function, *arguments, overwrites=(), capability=90, seed=1, nudge=0, **keywords) -> Executed:
+@dataclass(frozen=True)
+class Change:
+    """A fault: in the PTX of one kernel one match of a pattern replaced; each, where ``which`` is None."""
+
+    kernel: str
+    pattern: str
+    replacement: str
+    which: int | None = 0
+
+    def __call__(self, kernel: str, ptx: str) -> str:
+        if kernel != self.kernel:
+            return ptx
+        if self.which is None:
+            return re.sub(self.pattern, self.replacement, ptx, flags=re.M)
+        match = list(re.finditer(self.pattern, ptx, re.M))[self.which]
+        return ptx[: match.start()] + match.expand(self.replacement) + ptx[match.end() :]
+
+
+def execute(
+    function, *arguments, overwrites=(), capability=90, seed=1, nudge=0, change=None, **keywords
+) -> Executed:
     """Call a function of a module of tests/support; Triton's launches inside it run in the emulator.
 
     Args:
         overwrites: names of keywords whose tensors may be written; a store to any other's is a fault.
         seed: of the order in which warps and blocks go on.
         nudge: units by which approximate operations are off.
+        change: a :class:`Change` of a kernel's PTX.
     """
-    options = {"capability": capability, "seed": seed, "nudge": nudge}
+    options = {"capability": capability, "seed": seed, "nudge": nudge, "change": change}
     call = pickle.dumps((function, arguments, keywords, overwrites, options))
     return pickle.loads(_process().submit(_execute, call).result(timeout=PATIENCE))
 

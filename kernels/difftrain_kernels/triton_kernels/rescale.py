@@ -11,6 +11,8 @@ from .device import on_device
 from .spacing import row_offset, spacing_of_rows
 from .tiles import MAX_PROGRAMS
 
+WARPS = 8
+
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _rescale_kernel(
@@ -45,10 +47,12 @@ def launch_rescale(gradient: Tensor, upstream: Tensor, *, stated: float) -> None
     n, vocab_size = gradient.shape[:-1].numel(), gradient.shape[-1]
     if n == 0:
         return
+    # At least one element to a thread: in place, threads that hold copies of one would read what another wrote.
+    block = min(4096, max(32 * WARPS, triton.next_power_of_2(vocab_size)))
     with on_device(gradient):
         _rescale_kernel[(min(n, MAX_PROGRAMS),)](
             gradient_ptr=gradient, upstream_ptr=upstream, stated=float(stated), n_rows=n,
             vocab_size=vocab_size, spacing=spacing_of_rows(gradient),
             upstream_stride=upstream.stride(0) if upstream.dim() else 0,
-            BLOCK=min(4096, triton.next_power_of_2(vocab_size)), num_warps=8, enable_fp_fusion=False,
+            BLOCK=block, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
