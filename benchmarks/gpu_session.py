@@ -144,7 +144,7 @@ def _tiles(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
         return {"ok": True, "summary": "not rehearsed"}
     from stages.tile_sweep import run_sweep
 
-    return run_alone(run_sweep, seconds, seconds - GRACE, str(options.json))
+    return run_alone(run_sweep, seconds, seconds - GRACE)
 
 
 def _training(options: argparse.Namespace, seconds: float) -> dict[str, Any]:

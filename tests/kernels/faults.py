@@ -19,9 +19,10 @@ CALLS, CHUNKS, CASES, RECIPES, VALIDATION, IMPLEMENTATION, LINEAR = (
     f"kernels/difftrain_kernels/{name}.py"
     for name in ("calls", "chunks", "cases", "recipes", "validation", "implementation", "linear_loss")
 )
-PLAIN, NUMBERS, DEFAULTS, EMPTY, TABLES = (
+DEVICE = "kernels/difftrain_kernels/triton_kernels/device.py"
+PLAIN, NUMBERS, DEFAULTS, EMPTY, TABLES, FAKE_CUDA = (
     [f"tests/kernels/test_{name}.py"]
-    for name in ("plain_tensors", "numbers", "defaults", "without_contents", "cases")
+    for name in ("plain_tensors", "numbers", "defaults", "without_contents", "cases", "fake_cuda")
 )
 # In this order; a fault is killed by the first stage that fails. Hypothesis is late: it shrinks.
 KERNEL_STAGES = (
@@ -43,7 +44,7 @@ STAGES = {
     LOGITS_LOSS: (["tests/kernels/test_logits_loss.py"], PLAIN, ["tests/kernels/test_triton_kernels.py"]),
     PARALLEL: (PLAIN, EMPTY, NUMBERS, ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"]),
     VALIDATION: (PLAIN, NUMBERS, DEFAULTS, EMPTY),
-    IMPLEMENTATION: (PLAIN, EMPTY),
+    IMPLEMENTATION: (PLAIN, EMPTY, FAKE_CUDA),
     LINEAR: (PLAIN, NUMBERS),
     REFERENCE: (["tests/kernels/test_reference.py"], ["tests/kernels/test_terms.py"]),
     STEPWISE_REFERENCE: (["tests/kernels/test_terms.py"],),
@@ -52,7 +53,8 @@ STAGES = {
         ["tests/kernels/test_terms.py"],
     ),
     CALLS: (["tests/kernels/test_terms.py"],),
-    CHUNKS: (["tests/kernels/test_terms.py"],),
+    CHUNKS: (["tests/kernels/test_terms.py"], FAKE_CUDA),
+    DEVICE: (FAKE_CUDA,),
     CASES: (TABLES, DEFAULTS, ["tests/kernels/test_terms.py"]),
     RECIPES: (["tests/kernels/test_recipes.py"],),
 }
@@ -106,6 +108,11 @@ MUTANTS = [
     (STREAMED_ROWS, "tail sums one vector less", "exist = (vector < n_vectors) &", "exist = (vector < n_vectors - 1) &"),
     (STREAMED_ROWS, "gradient's tail is one short", "exist = vectors_of(block, REPEAT, LANES) < n_vectors", "exist = vectors_of(block, REPEAT, LANES) < n_vectors - 1"),
     (STREAMED_ROWS, "gradient's tail is one long", "exist = vectors_of(block, REPEAT, LANES) < n_vectors", "exist = vectors_of(block, REPEAT, LANES) <= n_vectors"),
+    (DEVICE, "launched on whichever device is current", "if tensor.is_cuda else", "if False else"),
+    (IMPLEMENTATION, "the kernel on devices that are too old for it", "< (8, 0):", "< (7, 0):"),
+    (CHUNKS, "on CUDA the weight's gradient is multiplied wide", "elif out.is_cuda:", "elif False:"),
+    (CHUNKS, "on CUDA the gradient of hidden is made wide", 'if device.type == "cuda" or uses_triton', "if False"),
+    (CHUNKS, "on CUDA rows without a gradient are counted on the host", 'self.compacts = hidden.device.type == "cpu" and not chunked.uses_triton', "self.compacts = True"),
     (SMALL_ROWS, "small rows read a column too many", "inside[:, None] & (column < vocab_size),", "inside[:, None] & (column <= vocab_size),"),
     (SPACING, "row stride replaced by V", "return row * spacing.stride", "return row * 600"),
     (LOSS, "gradient uses the logits' stride", "row_pointer(gradient_ptr, row, gradient_spacing, ALIGNED)", "row_pointer(gradient_ptr, row, spacing, ALIGNED)"),
