@@ -10,6 +10,8 @@
         "streamed_rows", "small_rows", "loss", "gradient", "slices", "case_sums",
     )
 ]  # fmt: skip
+UPSTREAM = "kernels/difftrain_kernels/triton_kernels/upstream.py"
+PREDICTION = "kernels/difftrain_kernels/upstream_prediction.py"
 LOGITS_LOSS = "kernels/difftrain_kernels/logits_loss.py"
 PARALLEL = "kernels/difftrain_kernels/parallel_loss.py"
 REFERENCE = "kernels/difftrain_kernels/reference.py"
@@ -40,6 +42,7 @@ KERNEL_STAGES = (
 STAGES = {
     **dict.fromkeys(TRITON, KERNEL_STAGES),
     LOGITS_LOSS: (["tests/kernels/test_logits_loss.py"], PLAIN, ["tests/kernels/test_triton_kernels.py"]),
+    **dict.fromkeys((UPSTREAM, PREDICTION), (["tests/kernels/test_upstream_prediction.py"],)),
     PARALLEL: (PLAIN, EMPTY, NUMBERS, ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"]),
     VALIDATION: (PLAIN, NUMBERS, DEFAULTS, EMPTY),
     IMPLEMENTATION: (PLAIN, EMPTY),
@@ -90,6 +93,7 @@ HINTS = {
     "version counter not bumped in forward": "loudly",
     "version counter not bumped in backward": "loudly or second_backward",
     "logits overwritten unasked": "keep_their_bits",
+    "over the logits by prediction": "upstream_prediction and another_way",
     "slice": "test_parallel_loss and kernels",
     "terms:": "(test_kernel_terms or test_kernel_sums or test_kernel_rows_in_place) and not any_two",
     "two terms:": "test_kernel_terms and any_two and not many",
@@ -108,7 +112,7 @@ MUTANTS = [
     (STREAMED_ROWS, "dropped rescale of the running sum", "return Sums(top, sums.total * scale, sums.seen", "return Sums(top, sums.total, sums.seen"),
     (STREAMED_ROWS, "dropped rescale between lanes", "_move(sums, row_top, shift_of(sums.top, scaling) - shift, terms)", "_move(sums, row_top, shift * 0.0, terms)"),
     (LOSS, "missing int64 in the row offset", "row = tl.program_id(0).to(tl.int64)\n", "row = tl.program_id(0)\n"),
-    (GRADIENT, "missing int64 in the gradient's row offset", "row = tl.full([], index, tl.int64)\n        upstream = tl.load(upstream_ptr + row * upstream_stride)\n        if upstream != stated:  # always", "row = tl.full([], index, tl.int32)\n        upstream = tl.load(upstream_ptr + row * upstream_stride)\n        if upstream != stated:  # always"),
+    (GRADIENT, "missing int64 in the gradient's row offset", "row = tl.full([], index, tl.int64)\n        upstream = tl.load(upstream_ptr + row * upstream_stride)\n        if upstream != made_for_of_rows(stated", "row = tl.full([], index, tl.int32)\n        upstream = tl.load(upstream_ptr + row * upstream_stride)\n        if upstream != made_for_of_rows(stated"),
     (WEIGHTS, "label narrowed to int32", "return tl.where(is_label, y, -1).to(tl.int32), is_label", "return y.to(tl.int32), is_label"),
     (WEIGHTS, "int32 labels when judged", "is_label = (y >= 0) & (y < vocab_size)", "is_label = (y.to(tl.int32) >= 0) & (y.to(tl.int32) < vocab_size)"),
     (WEIGHTS, "label V passes", "is_label = (y >= 0) & (y < vocab_size)", "is_label = (y >= 0) & (y <= vocab_size)"),
@@ -128,7 +132,7 @@ MUTANTS = [
     (STREAMED_ROWS, "target summed with the rest", "exps = tl.where(column == target, 0.0, exps)", "exps = exps"),
     (STREAMED_ROWS, "first head element lost", "takes_part = lane < head\n", "takes_part = (lane < head) & (lane > 0)\n"),
     (STREAMED_ROWS, "gradient's head not written", "mask=lane < head,\n        )", "mask=lane < head - 1,\n        )"),
-    (LOSS, "unwritten ignored row", "zero_row(gradient_row_ptr, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)\n    else", "pass\n    else"),
+    (LOSS, "unwritten ignored row", "            zero_row(gradient_row_ptr, vocab_size, REPEAT, LANES, VECTOR, ALIGNED)\n    else", "            pass\n    else"),
     (STREAMED_ROWS, "ignored row's head keeps its garbage", "tl.store(gradient_ptr + lane, 0.0, mask=lane < head)", "tl.store(gradient_ptr + lane, 0.0, mask=lane < head - 1)"),
     (STREAMED_ROWS, "unwritten first block", "for block in range(n_full - 1, -1, -1):", "for block in range(n_full - 1, 0, -1):"),
     (SMALL_ROWS, "ignored small row keeps its gradient", "gradient = tl.where(left_out[:, None], 0.0, gradient)", "gradient = gradient"),
@@ -139,7 +143,7 @@ MUTANTS = [
     (ROW_STATISTICS, "gap from [MASK] downwards", "gap = top_unit - mask_unit", "gap = mask_unit - top_unit"),
     (ROW_STATISTICS, "ignored rows in the case table's nll", "_store(base + NLL * n_rows, nll, is_counted, inside)", "tl.store(base + NLL * n_rows, nll, mask=inside)"),
     (CASE_SUMS, "case table loses its last rows", "for start in range(0, n_rows, BLOCK):", "for start in range(0, n_rows - 1, BLOCK):"),
-    (GRADIENT, "stated rows recomputed without need", "inside = (row < n_rows) & (upstream != stated)", "inside = row < n_rows"),
+    (GRADIENT, "stated rows recomputed without need", "inside = inside & (upstream != made_for_of_rows(stated, made_for_ptr, row, inside))", "inside = inside"),
     (GRADIENT, "every row takes the first row's upstream", "upstream_stride=upstream.stride(0) if upstream.dim() else 0,", "upstream_stride=0,"),
     (GRADIENT, "gradient buffer ignores the logits' phase", "(stride - size) % tiles.vector_size(logits.dtype)", "0"),
     (TILES, "unaligned rows treated as aligned", "aligned = not any(row_phase(logits))", "aligned = True"),
@@ -147,10 +151,22 @@ MUTANTS = [
     (LOGITS_LOSS, "mean over counted positions", "ctx.divisor = max(1, len(call.y))", "ctx.divisor = max(1, int((call.y != -1).sum()))"),
     (LOGITS_LOSS, "sum's gradient divided by N", "if call.reduction == \"mean\" else 1\n", "if call.reduction != \"none\" else 1\n"),
     (LOGITS_LOSS, "buffer given away twice", "made, ctx.gradient = ctx.gradient, None", "made = ctx.gradient"),
-    (LOGITS_LOSS, "statement trusted unseen", "stated=torch.nan if made is None else ctx.stated, gradient_out=made,", "stated=torch.nan if made is None else float(upstream.flatten()[0]), gradient_out=made,"),
+    (LOGITS_LOSS, "statement trusted unseen", "terms[\"stated\"] = ctx.stated", "terms[\"stated\"] = float(upstream.flatten()[0])"),
     (LOGITS_LOSS, "version counter not bumped in forward", "                torch.autograd.graph.increment_version(logits)\n        ctx", "        ctx"),
     (LOGITS_LOSS, "version counter not bumped in backward", "            torch.autograd.graph.increment_version(logits)\n        else", "        else"),
     (LOGITS_LOSS, "logits overwritten unasked", "gradient_out=rows if overwrite else None,", "gradient_out=rows,"),
+    (UPSTREAM, "prediction: a gradient is made where nothing is expected", "return predicted, predicted == predicted", "return predicted, True"),
+    (UPSTREAM, "prediction: a miss asks for no longer streak", "tl.where(is_miss, tl.minimum(2.0 * needed, MOST_NEEDED), needed)", "needed"),
+    (UPSTREAM, "prediction: a miss keeps its streak", " & (is_miss == 0)\n        streak", "\n        streak"),
+    (UPSTREAM, "prediction: hits earn no trust", "tl.where(is_eased, tl.maximum(0.5 * needed, 1.0), needed)", "needed"),
+    (UPSTREAM, "prediction: 0 is expected", "(upstream_stride == 0) & (received != 0.0)", "upstream_stride == 0"),
+    (UPSTREAM, "prediction: a vector is expected by its first", "(upstream_stride == 0) & (received != 0.0)", "received != 0.0"),
+    (PREDICTION, "prediction: every open loss keeps a gradient", " and (self._waiting is None or self._waiting() is None)", ""),
+    (PREDICTION, "prediction: losses without a backward go on", "self._unused < MOST_UNUSED and ", ""),
+    (PREDICTION, "prediction: kept beside what hooks offload", "_top_saved_tensors_default_hooks(True) is not None", "_top_saved_tensors_default_hooks(True) == 0"),
+    (PREDICTION, "prediction: threads share it", "stream, get_ident(), device", "stream, 0, device"),
+    (PREDICTION, "prediction: begun in a capture", "torch.cuda.is_current_stream_capturing()", "not torch.cuda"),
+    (LOGITS_LOSS, "over the logits by prediction", "predicts and stated is None and not overwrite", "predicts and stated is None"),
     (SLICES, "slice: a later maximum wins the tie", "is_higher = (slice_top > top)", "is_higher = (slice_top >= top)"),
     (SLICES, "slice: NaN is no maximum across slices", " | ((slice_top != slice_top) & (top == top))", ""),
     (SLICES, "slice: sums added on their own scales", "rest += slice_rest * scale", "rest += slice_rest"),

@@ -23,7 +23,7 @@ of what its terms need, in which None compiles to nothing.
 Reading order: ``tiles`` and ``spacing`` (how rows are cut, and where they lie), ``scores`` (from a
 logit to an exponent), ``weights`` and ``row_statistics`` (what is kept of a row), ``term_arguments``
 (the terms as kernels take them), ``streamed_rows`` with its ``blocks`` and ``first_maximum`` and
-``small_rows`` (how either family reads and writes), then the kernels: ``loss``, ``gradient``,
+``small_rows`` (how either family reads and writes), ``upstream`` (what a gradient is made for), then the kernels: ``loss``, ``gradient``,
 ``slices``, ``case_sums``, ``rescale``.
 """
 

@@ -17,20 +17,23 @@ from .small_rows import small_tile, write_small_gradient
 from .spacing import row_offset, spacing_of_rows
 from .streamed_rows import write_gradient_row, zero_row
 from .term_arguments import gradient_arguments
+from .upstream import learn_upstream, made_for_of_rows
 from .weights import IGNORED, target_column
 
 
 @triton.jit(do_not_specialize=["forbidden", "n_rows"])
 def _gradient_kernel(
-    logits_ptr, gradient_ptr, y_ptr, case_ptr, statistics_ptr, upstream_ptr, stated, divisor,
+    logits_ptr, gradient_ptr, y_ptr, case_ptr, statistics_ptr, upstream_ptr, made_for_ptr, state_ptr, stated, divisor,
     forbidden, n_rows, vocab_size, spacing, gradient_spacing, upstream_stride, terms,
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    if state_ptr is not None:
+        learn_upstream(state_ptr, made_for_ptr, upstream_ptr, upstream_stride)
     # Few programs that take many rows: where nothing is left to do, a launch costs microseconds.
     for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row = tl.full([], index, tl.int64)
         upstream = tl.load(upstream_ptr + row * upstream_stride)
-        if upstream != stated:  # always, where NaN is stated
+        if upstream != made_for_of_rows(stated, made_for_ptr, row, True):  # always, where that is NaN
             row_ptr = row_pointer(logits_ptr, row, spacing, ALIGNED)
             gradient_row_ptr = row_pointer(gradient_ptr, row, gradient_spacing, ALIGNED)
             if tl.load(case_ptr + row) == IGNORED:
@@ -54,14 +57,17 @@ def _gradient_kernel(
 
 @triton.jit(do_not_specialize=["forbidden", "n_rows"])
 def _small_gradient_kernel(
-    logits_ptr, gradient_ptr, y_ptr, case_ptr, statistics_ptr, upstream_ptr, stated, divisor,
+    logits_ptr, gradient_ptr, y_ptr, case_ptr, statistics_ptr, upstream_ptr, made_for_ptr, state_ptr, stated, divisor,
     forbidden, n_rows, vocab_size, spacing, gradient_spacing, upstream_stride, terms,
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    if state_ptr is not None:
+        learn_upstream(state_ptr, made_for_ptr, upstream_ptr, upstream_stride)
     for start in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
         row = tl.full([], start, tl.int64) + tl.arange(0, ROWS)
         upstream = tl.load(upstream_ptr + row * upstream_stride, mask=row < n_rows, other=0.0)
-        inside = (row < n_rows) & (upstream != stated)
+        inside = row < n_rows
+        inside = inside & (upstream != made_for_of_rows(stated, made_for_ptr, row, inside))
         if tl.max(inside.to(tl.int32), axis=0) > 0:
             y = tl.load(y_ptr + row, mask=inside, other=0).to(tl.int64)
             target, _ = target_column(y, vocab_size, forbidden, terms)
@@ -96,7 +102,7 @@ def _small_gradient_kernel(
 
 def launch_gradient(
     logits: Tensor, y: Tensor, statistics: RowStatistics, upstream: Tensor, *, divisor: float,
-    stated: float = float("nan"), terms: Terms = PLAIN, mask_id: int = -1, gradient_out: Tensor | None = None,
+    stated: float | Tensor = float("nan"), state: Tensor | None = None, terms: Terms = PLAIN, mask_id: int = -1, gradient_out: Tensor | None = None,
     tile: tiles.Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """The gradient from saved statistics, bit for bit what the pass with the loss would have made.
@@ -104,8 +110,9 @@ def launch_gradient(
     Args:
         logits: as they were when the statistics were made.
         upstream: 0-d, or (N,) with any stride (0 too): the gradient of each row's loss times divisor.
-        stated: rows whose upstream equals this are left as ``gradient_out`` has them, and neither
-            read nor written. The comparison happens on the device. By default no row.
+        stated: rows whose upstream equals this, a number or (N,) fp32, are left as ``gradient_out`` has
+            them, and neither read nor written. The comparison happens on the device. By default no row.
+        state: the prediction that ``stated`` (N,) came from; learns what arrived.
         terms: those the statistics were made with.
         mask_id: the column that they may forbid; of a slice, relative to its first, and outside of it
             where another slice has [MASK].
@@ -113,6 +120,7 @@ def launch_gradient(
     Otherwise reads the logits once and writes the gradient once.
     """
     upstream = upstream.to(torch.float32)
+    made_for, stated = (stated, float("nan")) if isinstance(stated, Tensor) else (None, float(stated))
     n, vocab_size = len(y), logits.shape[-1]
     tile = tile or tiles.choose_tile(vocab_size)
     gradient = gradient_buffer(logits, gradient_out)
@@ -123,7 +131,7 @@ def launch_gradient(
         kernel[(min(triton.cdiv(n, tile.rows or 1), tiles.MAX_PROGRAMS),)](
             logits_ptr=logits, gradient_ptr=gradient, y_ptr=y.contiguous(),
             case_ptr=statistics.case, statistics_ptr=statistics.columns,
-            upstream_ptr=upstream, stated=float(stated), divisor=float(divisor),
+            upstream_ptr=upstream, made_for_ptr=made_for, state_ptr=state, stated=stated, divisor=float(divisor),
             forbidden=mask_id if terms.forbid_mask else None, n_rows=n, vocab_size=vocab_size,
             spacing=spacing_of_rows(logits), gradient_spacing=spacing_of_rows(gradient),
             upstream_stride=upstream.stride(0) if upstream.dim() else 0,
