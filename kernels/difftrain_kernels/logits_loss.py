@@ -201,6 +201,8 @@ class _TritonLoss(torch.autograd.Function):
     def forward(ctx, logits, call, stated, expectation, overwrite):
         from . import triton_kernels
 
+        # None for the statistics, whose gradient nobody asks for; by default autograd fills zeros for them.
+        ctx.set_materialize_grads(False)
         rows = as_rows(logits, uneven=True)
         ctx.divisor = max(1, len(call.y)) if call.reduction == "mean" else 1
         ctx.stated, ctx.overwrite, ctx.gradient, ctx.made_for = stated, overwrite, None, None
@@ -228,10 +230,14 @@ class _TritonLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        with torch.no_grad():
-            gradient = _TritonLoss._gradient(ctx, check_upstream(upstream))
-        if torch.is_grad_enabled():
+        if upstream is None:
+            gradient = None
+        elif torch.is_grad_enabled():
+            with torch.no_grad():
+                gradient = _TritonLoss._gradient(ctx, check_upstream(upstream))
             (gradient,) = forbid_second_derivative([gradient])
+        else:
+            gradient = _TritonLoss._gradient(ctx, check_upstream(upstream))
         return gradient, None, None, None, None
 
     @staticmethod
@@ -255,7 +261,7 @@ class _TritonLoss(torch.autograd.Function):
             made, ctx.gradient = ctx.gradient, None
             if ctx.expectation is not None:
                 ctx.expectation.close(made)
-            if made is not None and triton_kernels.row_phase(made) != triton_kernels.row_phase(rows):
+            if made is not None and not triton_kernels.have_one_phase(made, rows):
                 made = None  # hooks on saved tensors gave the logits back at another address
             if made is not None:
                 terms["stated"] = ctx.stated
@@ -263,7 +269,9 @@ class _TritonLoss(torch.autograd.Function):
             gradient = triton_kernels.launch_gradient(
                 rows, y, statistics, upstream, divisor=ctx.divisor, gradient_out=made, **terms
             )
-        return gradient.view(logits.shape)
+        # Over the logits it must not be the saved tensor itself.
+        gradient = gradient.detach() if ctx.overwrite else gradient
+        return gradient if gradient.dim() == logits.dim() else gradient.view(logits.shape)
 
 
 def _scale_overwritten(ctx, gradient: Tensor, upstream: Tensor) -> Tensor:

@@ -123,6 +123,20 @@ def test_the_first_step_moves_6_a_steady_one_4_and_a_miss_8(traffic, family, red
     assert moved_by(traffic, problems, upstreams, reduction=reduction) == [6, 4, 4, 8, 6, 4, 4]
 
 
+@pytest.mark.parametrize(
+    "view", [lambda z: z[:1], lambda z: z[:, :1], lambda z: z[1:, :-1], lambda z: z[1, 3:4]]
+)
+def test_logits_of_any_layout_meet_what_is_expected(traffic, view, device):
+    logits, y, x = random_problem(15, 9, MASK_ID, torch.bfloat16)
+    problem = tuple(view(t.view(3, 5, *t.shape[1:])).to(device) for t in (logits, y, x))
+    moved = []
+    for _ in range(2):
+        leaf = logits.view(3, 5, 9).to(device).requires_grad_()
+        loss_of(view(leaf), *problem[1:]).backward()
+        moved.append(traffic.read()[1])
+    assert moved == [6, 4]
+
+
 def test_a_growing_gradient_scale_costs_one_miss(traffic, device):
     problem = problem_of(device)
     scales = [1024.0] * 9 + [2048.0] * 6

@@ -29,7 +29,7 @@ logit to an exponent), ``weights`` and ``row_statistics`` (what is kept of a row
 
 from .case_sums import launch_case_sums
 from .device import is_interpreted
-from .gradient import empty_gradient_like, launch_gradient
+from .gradient import empty_gradient_like, have_one_phase, launch_gradient
 from .loss import launch_loss, launch_loss_and_gradient
 from .rescale import launch_rescale
 from .row_statistics import N_STATISTICS, RowStatistics, columns, n_statistics, row_values
@@ -43,6 +43,7 @@ __all__ = [
     "Tile",
     "columns",
     "empty_gradient_like",
+    "have_one_phase",
     "is_interpreted",
     "launch_case_sums",
     "launch_combine",

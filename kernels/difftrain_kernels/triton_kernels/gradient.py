@@ -119,7 +119,8 @@ def launch_gradient(
 
     Otherwise reads the logits once and writes the gradient once.
     """
-    upstream = upstream.to(torch.float32)
+    if upstream.dtype != torch.float32:
+        upstream = upstream.to(torch.float32)
     made_for, stated = (stated, float("nan")) if isinstance(stated, Tensor) else (None, float(stated))
     n, vocab_size = len(y), logits.shape[-1]
     tile = tile or tiles.choose_tile(vocab_size)
@@ -128,7 +129,7 @@ def launch_gradient(
         return gradient
     kernel = _small_gradient_kernel if tile.rows else _gradient_kernel
     with on_device(logits):
-        kernel[(min(triton.cdiv(n, tile.rows or 1), tiles.MAX_PROGRAMS),)](
+        kernel[(min(-(-n // (tile.rows or 1)), tiles.MAX_PROGRAMS),)](
             logits_ptr=logits, gradient_ptr=gradient, y_ptr=y.contiguous(),
             case_ptr=statistics.case, statistics_ptr=statistics.columns,
             upstream_ptr=upstream, made_for_ptr=made_for, state_ptr=state, stated=stated, divisor=float(divisor),
@@ -138,6 +139,13 @@ def launch_gradient(
             terms=gradient_arguments(terms), **tiles.tile_arguments(logits, tile),
         )  # fmt: skip
     return gradient
+
+
+def have_one_phase(rows: Tensor, others: Tensor) -> bool:
+    """Whether rows of one dtype start at the same 16-byte phase, each as its counterpart."""
+    if rows.stride() == others.stride():
+        return (rows.data_ptr() - others.data_ptr()) % 16 == 0
+    return tiles.row_phase(rows) == tiles.row_phase(others)
 
 
 def gradient_buffer(logits: Tensor, gradient_out: Tensor | None) -> Tensor:
@@ -153,7 +161,7 @@ def gradient_buffer(logits: Tensor, gradient_out: Tensor | None) -> Tensor:
             f"gradient_out must have shape {tuple(logits.shape)}, dtype {logits.dtype} and last stride 1, "
             f"got {tuple(gradient_out.shape)}, {gradient_out.dtype}, strides {gradient_out.stride()}"
         )
-    if tiles.row_phase(gradient_out) != tiles.row_phase(logits):
+    if not have_one_phase(gradient_out, logits):
         raise ValueError(
             f"gradient_out must start its rows at the 16-byte phase {tiles.row_phase(logits)} of the logits, "
             f"got {tiles.row_phase(gradient_out)}"
@@ -168,6 +176,10 @@ def empty_gradient_like(logits: Tensor, phase: int | None = None) -> Tensor:
     where the two start alike. ``phase`` is of the first row, for logits that have no address.
     """
     if phase is None:
+        if logits.is_contiguous() and logits.data_ptr() % 16 == 0:
+            buffer = torch.empty_like(logits)
+            if buffer.stride() == logits.stride():  # of dimensions of size 1 it may not be
+                return buffer
         phase = tiles.row_phase(logits)[0]
     strides, size = [1], logits.shape[-1]
     for length, stride in zip(logits.shape[-2::-1], logits.stride()[-2::-1], strict=True):

@@ -79,7 +79,7 @@ def launch_loss(
         return statistics
     kernel = _small_loss_kernel if tile.rows else _loss_kernel
     with on_device(logits):
-        kernel[(triton.cdiv(n, tile.rows or 1),)](
+        kernel[(-(-n // (tile.rows or 1)),)](
             logits_ptr=logits, y_ptr=y.contiguous(), x_ptr=x.contiguous(),
             case_ptr=statistics.case, statistics_ptr=statistics.columns,
             mask_id=mask_id, ignore_index=ignore_index, n_rows=n,
@@ -179,7 +179,7 @@ def launch_loss_and_gradient(
         return statistics, gradient
     kernel = _small_loss_and_gradient_kernel if tile.rows else _loss_and_gradient_kernel
     with on_device(logits):
-        kernel[(triton.cdiv(n, tile.rows or 1),)](
+        kernel[(-(-n // (tile.rows or 1)),)](
             logits_ptr=logits, gradient_ptr=gradient, y_ptr=y.contiguous(), x_ptr=x.contiguous(),
             case_ptr=statistics.case, statistics_ptr=statistics.columns,
             made_for_ptr=made_for_out, upstream=upstream if made_for_out is not None else float(upstream),

@@ -62,7 +62,7 @@ def columns(terms: Terms = PLAIN) -> tuple[str, ...]:
 
 def n_statistics(terms: Terms = PLAIN) -> int:
     """How many columns the statistics of these terms have."""
-    return len(columns(terms))
+    return N_STATISTICS if terms is PLAIN else len(columns(terms))
 
 
 class RowStatistics(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -34,6 +35,7 @@ MAX_REGISTERS = 64  # 32 warps to a multiprocessor
 MAX_PROGRAMS = 1024  # of the kernels whose programs take many rows
 
 
+@cache
 def choose_tile(vocab_size: int) -> Tile:
     """The tile for rows of this length."""
     if vocab_size <= SMALL_VOCAB:
