@@ -183,10 +183,11 @@ def _triton_loss(
         # Over the logits a gradient made for another upstream gradient could not be made again.
         if predicts and stated is None and not overwrite:
             expectation = find_expectation(logits, len(call.y), call.reduction)
-        loss, *statistics = _TritonLoss.apply(logits, call, stated, expectation, overwrite)
+        statistics = []
+        loss = _TritonLoss.apply(logits, (call, stated, expectation, overwrite), statistics)
     else:
         statistics = score_rows(True, as_rows(logits, uneven=True), *call.labels, terms=call.terms)
-        loss = reduce_rows(statistics[1][0], call.reduction)
+        loss = reduce_rows(statistics[1].select(0, 0), call.reduction)
     return call.result(
         loss,
         lambda: make_table(sum_cases(True, statistics, call.terms), call.y.numel()),
@@ -195,14 +196,13 @@ def _triton_loss(
 
 
 class _TritonLoss(torch.autograd.Function):
-    """(logits, ...) -> (loss, case, columns); the last two are the row statistics, no gradient."""
+    """(logits, how, list) -> loss; the row statistics go into the list, which is no output of autograd's."""
 
     @staticmethod
-    def forward(ctx, logits, call, stated, expectation, overwrite):
+    def forward(ctx, logits, how, kept):
         from . import triton_kernels
 
-        # None for the statistics, whose gradient nobody asks for; by default autograd fills zeros for them.
-        ctx.set_materialize_grads(False)
+        call, stated, expectation, overwrite = how
         rows = as_rows(logits, uneven=True)
         ctx.divisor = max(1, len(call.y)) if call.reduction == "mean" else 1
         ctx.stated, ctx.overwrite, ctx.gradient, ctx.made_for = stated, overwrite, None, None
@@ -225,20 +225,17 @@ class _TritonLoss(torch.autograd.Function):
                 ctx.gradient = None  # it is the logits, which are saved
                 torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits, call.y, *statistics)
-        ctx.mark_non_differentiable(*statistics)
-        return reduce_rows(statistics.row_loss, call.reduction), *statistics
+        kept += statistics
+        return reduce_rows(statistics.row_loss, call.reduction)
 
     @staticmethod
-    def backward(ctx, upstream, *_):
-        if upstream is None:
-            gradient = None
-        elif torch.is_grad_enabled():
-            with torch.no_grad():
-                gradient = _TritonLoss._gradient(ctx, check_upstream(upstream))
-            (gradient,) = forbid_second_derivative([gradient])
-        else:
-            gradient = _TritonLoss._gradient(ctx, check_upstream(upstream))
-        return gradient, None, None, None, None
+    def backward(ctx, upstream):
+        upstream = check_upstream(upstream)
+        if not torch.is_grad_enabled():
+            return _TritonLoss._gradient(ctx, upstream), None, None
+        with torch.no_grad():
+            gradient = _TritonLoss._gradient(ctx, upstream)
+        return *forbid_second_derivative([gradient]), None, None
 
     @staticmethod
     def _gradient(ctx, upstream):

@@ -2,14 +2,9 @@
 
 The loss cannot know in forward what gradient will reach it; mostly it is what reached the last loss of
 its kind. What did is kept on the device (``triton_kernels/upstream.py``), where forward reads it and
-backward compares it: the host learns neither and waits for nothing. A call then costs, in NV (one pass
-over the logits' bytes; a call whose gradient is made in backward always costs 6 in bf16 bytes a logit):
-
-| call | forward | backward | together |
-|---|---|---|---|
-| nothing is expected yet | 2 | 4 | 6 |
-| hit: the upstream gradient was expected | 4 | nothing | 4 |
-| miss: another one came | 4 | 4 | 8, with the same bits |
+backward compares it: the host learns neither and waits for nothing. In bytes for N rows of V bf16 logits a
+call moves 6NV where nothing is expected (2 forward, 4 backward), 4NV on a hit (all of it forward) and 8NV on
+a miss (4 and 4), with the same bits.
 
 When something is expected: as soon as the last ``needed`` backwards of a kind received the same upstream
 gradient. At first ``needed`` is 1, a miss doubles it up to ``MOST_NEEDED``, and each ``HITS_TO_EASE`` hits

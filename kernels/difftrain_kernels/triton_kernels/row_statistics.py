@@ -79,7 +79,7 @@ class RowStatistics(NamedTuple):
 
     @property
     def row_loss(self) -> Tensor:
-        return self.columns[0]
+        return self.columns.select(0, 0)
 
     def column(self, name: str, terms: Terms = PLAIN) -> Tensor:
         """One column (N,) by its name in :func:`columns`, of the terms that the statistics were made with."""
