@@ -97,7 +97,8 @@ def find_expectation(logits: Tensor, n_rows: int, reduction: str) -> Expectation
 def _begin(kind: tuple) -> Expectation | None:
     device = kind[2]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return next((e for met, e in _expectations.items() if met[1:] == kind[1:]), None)
+        met = list(_expectations.items())  # another thread may add to it meanwhile
+        return next((expectation for other, expectation in met if other[1:] == kind[1:]), None)
     if len(_expectations) >= MOST_KINDS:
         return None
     state = torch.full((5,), torch.nan, dtype=torch.float32, device=device)
