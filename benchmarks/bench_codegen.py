@@ -93,10 +93,15 @@ def launches(dtype: torch.dtype, vocab_size: int, terms: Terms = PLAIN) -> list[
     labelled = (labels, labels, 0, 0.5, 0.5)
     with recorded_launches() as found:
         statistics = triton_kernels.launch_loss(logits, *labelled, terms=terms)
-        triton_kernels.launch_loss_and_gradient(logits, *labelled, upstream=1.0, divisor=8.0, terms=terms)
-        gradient = triton_kernels.launch_gradient(
-            logits, labels, statistics, torch.ones(()), divisor=8.0, terms=terms, mask_id=0
+        # As a plain call has them, with a predicted upstream gradient; a stated one compiles to less.
+        state, made_for = torch.zeros(5), torch.zeros(1)
+        _, gradient = triton_kernels.launch_loss_and_gradient(
+            logits, *labelled, upstream=state, made_for_out=made_for, divisor=8.0, terms=terms
         )
+        triton_kernels.launch_gradient(
+            logits, labels, statistics, torch.ones(()), divisor=8.0, terms=terms, mask_id=0, stated=made_for,
+            state=state, gradient_out=gradient,
+        )  # fmt: skip
         message = triton_kernels.launch_slice(logits, labels, 0, start=vocab_size, terms=terms)
         messages = message.expand(2, *message.shape)
         triton_kernels.launch_combine(messages, *labelled, vocab_size=2 * vocab_size, terms=terms)

@@ -14,7 +14,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 NEED_TRITON = [
     "test_codegen.py", "test_executed_faults.py", "test_executed_kernels.py", "test_executed_traffic.py",
     "test_kernel_rows_in_place.py", "test_kernel_sums.py", "test_kernel_terms.py", "test_logits_loss.py",
-    "test_terms_fused.py", "test_triton_kernels.py",
+    "test_terms_fused.py", "test_triton_kernels.py", "test_upstream_prediction.py",
 ]  # fmt: skip
 collect_ignore = [] if HAS_TRITON else [f"kernels/{name}" for name in NEED_TRITON]
 

@@ -19,7 +19,7 @@ Result = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class LossCall:
     """One call's checked arguments.
 

@@ -60,10 +60,16 @@ def _obstacle_to_triton(dtype: torch.dtype, device: torch.device, *, launches: b
 def as_rows(logits: Tensor, *, uneven: bool = False) -> Tensor:
     """(N, V) with last stride 1; a view wherever the rows are evenly spaced, else a copy.
 
-    With ``uneven``, (B, T, V) where the rows of a slice of sequences are spaced evenly but for the gaps
-    between these: a view too.
+    With ``uneven``, (B, T, V) where they are contiguous, or where the rows of a slice of sequences are spaced
+    evenly but for the gaps between these: a view too, or the logits themselves.
     """
-    logits, size = logits.detach(), logits.shape[-1]
+    size = logits.shape[-1]
+    if torch.is_grad_enabled():
+        logits = logits.detach()
+    if size > 1 and logits.dim() == 2 and logits.stride(1) == 1:
+        return logits
+    if uneven and size > 1 and logits.dim() == 3 and logits.stride() == (logits.shape[1] * size, size, 1):
+        return logits
     # Not -1, which has no answer where a slice of a vocabulary holds no column.
     n = math.prod(logits.shape[:-1])
     if size == 1:

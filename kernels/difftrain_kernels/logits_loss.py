@@ -1,18 +1,12 @@
 """fused_diffusion_loss: the masked-diffusion loss from logits.
 
-What the Triton implementation moves, for N rows of V logits (NV = their bytes):
+The gradient is made in forward, with the loss, where its upstream gradient is stated (``upstream_scale``)
+or predicted (``upstream_prediction.py``), and backward compares on the device; else, and where another one
+came, in backward. The bits are the same. What each way moves is in docs/loss.md, "What is moved". Nothing
+waits for the device.
 
-| call | forward | backward | together |
-|---|---|---|---|
-| no gradient wanted | 2 | - | 2 bytes per bf16 logit |
-| the default | 2 | 4 | 6, whatever the upstream gradient |
-| ``upstream_scale`` stated, and met | 4 | a check on the device | 4 |
-| ``upstream_scale`` stated, not met | 4 | 4 | 8, still exact |
-| stated and ``overwrite_logits``, not met | 4 | 4 | 8, rounded twice |
-
-The default makes the gradient in backward, since forward cannot know the upstream gradient:
-``(loss / k).backward()`` then costs what a forward and a separate backward kernel cost, never
-more. Whoever knows ``1 / k`` states it and saves a third. Nothing waits for the device.
+Memory: beside the logits one buffer of their size, their gradient, from forward to backward where it is made
+in forward, else from backward on. At the end of backward both exist either way.
 """
 
 from __future__ import annotations
@@ -36,6 +30,8 @@ from .implementation import (
 )
 from .operators import compiled_diffusion_loss
 from .reference import reference_loss
+from .term_validation import check_flag
+from .upstream_prediction import find_expectation
 from .validation import (
     Penalty,
     check_choice,
@@ -61,6 +57,7 @@ def fused_diffusion_loss(
     return_cases: bool = False,
     check_labels: bool = False,
     upstream_scale: float | None = None,
+    upstream_prediction: bool = True,
     overwrite_logits: bool = False,
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -82,8 +79,9 @@ def fused_diffusion_loss(
 
     Under ``torch.compile`` the loss is one operator, with the bits of an eager call of the same
     implementation. Penalties that change belong in 0-d tensors there. An operator neither writes
-    over its inputs nor gives them back, so ``upstream_scale`` and ``overwrite_logits``, which change
-    no result, are checked and then ignored: the gradient is made in backward, in its own buffer.
+    over its inputs nor gives them back, so ``upstream_scale``, ``upstream_prediction`` and
+    ``overwrite_logits``, which change no result, are checked and then ignored: the gradient is made in
+    backward, in its own buffer.
 
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64, any device and strides; 1 <= V < 2**31. A fake
@@ -108,6 +106,9 @@ def fused_diffusion_loss(
             where it is known. The gradient is then made together with the loss, and backward only
             checks the statement on the device. Any other upstream gradient gives the exact
             gradient too, but costs a second pass.
+        upstream_prediction: where none is stated, the gradient that the last losses of this kind received
+            is expected, and checked in the same way; False: the gradient is made in backward. No result
+            changes. The environment variable DIFFTRAIN_UPSTREAM_PREDICTION=0 turns it off everywhere.
         overwrite_logits: the gradient may be written over the logits (no buffer of their size).
             Where the reference runs, or no gradient is wanted, or under ``torch.compile``, they
             stay as they are. A later forward use sees the gradient. Any other use of their values
@@ -161,6 +162,7 @@ def fused_diffusion_loss(
     )  # fmt: skip
     check_choice("impl", impl, IMPLEMENTATIONS)
     upstream_scale = check_upstream_scale(upstream_scale)
+    check_flag("upstream_prediction", upstream_prediction)
     if overwrite_logits:
         check_overwritable(logits)
     is_fused = uses_triton(impl, logits, logits.dtype)
@@ -170,15 +172,22 @@ def fused_diffusion_loss(
         call.check_label_values()
     if not is_fused:
         return reference_loss(logits, call)
-    return _triton_loss(logits, call, call.stated(upstream_scale), overwrite_logits)
+    return _triton_loss(logits, call, call.stated(upstream_scale), upstream_prediction, overwrite_logits)
 
 
-def _triton_loss(logits: Tensor, call: LossCall, stated: float | None, overwrite: bool) -> Result:
+def _triton_loss(
+    logits: Tensor, call: LossCall, stated: float | None, predicts: bool, overwrite: bool
+) -> Result:
     if torch.is_grad_enabled() and logits.requires_grad:
-        loss, *statistics = _TritonLoss.apply(logits, call, stated, overwrite)
+        expectation = None
+        # Over the logits a gradient made for another upstream gradient could not be made again.
+        if predicts and stated is None and not overwrite:
+            expectation = find_expectation(logits, len(call.y), call.reduction)
+        statistics = []
+        loss = _TritonLoss.apply(logits, (call, stated, expectation, overwrite), statistics)
     else:
         statistics = score_rows(True, as_rows(logits, uneven=True), *call.labels, terms=call.terms)
-        loss = reduce_rows(statistics[1][0], call.reduction)
+        loss = reduce_rows(statistics[1].select(0, 0), call.reduction)
     return call.result(
         loss,
         lambda: make_table(sum_cases(True, statistics, call.terms), call.y.numel()),
@@ -187,17 +196,25 @@ def _triton_loss(logits: Tensor, call: LossCall, stated: float | None, overwrite
 
 
 class _TritonLoss(torch.autograd.Function):
-    """(logits, ...) -> (loss, case, columns); the last two are the row statistics, no gradient."""
+    """(logits, how, list) -> loss; the row statistics go into the list, which is no output of autograd's."""
 
     @staticmethod
-    def forward(ctx, logits, call, stated, overwrite):
+    def forward(ctx, logits, how, kept):
         from . import triton_kernels
 
+        call, stated, expectation, overwrite = how
         rows = as_rows(logits, uneven=True)
         ctx.divisor = max(1, len(call.y)) if call.reduction == "mean" else 1
         ctx.stated, ctx.overwrite, ctx.gradient, ctx.made_for = stated, overwrite, None, None
-        ctx.mask_id, ctx.terms = call.mask_id, call.terms
-        if stated is None:
+        ctx.mask_id, ctx.terms, ctx.expectation = call.mask_id, call.terms, expectation
+        if expectation is not None and expectation.may_open:
+            ctx.stated = torch.empty(len(call.y), dtype=torch.float32, device=rows.device)
+            statistics, ctx.gradient = triton_kernels.launch_loss_and_gradient(
+                rows, *call.labels, terms=call.terms, upstream=expectation.state, made_for_out=ctx.stated,
+                divisor=ctx.divisor,
+            )  # fmt: skip
+            expectation.open(ctx.gradient)
+        elif stated is None:
             statistics = triton_kernels.launch_loss(rows, *call.labels, terms=call.terms)
         else:
             statistics, ctx.gradient = triton_kernels.launch_loss_and_gradient(
@@ -208,16 +225,17 @@ class _TritonLoss(torch.autograd.Function):
                 ctx.gradient = None  # it is the logits, which are saved
                 torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits, call.y, *statistics)
-        ctx.mark_non_differentiable(*statistics)
-        return reduce_rows(statistics.row_loss, call.reduction), *statistics
+        kept += statistics
+        return reduce_rows(statistics.row_loss, call.reduction)
 
     @staticmethod
-    def backward(ctx, upstream, *_):
+    def backward(ctx, upstream):
+        upstream = check_upstream(upstream)
+        if not torch.is_grad_enabled():
+            return _TritonLoss._gradient(ctx, upstream), None, None
         with torch.no_grad():
-            gradient = _TritonLoss._gradient(ctx, check_upstream(upstream))
-        if torch.is_grad_enabled():
-            (gradient,) = forbid_second_derivative([gradient])
-        return gradient, None, None, None
+            gradient = _TritonLoss._gradient(ctx, upstream)
+        return *forbid_second_derivative([gradient]), None, None
 
     @staticmethod
     def _gradient(ctx, upstream):
@@ -238,13 +256,19 @@ class _TritonLoss(torch.autograd.Function):
         else:
             # The buffer from forward is given away once. A second backward makes its own.
             made, ctx.gradient = ctx.gradient, None
-            if made is not None and triton_kernels.row_phase(made) != triton_kernels.row_phase(rows):
+            if ctx.expectation is not None:
+                ctx.expectation.close(made)
+            if made is not None and not triton_kernels.have_one_phase(made, rows):
                 made = None  # hooks on saved tensors gave the logits back at another address
+            if made is not None:
+                terms["stated"] = ctx.stated
+                terms["state"] = None if ctx.expectation is None else ctx.expectation.state
             gradient = triton_kernels.launch_gradient(
-                rows, y, statistics, upstream, divisor=ctx.divisor,
-                stated=torch.nan if made is None else ctx.stated, gradient_out=made, **terms,
-            )  # fmt: skip
-        return gradient.view(logits.shape)
+                rows, y, statistics, upstream, divisor=ctx.divisor, gradient_out=made, **terms
+            )
+        # Over the logits it must not be the saved tensor itself.
+        gradient = gradient.detach() if ctx.overwrite else gradient
+        return gradient if gradient.dim() == logits.dim() else gradient.view(logits.shape)
 
 
 def _scale_overwritten(ctx, gradient: Tensor, upstream: Tensor) -> Tensor:

@@ -86,6 +86,18 @@ def make_terms(
     entropy: bool,
 ) -> Terms:
     """The options of a call whose y has ``shape``, checked; see the losses' Raises."""
+    if (
+        token_weights is None
+        and case_weights is None
+        and softcap is None
+        and logit_scale is None
+        and gate is ARGMAX
+        and type(label_smoothing) is float
+        and type(z_loss) is float
+        and not (label_smoothing or z_loss or rows or entropy)
+        and forbid_mask is False
+    ):
+        return PLAIN  # as most calls are
     check_choice("gate", gate, GATES)
     if token_weights is not None:
         token_weights = check_token_weights(token_weights, shape, device)

@@ -172,9 +172,10 @@ def check_penalty(name: str, value: object, device: torch.device) -> Penalty:
 
 def check_integer(name: str, value: object) -> int:
     """An integer of 64 bits as int; TypeError unless it is one (a bool is none)."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    value = value if type(value) is int else int(value)
+    if type(value) is not int:
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        value = int(value)
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must be a 64-bit integer, got {shown(value)}")
     return value

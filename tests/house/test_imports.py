@@ -33,8 +33,10 @@ KERNELS = {
         "validation", "triton_kernels",
     },
     "linear_operators": {"torch", "calls", "chunks", "implementation", "operators"},
+    "upstream_prediction": {"torch"},
     "logits_loss": {
-        "torch", "calls", "implementation", "operators", "reference", "validation", "triton_kernels",
+        "torch", "calls", "implementation", "operators", "reference", "term_validation", "upstream_prediction",
+        "validation", "triton_kernels",
     },
     "linear_loss": {
         "torch", "calls", "chunks", "implementation", "linear_operators", "validation", "triton_kernels",
@@ -68,13 +70,14 @@ TRITON_KERNELS = {
     "first_maximum": {"blocks"},
     "streamed_rows": {"blocks", "first_maximum", "row_statistics", "scores", "weights"},
     "small_rows": {"row_statistics", "scores", "spacing", "weights"},
+    "upstream": set(),
     "gradient": {
         "blocks", "device", "row_statistics", "scores", "small_rows", "spacing", "streamed_rows", "term_arguments",
-        "tiles", "weights",
+        "tiles", "upstream", "weights",
     },
     "loss": {
         "blocks", "device", "gradient", "row_statistics", "scores", "small_rows", "spacing", "streamed_rows",
-        "term_arguments", "tiles", "weights",
+        "term_arguments", "tiles", "upstream", "weights",
     },
     "slices": {
         "blocks", "device", "row_statistics", "scores", "small_rows", "spacing", "streamed_rows", "term_arguments",

@@ -23,6 +23,7 @@ MASK_ID = 4
 CALLS = {
     "logits": ("logits", {"impl": "triton"}),
     "logits, row losses": ("logits", {"impl": "triton", "reduction": "none"}),
+    "logits, not predicted": ("logits", {"impl": "triton", "upstream_prediction": False}),
     "logits, stated": ("logits", {"impl": "triton", "upstream_scale": 0.5}),
     "logits, other than stated": ("logits", {"impl": "triton", "upstream_scale": 1.0}),
     "logits, overwritten": ("logits", {"impl": "triton", "overwrite_logits": True}),

@@ -23,13 +23,13 @@ of what its terms need, in which None compiles to nothing.
 Reading order: ``tiles`` and ``spacing`` (how rows are cut, and where they lie), ``scores`` (from a
 logit to an exponent), ``weights`` and ``row_statistics`` (what is kept of a row), ``term_arguments``
 (the terms as kernels take them), ``streamed_rows`` with its ``blocks`` and ``first_maximum`` and
-``small_rows`` (how either family reads and writes), then the kernels: ``loss``, ``gradient``,
+``small_rows`` (how either family reads and writes), ``upstream`` (what a gradient is made for), then the kernels: ``loss``, ``gradient``,
 ``slices``, ``case_sums``, ``rescale``.
 """
 
 from .case_sums import launch_case_sums
 from .device import is_interpreted
-from .gradient import empty_gradient_like, launch_gradient
+from .gradient import empty_gradient_like, have_one_phase, launch_gradient
 from .loss import launch_loss, launch_loss_and_gradient
 from .rescale import launch_rescale
 from .row_statistics import N_STATISTICS, RowStatistics, columns, n_statistics, row_values
@@ -43,6 +43,7 @@ __all__ = [
     "Tile",
     "columns",
     "empty_gradient_like",
+    "have_one_phase",
     "is_interpreted",
     "launch_case_sums",
     "launch_combine",

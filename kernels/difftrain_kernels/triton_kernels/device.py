@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .weights import load_penalty
 
+_HERE = nullcontext()
+
 
 def is_interpreted() -> bool:
     """Whether Triton was imported with TRITON_INTERPRET=1, and the kernels run on CPU tensors."""
@@ -18,4 +20,5 @@ def is_interpreted() -> bool:
 
 def on_device(tensor: Tensor):
     """The tensor's device as the current one, as Triton launches where CUDA is."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    is_here = not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
+    return _HERE if is_here else torch.cuda.device(tensor.device)

@@ -17,20 +17,23 @@ from .small_rows import small_tile, write_small_gradient
 from .spacing import row_offset, spacing_of_rows
 from .streamed_rows import write_gradient_row, zero_row
 from .term_arguments import gradient_arguments
+from .upstream import learn_upstream, made_for_of_rows
 from .weights import IGNORED, target_column
 
 
 @triton.jit(do_not_specialize=["forbidden", "n_rows"])
 def _gradient_kernel(
-    logits_ptr, gradient_ptr, y_ptr, case_ptr, statistics_ptr, upstream_ptr, stated, divisor,
+    logits_ptr, gradient_ptr, y_ptr, case_ptr, statistics_ptr, upstream_ptr, made_for_ptr, state_ptr, stated, divisor,
     forbidden, n_rows, vocab_size, spacing, gradient_spacing, upstream_stride, terms,
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    if state_ptr is not None:
+        learn_upstream(state_ptr, made_for_ptr, upstream_ptr, upstream_stride)
     # Few programs that take many rows: where nothing is left to do, a launch costs microseconds.
     for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row = tl.full([], index, tl.int64)
         upstream = tl.load(upstream_ptr + row * upstream_stride)
-        if upstream != stated:  # always, where NaN is stated
+        if upstream != made_for_of_rows(stated, made_for_ptr, row, True):  # always, where that is NaN
             row_ptr = row_pointer(logits_ptr, row, spacing, ALIGNED)
             gradient_row_ptr = row_pointer(gradient_ptr, row, gradient_spacing, ALIGNED)
             if tl.load(case_ptr + row) == IGNORED:
@@ -54,14 +57,17 @@ def _gradient_kernel(
 
 @triton.jit(do_not_specialize=["forbidden", "n_rows"])
 def _small_gradient_kernel(
-    logits_ptr, gradient_ptr, y_ptr, case_ptr, statistics_ptr, upstream_ptr, stated, divisor,
+    logits_ptr, gradient_ptr, y_ptr, case_ptr, statistics_ptr, upstream_ptr, made_for_ptr, state_ptr, stated, divisor,
     forbidden, n_rows, vocab_size, spacing, gradient_spacing, upstream_stride, terms,
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    if state_ptr is not None:
+        learn_upstream(state_ptr, made_for_ptr, upstream_ptr, upstream_stride)
     for start in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
         row = tl.full([], start, tl.int64) + tl.arange(0, ROWS)
         upstream = tl.load(upstream_ptr + row * upstream_stride, mask=row < n_rows, other=0.0)
-        inside = (row < n_rows) & (upstream != stated)
+        inside = row < n_rows
+        inside = inside & (upstream != made_for_of_rows(stated, made_for_ptr, row, inside))
         if tl.max(inside.to(tl.int32), axis=0) > 0:
             y = tl.load(y_ptr + row, mask=inside, other=0).to(tl.int64)
             target, _ = target_column(y, vocab_size, forbidden, terms)
@@ -96,7 +102,7 @@ def _small_gradient_kernel(
 
 def launch_gradient(
     logits: Tensor, y: Tensor, statistics: RowStatistics, upstream: Tensor, *, divisor: float,
-    stated: float = float("nan"), terms: Terms = PLAIN, mask_id: int = -1, gradient_out: Tensor | None = None,
+    stated: float | Tensor = float("nan"), state: Tensor | None = None, terms: Terms = PLAIN, mask_id: int = -1, gradient_out: Tensor | None = None,
     tile: tiles.Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """The gradient from saved statistics, bit for bit what the pass with the loss would have made.
@@ -104,15 +110,18 @@ def launch_gradient(
     Args:
         logits: as they were when the statistics were made.
         upstream: 0-d, or (N,) with any stride (0 too): the gradient of each row's loss times divisor.
-        stated: rows whose upstream equals this are left as ``gradient_out`` has them, and neither
-            read nor written. The comparison happens on the device. By default no row.
+        stated: rows whose upstream equals this, a number or (N,) fp32, are left as ``gradient_out`` has
+            them, and neither read nor written. The comparison happens on the device. By default no row.
+        state: the prediction that ``stated`` (N,) came from; learns what arrived.
         terms: those the statistics were made with.
         mask_id: the column that they may forbid; of a slice, relative to its first, and outside of it
             where another slice has [MASK].
 
     Otherwise reads the logits once and writes the gradient once.
     """
-    upstream = upstream.to(torch.float32)
+    if upstream.dtype != torch.float32:
+        upstream = upstream.to(torch.float32)
+    made_for, stated = (stated, float("nan")) if isinstance(stated, Tensor) else (None, float(stated))
     n, vocab_size = len(y), logits.shape[-1]
     tile = tile or tiles.choose_tile(logits)
     gradient = gradient_buffer(logits, gradient_out)
@@ -120,16 +129,23 @@ def launch_gradient(
         return gradient
     kernel = _small_gradient_kernel if tile.rows else _gradient_kernel
     with on_device(logits):
-        kernel[(min(triton.cdiv(n, tile.rows or 1), tiles.max_programs(tile)),)](
+        kernel[(min(-(-n // (tile.rows or 1)), tiles.max_programs(tile)),)](
             logits_ptr=logits, gradient_ptr=gradient, y_ptr=y.contiguous(),
             case_ptr=statistics.case, statistics_ptr=statistics.columns,
-            upstream_ptr=upstream, stated=float(stated), divisor=float(divisor),
+            upstream_ptr=upstream, made_for_ptr=made_for, state_ptr=state, stated=stated, divisor=float(divisor),
             forbidden=mask_id if terms.forbid_mask else None, n_rows=n, vocab_size=vocab_size,
             spacing=spacing_of_rows(logits), gradient_spacing=spacing_of_rows(gradient),
             upstream_stride=upstream.stride(0) if upstream.dim() else 0,
             terms=gradient_arguments(terms), **tiles.tile_arguments(logits, tile),
         )  # fmt: skip
     return gradient
+
+
+def have_one_phase(rows: Tensor, others: Tensor) -> bool:
+    """Whether rows of one dtype start at the same 16-byte phase, each as its counterpart."""
+    if rows.stride() == others.stride():
+        return (rows.data_ptr() - others.data_ptr()) % 16 == 0
+    return tiles.row_phase(rows) == tiles.row_phase(others)
 
 
 def gradient_buffer(logits: Tensor, gradient_out: Tensor | None) -> Tensor:
@@ -145,7 +161,7 @@ def gradient_buffer(logits: Tensor, gradient_out: Tensor | None) -> Tensor:
             f"gradient_out must have shape {tuple(logits.shape)}, dtype {logits.dtype} and last stride 1, "
             f"got {tuple(gradient_out.shape)}, {gradient_out.dtype}, strides {gradient_out.stride()}"
         )
-    if tiles.row_phase(gradient_out) != tiles.row_phase(logits):
+    if not have_one_phase(gradient_out, logits):
         raise ValueError(
             f"gradient_out must start its rows at the 16-byte phase {tiles.row_phase(logits)} of the logits, "
             f"got {tiles.row_phase(gradient_out)}"
@@ -160,6 +176,10 @@ def empty_gradient_like(logits: Tensor, phase: int | None = None) -> Tensor:
     where the two start alike. ``phase`` is of the first row, for logits that have no address.
     """
     if phase is None:
+        if logits.is_contiguous() and logits.data_ptr() % 16 == 0:
+            buffer = torch.empty_like(logits)
+            if buffer.stride() == logits.stride():  # of dimensions of size 1 it may not be
+                return buffer
         phase = tiles.row_phase(logits)[0]
     strides, size = [1], logits.shape[-1]
     for length, stride in zip(logits.shape[-2::-1], logits.stride()[-2::-1], strict=True):

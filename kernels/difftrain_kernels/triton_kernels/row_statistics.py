@@ -62,7 +62,7 @@ def columns(terms: Terms = PLAIN) -> tuple[str, ...]:
 
 def n_statistics(terms: Terms = PLAIN) -> int:
     """How many columns the statistics of these terms have."""
-    return len(columns(terms))
+    return N_STATISTICS if terms is PLAIN else len(columns(terms))
 
 
 class RowStatistics(NamedTuple):
@@ -79,7 +79,7 @@ class RowStatistics(NamedTuple):
 
     @property
     def row_loss(self) -> Tensor:
-        return self.columns[0]
+        return self.columns.select(0, 0)
 
     def column(self, name: str, terms: Terms = PLAIN) -> Tensor:
         """One column (N,) by its name in :func:`columns`, of the terms that the statistics were made with."""

@@ -48,6 +48,8 @@ def spacing_of(shape: Sequence[int], strides: Sequence[int]) -> Spacing | None:
 
 def spacing_of_rows(rows: Tensor) -> Spacing:
     """The spacing of (N, V) rows, or of (B, T, V)."""
+    if rows.is_contiguous():
+        return Spacing(rows.shape[-1])
     if rows.dim() == 2:
         return Spacing(rows.stride(0))
     spacing = spacing_of(rows.shape[:-1], rows.stride()[:-1])

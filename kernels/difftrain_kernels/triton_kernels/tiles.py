@@ -46,12 +46,15 @@ def choose_tile(logits: Tensor) -> Tile:
     The loss alone takes the tile of the loss with its gradient, though it reads once: lanes add in the
     same order then, and both leave the same bits.
     """
-    vocab_size = logits.shape[-1]
+    return _tile_of(logits.shape[-1], logits.dtype.itemsize, logits.device)
+
+
+@cache
+def _tile_of(vocab_size: int, itemsize: int, device: torch.device) -> Tile:
     if vocab_size <= SMALL_VOCAB:
         block_v = max(16, triton.next_power_of_2(vocab_size))
         return Tile(warps=max(4, block_v // 512), rows=max(1, SMALL_TILE // block_v), block_v=block_v)
-    itemsize = logits.dtype.itemsize
-    return streamed_tile(tiles_by_merit(vocab_size, itemsize, machine_of(logits.device))[0], itemsize)
+    return streamed_tile(tiles_by_merit(vocab_size, itemsize, machine_of(device))[0], itemsize)
 
 
 def streamed_tile(tile: StreamedTile, itemsize: int) -> Tile:

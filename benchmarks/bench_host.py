@@ -1,0 +1,126 @@
+"""What a call of the logits loss costs its host, forward and backward, with the launches left out. No GPU.
+Takes a few seconds of one CPU core. Prints a table, and writes it to the file that --json names.
+
+    python benchmarks/bench_host.py [--repeats N] [--json FILE]
+
+Every kernel is replaced by a function that does nothing; all else runs: checks, autograd, buffers. Each way of
+calling takes its turn with a function of autograd that does nothing, so the ratio to that holds on any machine.
+Times are CPU time of the calling thread in microseconds, the least of all repeats: what others do to the
+machine only adds. What Triton's own launcher takes is not in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from functools import partial
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels take CPU tensors
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
+from difftrain_kernels import fused_diffusion_loss
+from measuring.arguments import user_path
+
+SHAPE = (4, 64, 66)
+MASK_ID = 65
+CALLS = 20  # to a repeat
+WAYS = {
+    "plain": {},
+    "not predicted": {"upstream_prediction": False},
+    "upstream stated": {"upstream_scale": 1.0},
+    "with the case table": {"return_cases": True},
+}
+
+
+class _Nothing(torch.autograd.Function):
+    """What autograd itself takes for a loss of one tensor."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.save_for_backward(logits)
+        return logits.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+def count_launches(calls: dict) -> dict[str, list[str]]:
+    """The kernels that a steady call launches, forward and backward."""
+    found: list[str] = []
+
+    def launch(kernel, grid):
+        return lambda **arguments: found.append(kernel.fn.__name__.strip("_").removesuffix("_kernel"))
+
+    InterpretedFunction.__getitem__ = launch
+    counted = {}
+    for name, call in calls.items():
+        found.clear()
+        call()
+        counted[name] = list(found)
+    return counted
+
+
+def measure(repeats: int) -> list[dict]:
+    """An entry for each way of calling: microseconds forward and together, and the ratio to nothing."""
+    logits = torch.zeros(SHAPE, dtype=torch.bfloat16, device="cpu", requires_grad=True)
+    y = torch.zeros(SHAPE[:-1], dtype=torch.int64, device="cpu")
+    upstream = torch.ones((), dtype=torch.float32, device="cpu")
+    forwards = {"nothing": partial(_Nothing.apply, logits)}
+    for name, options in WAYS.items():
+        forwards[name] = partial(
+            fused_diffusion_loss, logits, y, y, MASK_ID, 0.25, 0.5, impl="triton", **options
+        )
+
+    def both(forward):
+        loss = forward()
+        torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, logits, upstream)
+
+    launches = count_launches({name: partial(both, f) for name, f in forwards.items()})
+    InterpretedFunction.__getitem__ = lambda kernel, grid: lambda **arguments: None
+    times = {name: {"forward": [], "together": []} for name in forwards}
+    for _ in range(repeats):
+        for name, forward in forwards.items():
+            for part, call in (("forward", forward), ("together", partial(both, forward))):
+                start = time.thread_time()
+                for _ in range(CALLS):
+                    call()
+                times[name][part].append((time.thread_time() - start) / CALLS * 1e6)
+    least = {name: {part: min(all_) for part, all_ in parts.items()} for name, parts in times.items()}
+    return [
+        {
+            "way": name,
+            "forward_us": round(parts["forward"], 1),
+            "together_us": round(parts["together"], 1),
+            "ratio": round(parts["together"] / least["nothing"]["together"], 2),
+            "launches": launches[name],
+        }
+        for name, parts in least.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--json", type=user_path, help="write the table as a list of objects")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = measure(options.repeats)
+    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {SHAPE} bf16")
+    for row in rows:
+        print(
+            f"{row['way']:20} {row['forward_us']:8.1f} us forward {row['together_us']:8.1f} us together "
+            f"{row['ratio']:6.2f} of nothing  {', '.join(row['launches'])}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

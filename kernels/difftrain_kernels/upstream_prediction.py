@@ -1,0 +1,105 @@
+"""Predicting the upstream gradient, so that ``(loss / k).backward()`` makes its gradient with the loss.
+
+The loss cannot know in forward what gradient will reach it; mostly it is what reached the last loss of
+its kind. What did is kept on the device (``triton_kernels/upstream.py``), where forward reads it and
+backward compares it: the host learns neither and waits for nothing. In bytes for N rows of V bf16 logits a
+call moves 6NV where nothing is expected (2 forward, 4 backward), 4NV on a hit (all of it forward) and 8NV on
+a miss (4 and 4), with the same bits.
+
+When something is expected: as soon as the last ``needed`` backwards of a kind received the same upstream
+gradient. At first ``needed`` is 1, a miss doubles it up to ``MOST_NEEDED``, and each ``HITS_TO_EASE`` hits
+halve it. After a miss the count starts again.
+
+The worst case. Let a sequence of C calls have H hits and M misses: it costs 6C - 2H + 2M. A miss either
+doubles ``needed``, which happens at most log2(MOST_NEEDED) = 8 times more often than it is halved, H / 4
+times; or it comes at ``needed`` = 256, where 255 calls that expect nothing went before it. So
+M <= 8 + H/4 + C/256, and the calls cost at most 6C + C/128 + 16 - 1.5H: 6.008 NV a call, plus 16 NV once.
+Two losses of different scale in turn miss once and then stay at 6.
+
+At most one gradient made in forward waits for its backward in each kind; a call that comes meanwhile makes
+its own in backward. So memory holds one buffer more than without prediction, and only where several losses
+of a kind are open at once. After ``MOST_UNUSED`` calls in a row without a backward, whose gradients were made
+for nothing (4 in place of 2), forward makes none until a backward comes.
+
+A kind is: thread, stream, device, dtype, reduction, vocabulary, and the number of rows up to a factor of 2.
+Nothing is predicted where hooks on saved tensors are at work (checkpointing, offloading), which want little
+kept between forward and backward.
+"""
+
+from __future__ import annotations
+
+import os
+from threading import get_ident
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+# Read once: DIFFTRAIN_UPSTREAM_PREDICTION=0 turns it off in the whole process.
+IS_ENABLED = os.environ.get("DIFFTRAIN_UPSTREAM_PREDICTION", "1") != "0"
+MOST_KINDS = 1024  # a further kind is not predicted: what a captured graph reads can never be freed
+MOST_UNUSED = 4
+
+
+class Expectation:
+    """What one kind of call expects.
+
+    Attributes:
+        state: (5,) fp32 on the device, NaN where nothing is known yet. Only kernels read and write it.
+    """
+
+    __slots__ = ("_unused", "_waiting", "state")
+
+    def __init__(self, state: Tensor) -> None:
+        self.state = state
+        self._unused = 0  # calls in a row whose gradient no backward has taken
+        self._waiting = None  # the gradient that waits for its backward
+
+    @property
+    def may_open(self) -> bool:
+        """Whether another call may make its gradient in forward."""
+        return self._unused < MOST_UNUSED and (self._waiting is None or self._waiting() is None)
+
+    def open(self, gradient: Tensor) -> None:
+        """A call has made a gradient, or has left room for it."""
+        self._unused += 1
+        self._waiting = ref(gradient)
+
+    def close(self, gradient: Tensor | None) -> None:
+        """A backward has come, and takes ``gradient`` if it has one."""
+        self._unused = 0
+        if gradient is not None and self._waiting is not None and self._waiting() is gradient:
+            self._waiting = None
+
+
+_expectations: dict[tuple, Expectation] = {}
+
+
+def find_expectation(logits: Tensor, n_rows: int, reduction: str) -> Expectation | None:
+    """What this call's kind expects; None where nothing may be predicted.
+
+    Under CUDA graph capture a kind is not begun, since each replay would begin it again; one that the
+    thread has met on another stream is taken, and compared and learnt from by every replay.
+    """
+    if not IS_ENABLED or n_rows == 0:
+        return None
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    device = logits.device
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    kind = (
+        stream, get_ident(), device, logits.dtype, reduction, logits.shape[-1], n_rows.bit_length()
+    )  # fmt: skip
+    found = _expectations.get(kind)
+    return _begin(kind) if found is None else found
+
+
+def _begin(kind: tuple) -> Expectation | None:
+    device = kind[2]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        met = list(_expectations.items())  # another thread may add to it meanwhile
+        return next((expectation for other, expectation in met if other[1:] == kind[1:]), None)
+    if len(_expectations) >= MOST_KINDS:
+        return None
+    state = torch.full((5,), torch.nan, dtype=torch.float32, device=device)
+    return _expectations.setdefault(kind, Expectation(state))
