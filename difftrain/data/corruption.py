@@ -92,13 +92,31 @@ def mask_alone(
 
     Source: LLaDA (arXiv:2502.09992), algorithm 1, with the smallest probability of its guidelines.
     """
-    words = random_words(seed, MASKING_STREAMS[split], samples, 1 + tokens.shape[1])
-    u = uniform(words)
+    is_masked, p = _masks(samples, tokens.shape[1], seed, split, p_mask)
+    return torch.where(is_masked, vocab_size - 1, tokens), tokens, p
+
+
+def count_masked(samples: Tensor, length: int, *, seed: int, split: str) -> int:
+    """How many tokens :func:`mask_alone` masks in all, told without their device.
+
+    Args:
+        samples: (B,) int64 index of each sequence in its split, on the CPU, which draws the same numbers.
+        length: T.
+    """
+    is_masked, _ = _masks(samples, length, seed, split, None)
+    return int(is_masked.sum())
+
+
+def _masks(
+    samples: Tensor, length: int, seed: int, split: str, p_mask: float | None
+) -> tuple[Tensor, Tensor]:
+    """Which tokens of each sequence become [MASK] (B, T), and with what probability (B, 1)."""
+    u = uniform(random_words(seed, MASKING_STREAMS[split], samples, 1 + length))
     if p_mask is None:
         p = LEAST_P_MASK + (1.0 - LEAST_P_MASK) * (1.0 - u[:, :1])
     else:
         p = torch.full_like(u[:, :1], p_mask)
-    return torch.where(u[:, 1:] < p, vocab_size - 1, tokens), tokens, p
+    return u[:, 1:] < p, p
 
 
 def mask_share(

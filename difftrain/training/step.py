@@ -12,10 +12,10 @@ from torch import Tensor
 
 from difftrain.checkpoints.reading import Checkpoint
 from difftrain.config import Config
-from difftrain.data import Corpus, corrupt_by_recipe, sample_indices
+from difftrain.data import Corpus, corrupt_by_recipe, count_masked, sample_indices
 from difftrain.errors import UserError
 from difftrain.evaluate import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
-from difftrain.loss import choose_loss, loss_terms, model_loss, token_weights
+from difftrain.loss import choose_loss, loss_terms, model_loss, token_weights, wants_count
 from difftrain.model import Transformer, make_optimizer, restore_optimizer
 from difftrain.parallel import gradient_sync, replicate, reshard, shard, whole
 from difftrain.reporting.records import console_line, loss_metrics
@@ -59,6 +59,7 @@ class Run:
         self.loss = torch.compile(model_loss) if is_one_graph else model_loss
         self.loss_impl = choose_loss(config, corpus.vocabulary.vocab_size, runtime)
         self.terms = loss_terms(config)
+        self.tells_count = wants_count(config, self.loss_impl, runtime)
         self.micro_steps, _ = config.micro_batches(runtime.world_size)
 
         self.validation_set = make_validation_set(corpus, config)
@@ -149,11 +150,15 @@ class Run:
         for micro_step in range(self.micro_steps):
             samples = sample_indices(self.step, micro_step, runtime.rank, runtime.world_size, config)
             x, y, weights = _make_batch(self.corpus, samples, config, runtime)
+            count = {}
+            if self.tells_count:
+                keys = {"seed": config.seed, "split": "train"}
+                count["counted"] = count_masked(samples, config.block_size, **keys)
             with gradient_sync(self.network, micro_step == self.micro_steps - 1):
                 loss = self.loss(
                     self.network, x, y, self.mask_id, pk, pm,
                     runtime=runtime, impl=self.loss_impl, return_cases=wants_tables, upstream_scale=upstream_scale,
-                    token_weights=weights, **self.terms,
+                    token_weights=weights, **count, **self.terms,
                 )  # fmt: skip
                 if wants_tables:
                     loss, table = loss

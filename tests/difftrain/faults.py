@@ -151,6 +151,7 @@ MUTANTS = [
     (STEP, "the data is not recorded", '            "data": self.corpus.record,\n', ""),
     (RUN_FOLDER, "changed data needs no permission", "if not is_change_allowed:", "if is_change_allowed is None:"),
     (SAMPLING, "held-out text from changed data", "if changed and not request.allow_changed_data:", "if changed is None:"),
+    (CORRUPTION, "one less is told than masked", "return int(is_masked.sum())", "return int(is_masked.sum()) - 1"),
     (CORRUPTION, "one more masked", "is_masked = rank < n_mask[:, None]", "is_masked = rank <= n_mask[:, None]"),
     (CORRUPTION, "a word replaced by itself", "other = other + (other >= tokens).long()", "other = other + 0"),
     (CORRUPTION, "a wrong word's target is the word", "y = torch.where(is_replaced, mask_id, tokens)", "y = tokens"),
