@@ -158,7 +158,7 @@ class Run:
                 loss = self.loss(
                     self.network, x, y, self.mask_id, pk, pm,
                     runtime=runtime, impl=self.loss_impl, return_cases=wants_tables, upstream_scale=upstream_scale,
-                    token_weights=weights, **count, **self.terms,
+                    **count, token_weights=weights, **self.terms,
                 )  # fmt: skip
                 if wants_tables:
                     loss, table = loss

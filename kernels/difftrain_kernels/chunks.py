@@ -209,11 +209,11 @@ class ChunkedLoss:
         """The reference's gradients, without rows whose losses weigh nothing; the host looks for these."""
         upstream, terms = rows.upstream_of(chunk, part), rows.terms.of_rows(chunk)
         scores = scores_of(part, terms)
-        has_gradient = scores.factor * upstream != 0
+        has_gradient = scores.factor != 0
         if terms.z_loss:
-            has_gradient |= scores.others["z_factor"] * upstream != 0
+            has_gradient |= scores.others["z_factor"] != 0
         y, live = rows.y[chunk], None
-        if int(has_gradient.sum()) < len(y):
+        if not has_gradient.all():
             live = has_gradient.nonzero().squeeze(1)
             y, logits, states, part = y[live], logits[live], states[live], (part[0][live], part[1][:, live])
             upstream = upstream[live] if upstream.dim() else upstream
@@ -252,11 +252,14 @@ class ChunkedLoss:
         Args:
             is_there: whether it is added to a gradient of that dtype.
         """
-        rest = MEMORY_PER_WORKSPACE * self.workspace_bytes - self.bytes_beside_sums(vocab_size, width)
+        sums = sum_dtype(self.dtype)
+        rest = 0
+        if dtype != sums:  # else the sums are the gradient
+            rest = MEMORY_PER_WORKSPACE * self.workspace_bytes - self.bytes_beside_sums(vocab_size, width)
         # An fp16 sum that is rounded before the upstream gradient divides it could overflow.
         splits = self.uses_triton and (is_there or dtype == torch.bfloat16)
         return plan_sums(
-            vocab_size, width, dtype, sum_dtype(self.dtype), max(self.workspace_bytes, rest),
+            vocab_size, width, dtype, sums, max(self.workspace_bytes, rest),
             splits=splits, is_there=is_there,
         )  # fmt: skip
 

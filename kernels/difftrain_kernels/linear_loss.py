@@ -272,10 +272,11 @@ def _scaled(
         return None
     if made.dtype != dtype:
         return torch.mul(made, upstream / chunked.made_for, out=torch.empty_like(made, dtype=dtype))
-    if not chunked.uses_triton:
-        return made.mul_(upstream / chunked.made_for)
-    from . import triton_kernels
+    if chunked.uses_triton:
+        from . import triton_kernels
 
-    # Compared on the device: where the upstream gradient is the expected one, nothing is read or written.
-    triton_kernels.launch_rescale(made.view(-1, made.shape[-1]), upstream, stated=chunked.made_for)
+        # Compared on the device: where the upstream gradient is the expected one, nothing is read or written.
+        triton_kernels.launch_rescale(made.view(-1, made.shape[-1]), upstream, stated=chunked.made_for)
+    elif upstream.device.type != "cpu" or upstream != chunked.made_for:
+        made.mul_(upstream / chunked.made_for)
     return made

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-COMMANDS = {"bench_loss", "bench_train", "bench_codegen", "gpu_session", "report"}
+COMMANDS = {"bench_loss", "bench_cpu_linear", "bench_train", "bench_codegen", "gpu_session", "report"}
 # Each room, and the rooms whose modules it may import.
 ROOMS = {
     "measuring": set(),
