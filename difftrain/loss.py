@@ -44,6 +44,18 @@ def token_weights(x: Tensor, p_mask: Tensor | None, mask_id: int, config: Config
     return recipe(is_masked, p_mask)["token_weights"] * weight_of_level(level, config.mask_level)
 
 
+def wants_count(config: Config, impl: str, runtime: Runtime) -> bool:
+    """Whether the loss is to be told how many positions are masked: on a GPU the linear one leaves out the rest.
+
+    Args:
+        impl: what :func:`choose_loss` chose.
+    """
+    is_masked_alone = config.mode == "diffusion" and config.recipe != "specification"
+    if config.mask_level == "cosine":  # whose last bit may be another one on the host
+        return False
+    return is_masked_alone and impl == "linear" and runtime.device.type == "cuda"
+
+
 def loss_terms(config: Config) -> dict[str, Any]:
     """What the configuration adds to the loss beside weights, as its options; without those that are off."""
     terms: dict[str, Any] = {

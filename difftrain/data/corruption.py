@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,11 +35,7 @@ def corrupt_by_recipe(
         counts: of each word in the training text, where ``replacement`` is "unigram".
     """
     keys = {"seed": config.seed, "split": split, "vocab_size": vocab_size}
-    keys |= {
-        "mask_level": config.mask_level,
-        "n_strata": config.global_batch_size,
-        "span_length": config.span_length,
-    }
+    keys |= _mask_options(config)
     if config.recipe != "specification":
         return mask_alone(tokens, samples, p_mask=level, **keys)
     x, y = corrupt(
@@ -135,17 +133,52 @@ def mask_alone(
 
     Source: LLaDA (arXiv:2502.09992), algorithm 1, with the smallest probability of its guidelines.
     """
+    options = {"p_mask": p_mask, "mask_level": mask_level, "n_strata": n_strata, "span_length": span_length}
+    is_masked, p = _masks(samples, tokens.shape[1], seed=seed, split=split, **options)
+    return torch.where(is_masked, vocab_size - 1, tokens), tokens, p
+
+
+def count_masked(samples: Tensor, config: Config, *, split: str) -> int:
+    """How many tokens :func:`corrupt_by_recipe` masks in all where it masks alone, told without their device.
+
+    Args:
+        samples: (B,) int64 index of each sequence in its split, on the CPU, which draws the same numbers.
+    """
+    is_masked, _ = _masks(samples, config.block_size, seed=config.seed, split=split, **_mask_options(config))
+    return int(is_masked.sum())
+
+
+def _mask_options(config: Config) -> dict[str, Any]:
+    return {
+        "mask_level": config.mask_level,
+        "n_strata": config.global_batch_size,
+        "span_length": config.span_length,
+    }
+
+
+def _masks(
+    samples: Tensor,
+    length: int,
+    *,
+    seed: int,
+    split: str,
+    mask_level: str,
+    n_strata: int,
+    span_length: int,
+    p_mask: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which tokens of each sequence become [MASK] (B, T), and with what probability (B, 1)."""
     stream = MASKING_STREAMS[split]
-    words = random_words(seed, stream, samples, 2 + tokens.shape[1])
+    words = random_words(seed, stream, samples, 2 + length)
     if p_mask is None:
         level = draw_levels(words[:, 0], samples, mask_level, seed=seed, stream=stream, n_strata=n_strata)
         if mask_level != "cosine":
             level = 1.0 - level  # in (0, 1]
         p = LEAST_P_MASK + (1.0 - LEAST_P_MASK) * level[:, None]
     else:
-        p = torch.full((len(samples), 1), p_mask, dtype=torch.float32, device=tokens.device)
+        p = torch.full((len(samples), 1), p_mask, dtype=torch.float32, device=samples.device)
     u = uniform(_shared_in_spans(words[:, 1:-1], words[:, -1], span_length))
-    return torch.where(u < p, vocab_size - 1, tokens), tokens, p
+    return u < p, p
 
 
 def mask_share(

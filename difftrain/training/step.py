@@ -12,10 +12,10 @@ from torch import Tensor
 
 from difftrain.checkpoints.reading import Checkpoint
 from difftrain.config import Config
-from difftrain.data import Corpus, corrupt_by_recipe, sample_indices
+from difftrain.data import Corpus, corrupt_by_recipe, count_masked, sample_indices
 from difftrain.errors import UserError
 from difftrain.evaluation import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
-from difftrain.loss import choose_loss, loss_terms, model_loss, token_weights
+from difftrain.loss import choose_loss, loss_terms, model_loss, token_weights, wants_count
 from difftrain.model import Transformer, make_optimizer, restore_optimizer
 from difftrain.parallel import gradient_sync, replicate, reshard, shard, whole
 from difftrain.reporting.lines import console_line
@@ -60,6 +60,7 @@ class Run:
         self.loss = torch.compile(model_loss) if is_one_graph else model_loss
         self.loss_impl = choose_loss(config, corpus.vocabulary.vocab_size, runtime)
         self.terms = loss_terms(config)
+        self.tells_count = wants_count(config, self.loss_impl, runtime)
         self.micro_steps, _ = config.micro_batches(runtime.world_size)
 
         self.validation_set = make_validation_set(corpus, config)
@@ -150,11 +151,14 @@ class Run:
         for micro_step in range(self.micro_steps):
             samples = sample_indices(self.step, micro_step, runtime.rank, runtime.world_size, config)
             x, y, weights = _make_batch(self.corpus, samples, config, runtime)
+            count = {}
+            if self.tells_count:
+                count["counted"] = count_masked(samples, config, split="train")
             with gradient_sync(self.network, micro_step == self.micro_steps - 1):
                 loss = self.loss(
                     self.network, x, y, self.mask_id, pk, pm,
                     runtime=runtime, impl=self.loss_impl, return_cases=wants_tables, upstream_scale=upstream_scale,
-                    token_weights=weights, **self.terms,
+                    **count, token_weights=weights, **self.terms,
                 )  # fmt: skip
                 if wants_tables:
                     loss, table = loss

@@ -3,17 +3,11 @@
 One buffer of chunk x V holds the logits of a chunk and then, in place where the kernel runs, their
 gradient, from which the chunk's share of every gradient is made before the next chunk comes.
 
-Positions without a gradient (ignored, or of weight 0). On the CPU their rows are left out of the
-backward products. Measured on one core, 1024 positions, D = 2048, V = 8192, fp32: beyond the loss
-alone, the gradients take 1.00 s with all rows, 0.73 s with half of them ignored, 0.33 s with nine
-tenths; loss and gradients take 1.76 s, and 0.78 s where every weight is 0.
-
-On a GPU the rows are multiplied, as zeros. To leave them out, the host must know how many there
-are, and reading that number stops it until the GPU has caught up: once per step for ignored rows,
-once per chunk for weights, which depend on the logits. A partition on the device gathers the zeros
-but does not help, since the host sets the size of a matrix product; torch's grouped product reads
-sizes on the device, but cannot add to an fp32 sum. (Not measured on a GPU.) Who knows on the host
-which positions count can pass those alone, with reduction "sum", and divide by N.
+Positions that do not count take part in nothing where the host knows how many they are (``positions.py``).
+On the CPU neither do those that count but have no gradient, since the model's answer gave them weight 0: their
+rows are left out of the backward products. Measured on one core, 1024 positions, D = 2048, V = 8192, fp32: beyond
+the loss alone, the gradients take 1.00 s with all rows, and loss and gradients 1.76 s; 0.78 s where every
+weight is 0. On a GPU those are multiplied, as zeros: which they are is known only after the loss of each chunk.
 """
 
 from __future__ import annotations
@@ -24,14 +18,19 @@ import torch
 from torch import Tensor
 
 from .implementation import row_gradients, score_rows
+from .positions import TILE_ROWS, Positions, TakenRows, check_enough, choose_positions
+from .stepwise_reference import scores_of
 from .terms import PLAIN, Terms
+from .weight_sums import ROUNDING_BYTES, SumPlan, WeightSum, add_product, plan_sums
 
 # 256 MiB hold 2560 bf16 rows at V = 50304 and 1024 at V = 128256. A chunk reads and writes the fp32
 # sum of the weight's gradient, 8 bytes per element against 2 * rows FLOP: on an H100 (about 7e14
 # FLOP/s and 3e12 bytes/s) the product hides that traffic from about 900 rows on.
 DEFAULT_WORKSPACE_MIB = 256
 MAX_CHUNK_TOKENS = 4096
-TILE_ROWS = 128  # chunks are a multiple of it: a matrix product works on tiles of so many rows
+MEMORY_PER_WORKSPACE = 4  # what a call may hold beside inputs and gradients, all together
+LIBRARY_BYTES = 32 * 2**20  # the workspace that torch gives cuBLAS on sm_90
+BYTES_PER_POSITION = 128  # labels and statistics of a row, gathered and spread, at most
 
 
 def row_bytes(vocab_size: int, dtype: torch.dtype, uses_triton: bool, terms: Terms = PLAIN) -> int:
@@ -42,7 +41,7 @@ def row_bytes(vocab_size: int, dtype: torch.dtype, uses_triton: bool, terms: Ter
     """
     if uses_triton:
         return -(-vocab_size * dtype.itemsize // 16) * 16
-    wide = torch.promote_types(dtype, torch.float32).itemsize
+    wide = sum_dtype(dtype).itemsize
     return vocab_size * (dtype.itemsize + (3 if terms == PLAIN else 5) * wide)
 
 
@@ -68,9 +67,14 @@ def upstream_of_gradients(
 
 
 def gradient_dtype(dtype: torch.dtype, device: torch.device, uses_triton: bool) -> torch.dtype:
-    """In what the gradient of the hidden states is made; the other two are made in fp32 (fp64)."""
+    """In what the gradient of the hidden states is made."""
     # CPUs multiply narrow floats slowly, where they can at all; there the rows are made wide too.
-    return dtype if device.type == "cuda" or uses_triton else torch.promote_types(dtype, torch.float32)
+    return dtype if device.type == "cuda" or uses_triton else sum_dtype(dtype)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what the gradients of weight and bias are summed."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -84,28 +88,29 @@ class ChunkedLoss:
     reduction: str
     made_for: float  # the upstream gradient for which the gradients are made
     divisor: int
-    chunk_tokens: int
     dtype: torch.dtype
     uses_triton: bool
+    chunk_tokens: int | None
+    workspace_bytes: int
+    counted: int | None  # at least as many as positions count
 
     @classmethod
     def plan(
-        cls, vocab_size: int, terms: Terms, y: Tensor, mask_id: int, ignore_index: int, reduction: str,
-        dtype: torch.dtype, uses_triton: bool, chunk_tokens: int | None, workspace_bytes: int,
+        cls, terms: Terms, y: Tensor, mask_id: int, ignore_index: int, reduction: str, dtype: torch.dtype,
+        uses_triton: bool, chunk_tokens: int | None, workspace_bytes: int, counted: int | None,
         upstream_scale: float | None = None,
     ) -> ChunkedLoss:  # fmt: skip
         """How to compute one call's loss; y is (N,)."""
-        n = len(y)
-        if chunk_tokens is None:
-            bytes_per_row = row_bytes(vocab_size, dtype, uses_triton, terms)
-            chunk_tokens = choose_chunk_tokens(n, bytes_per_row, workspace_bytes / 2**20)
-        made_for = upstream_of_gradients(n, reduction, dtype, upstream_scale)
-        divisor = max(1, n) if reduction == "mean" else 1
+        made_for = upstream_of_gradients(len(y), reduction, dtype, upstream_scale)
+        divisor = max(1, len(y)) if reduction == "mean" else 1
         return cls(
-            y, mask_id, ignore_index, terms, reduction, made_for, divisor, chunk_tokens, dtype, uses_triton
-        )
+            y, mask_id, ignore_index, terms, reduction, made_for, divisor, dtype, uses_triton, chunk_tokens,
+            workspace_bytes, counted,
+        )  # fmt: skip
 
-    def run(self, hidden, weight, bias, needs=(False,) * 3, *, weighting=None, saved=None, upstream=None):
+    def run(
+        self, hidden, weight, bias, needs=(False,) * 3, *, weighting=None, saved=None, upstream=None, into=None,
+    ):  # fmt: skip
         """One pass over the chunks: (statistics of all rows, gradients of hidden, weight and bias).
 
         Args:
@@ -113,35 +118,64 @@ class ChunkedLoss:
             weighting: what the weights follow from: x (N,), pk and pm.
             saved: instead of it, the statistics of an earlier pass.
             upstream: (N,) or 0-d factor of each row's gradient; 1 by default.
+            into: a gradient (V, D) that the weight's is added to, and that is given back.
         """
-        n, vocab_size = len(self.y), len(weight)
-        parts = []
         with torch.no_grad():
-            gradients = _Gradients(hidden, weight, needs, self) if any(needs) else None
-            weight = weight.to(self.dtype)
-            bias = None if bias is None else bias.to(self.dtype)
-            buffer = self._buffer(min(n, self.chunk_tokens), vocab_size, hidden.device)
-            for start in range(0, max(n, 1), self.chunk_tokens):
-                rows = slice(start, start + self.chunk_tokens)
-                terms = self.terms.of_rows(rows)
-                is_left_out = self.y[rows] == self.ignore_index
-                if terms.token_weights is not None:
-                    wide = torch.promote_types(self.dtype, torch.float32)
-                    is_left_out |= terms.token_weights.to(wide) == 0
-                # A NaN in a position that does not count would pass through 0 * NaN into the weight's gradient.
-                states = rows_of(hidden, rows).to(self.dtype).masked_fill(is_left_out[:, None], 0.0)
-                logits = buffer[: len(states)]
-                if bias is None:
-                    torch.mm(states, weight.t(), out=logits)
-                else:
-                    torch.addmm(bias, states, weight.t(), out=logits)
-                part, gradient = self._score(
-                    logits, rows, terms, bool(gradients), weighting, saved, upstream
-                )
-                parts.append(part)
-                if gradients:
-                    gradients.add(rows, gradient, states, weight)
-        return self._join(parts), gradients.parts() if gradients else (None,) * 3
+            may_look = hidden.device.type == "cpu" and not self.uses_triton
+            positions = choose_positions(self._is_left_out(), self.counted, may_look=may_look)
+            rows = TakenRows.of(positions, hidden, self.y, self.terms, weighting, saved, upstream)
+            gradients = _Gradients(hidden, weight, needs, self, positions, into) if any(needs) else None
+            head = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
+            statistics = self._first_round(rows, *head, gradients, may_look)
+            for words in gradients.further_rounds() if gradients else ():
+                self._further_round(rows, *head, statistics, gradients.weight, words)
+        return positions.spread(*statistics), gradients.parts() if gradients else (None,) * 3
+
+    def _is_left_out(self) -> Tensor:
+        """Which positions do not count, (N,) bool."""
+        is_left_out = self.y == self.ignore_index
+        if self.terms.token_weights is not None:
+            is_left_out |= self.terms.token_weights.reshape(-1).to(sum_dtype(self.dtype)) == 0
+        return is_left_out
+
+    def check_counted(self) -> None:
+        """Raise ValueError where more positions count than was stated; waits for a GPU."""
+        if self.counted is not None:
+            check_enough(self.counted, int((~self._is_left_out()).sum()))
+
+    def _first_round(self, rows, weight, bias, gradients, may_look) -> tuple[Tensor, Tensor]:
+        """The statistics of the rows, and all gradients but those of words left to further rounds."""
+        size = self.chunk_tokens or self.chunk_size(len(rows), len(weight))
+        buffer = self._buffer(min(len(rows), size), len(weight), weight.device)
+        parts = []
+        for chunk in _chunks(len(rows), size):
+            states = rows.states(chunk, self.dtype)
+            logits = _product(states, weight, bias, buffer)
+            part, gradient = self._score(logits, rows, chunk, bool(gradients) and not may_look)
+            parts.append(part)
+            if gradients and not may_look:
+                gradients.add(chunk, gradient, states, weight)
+            elif gradients:
+                self._add_live(gradients, part, logits, states, rows, chunk, weight)
+        if gradients:
+            gradients.end_round()
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def _further_round(self, rows, weight, bias, statistics, weight_sum, words) -> None:
+        """The weight's gradient for some words: their logits again, and of these the gradient."""
+        weight, bias = weight[words], None if bias is None else bias[words]
+        size = self.chunk_tokens or self.chunk_size(len(rows), len(weight))
+        buffer = self._buffer(min(len(rows), size), len(weight), weight.device)
+        for chunk in _chunks(len(rows), size):
+            states = rows.states(chunk, self.dtype)
+            logits = _product(states, weight, bias, buffer)
+            part = statistics[0][chunk], statistics[1][:, chunk].contiguous()
+            gradient = row_gradients(
+                self.uses_triton, logits, rows.y[chunk] - words.start, part, rows.upstream_of(chunk, part),
+                divisor=1.0, mask_id=self.mask_id - words.start, terms=self.terms, overwrite=True,
+            )  # fmt: skip
+            weight_sum.add(gradient, states, self.scale)
+        weight_sum.end()
 
     def _buffer(self, rows: int, vocab_size: int, device) -> Tensor:
         """Uninitialised (rows, V); for the kernel every row begins at a 16-byte boundary."""
@@ -149,14 +183,14 @@ class ChunkedLoss:
         width = -(-vocab_size // per_16_bytes) * per_16_bytes
         return torch.empty(rows, width, dtype=self.dtype, device=device)[:, :vocab_size]
 
-    def _score(self, logits, rows, terms, wants_gradient, weighting, saved, upstream):
+    def _score(self, logits, rows, chunk, wants_gradient):
         """A chunk's statistics and the gradient of its losses, where the kernel runs over the logits."""
-        y = self.y[rows]
-        if saved is not None:
-            part = saved[0][rows], saved[1][:, rows].contiguous()
+        y, terms = rows.y[chunk], rows.terms.of_rows(chunk)
+        if rows.saved is not None:
+            part = rows.saved[0][chunk], rows.saved[1][:, chunk].contiguous()
         else:
-            x, pk, pm = weighting
-            arguments = (logits, y, x[rows], self.mask_id, pk, pm, self.ignore_index)
+            x, pk, pm = rows.weighting
+            arguments = (logits, y, x[chunk], self.mask_id, pk, pm, self.ignore_index)
             if self.uses_triton and wants_gradient:
                 from . import triton_kernels
 
@@ -166,72 +200,147 @@ class ChunkedLoss:
             part = score_rows(self.uses_triton, *arguments, terms=terms)
         if not wants_gradient:
             return part, None
-        upstream = part[1].new_ones(()) if upstream is None else upstream[rows]
-        gradient = row_gradients(
-            self.uses_triton, logits, y, part, upstream,
+        return part, row_gradients(
+            self.uses_triton, logits, y, part, rows.upstream_of(chunk, part),
             divisor=1.0, mask_id=self.mask_id, terms=terms, overwrite=True,
         )  # fmt: skip
-        return part, gradient
 
-    def _join(self, parts: list[tuple]) -> tuple[Tensor, Tensor]:
-        """Statistics of all rows from those of the chunks."""
-        case, columns = zip(*parts, strict=True)
-        return torch.cat(case), torch.cat(columns, dim=1)
+    def _add_live(self, gradients, part, logits, states, rows, chunk, weight) -> None:
+        """The reference's gradients, without rows whose losses weigh nothing; the host looks for these."""
+        upstream, terms = rows.upstream_of(chunk, part), rows.terms.of_rows(chunk)
+        scores = scores_of(part, terms)
+        has_gradient = scores.factor != 0
+        if terms.z_loss:
+            has_gradient |= scores.others["z_factor"] != 0
+        y, live = rows.y[chunk], None
+        if not has_gradient.all():
+            live = has_gradient.nonzero().squeeze(1)
+            y, logits, states, part = y[live], logits[live], states[live], (part[0][live], part[1][:, live])
+            upstream = upstream[live] if upstream.dim() else upstream
+            terms = terms.of_rows(live)
+        options = {"divisor": 1.0, "mask_id": self.mask_id, "terms": terms}
+        gradient = row_gradients(False, logits, y, part, upstream, **options)
+        gradients.add(chunk, gradient, states, weight, live)
 
+    # Memory -----------------------------------------------------------------------------------------
 
-def rows_of(hidden: Tensor, rows: slice) -> Tensor:
-    """Some rows of (..., D), counted over all leading dimensions; of a view that is no (N, D) only they are copied."""
-    if hidden.dim() == 2:
-        return hidden[rows]
-    length = hidden.shape[-2] if hidden.dim() > 1 else 1
-    hidden = hidden.reshape(-1, length, hidden.shape[-1])
-    place = torch.arange(*rows.indices(hidden.shape[0] * length), dtype=torch.int64, device=hidden.device)
-    return hidden[place // max(1, length), place % max(1, length)]
+    @property
+    def scale(self) -> float:
+        """Of the gradients, beside those of row losses."""
+        return self.made_for / self.divisor
+
+    def chunk_size(self, n_tokens: int, vocab_size: int) -> int:
+        """Positions per chunk, of so many, where a chunk holds the logits of so many words."""
+        bytes_per_row = row_bytes(vocab_size, self.dtype, self.uses_triton, self.terms)
+        return choose_chunk_tokens(n_tokens, bytes_per_row, self.workspace_bytes / 2**20)
+
+    def bytes_beside_sums(self, vocab_size: int, width: int) -> int:
+        """Memory of a pass beside inputs, gradients and the sums of the weight's; without a cast weight."""
+        chunk = self.chunk_tokens or self.chunk_size(len(self.y), vocab_size)
+        # The logits; states as they are gathered, and as they are multiplied; the product that is put in place.
+        chunk_bytes = chunk * (
+            row_bytes(vocab_size, self.dtype, self.uses_triton, self.terms)
+            + 3 * width * self.dtype.itemsize
+        )
+        return chunk_bytes + len(self.y) * BYTES_PER_POSITION + ROUNDING_BYTES + LIBRARY_BYTES
+
+    def plan_sums(
+        self, vocab_size: int, width: int, dtype: torch.dtype, *, is_there: bool = False
+    ) -> SumPlan:
+        """How a pass sums the gradient of a weight (V, D) of this dtype; see ``weight_sums.py``.
+
+        Args:
+            is_there: whether it is added to a gradient of that dtype.
+        """
+        sums = sum_dtype(self.dtype)
+        rest = 0
+        if dtype != sums:  # else the sums are the gradient
+            rest = MEMORY_PER_WORKSPACE * self.workspace_bytes - self.bytes_beside_sums(vocab_size, width)
+        # An fp16 sum that is rounded before the upstream gradient divides it could overflow.
+        splits = self.uses_triton and (is_there or dtype == torch.bfloat16)
+        return plan_sums(
+            vocab_size, width, dtype, sums, max(self.workspace_bytes, rest),
+            splits=splits, is_there=is_there,
+        )  # fmt: skip
+
+    def peak_bytes(self, vocab_size: int, width: int, dtype: torch.dtype) -> int:
+        """Memory in use at most, beside what is passed in and the gradients; without a cast weight."""
+        words = self.plan_sums(vocab_size, width, dtype).beside
+        return self.bytes_beside_sums(vocab_size, width) + words * width * sum_dtype(self.dtype).itemsize
 
 
 class _Gradients:
     """The gradients of hidden, weight and bias for ``chunked.made_for``, filled chunk by chunk."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple, chunked: ChunkedLoss):
-        wide = torch.promote_types(chunked.dtype, torch.float32)
-        narrow = gradient_dtype(chunked.dtype, hidden.device, chunked.uses_triton)
-        self.hidden = hidden.new_empty(len(chunked.y), hidden.shape[-1], dtype=narrow) if needs[0] else None
-        self.weight = weight.new_empty(weight.shape, dtype=wide) if needs[1] else None
-        self.bias = weight.new_zeros(len(weight), dtype=wide) if needs[2] else None
-        self.scale = chunked.made_for / chunked.divisor
-        self.compacts = hidden.device.type == "cpu" and not chunked.uses_triton
-        self.is_first = True
+    def __init__(self, hidden, weight, needs, chunked: ChunkedLoss, positions: Positions, into):
+        wide = sum_dtype(chunked.dtype)
+        self.positions, self.scale = positions, chunked.scale
+        self.hidden = self.weight = self.bias = None
+        if needs[0]:
+            narrow = gradient_dtype(chunked.dtype, hidden.device, chunked.uses_triton)
+            self.hidden = positions.empty_gradient(hidden.shape[-1], narrow, hidden.device)
+        if needs[1]:
+            plan = chunked.plan_sums(
+                *weight.shape, weight.dtype if into is None else into.dtype, is_there=into is not None
+            )
+            self.weight = WeightSum(weight, plan, wide, into)
+        if needs[2]:
+            self.bias = weight.new_zeros(len(weight), dtype=wide)
+            if positions.missing is not None:
+                self.bias += positions.poison()
 
-    def add(self, rows: slice, gradient: Tensor, states: Tensor, weight: Tensor) -> None:
-        """One chunk: its rows of the gradient of hidden, and its share of the other two."""
-        live = None
-        if self.compacts:
-            live = gradient.ne(0).any(1).nonzero().squeeze(1)
-            if len(live) < len(gradient):
-                gradient, states = gradient[live], states[live]
+    def add(self, chunk: slice, gradient: Tensor, states: Tensor, weight: Tensor, live=None) -> None:
+        """One chunk: its rows of the gradient of hidden, and its share of the other two.
+
+        Args:
+            live: which of the chunk's rows these are, (rows,) int64; None: all. The others have no gradient.
+        """
+        if self.hidden is not None:
+            index = self.positions.index
+            index = live if index is None else index[chunk] if live is None else index[chunk][live]
+            if index is None:
+                add_product(self.hidden[chunk], gradient, weight, self.scale, 0)
             else:
-                live = None
-        if self.hidden is not None and live is None:
-            _add_product(self.hidden[rows], gradient, weight, self.scale, 0)
-        elif self.hidden is not None:
-            product = self.hidden.new_empty(len(live), self.hidden.shape[1])
-            _add_product(product, gradient, weight, self.scale, 0)
-            self.hidden[rows].zero_().index_copy_(0, live, product)
+                out = self.hidden
+                if self.positions.index is None:
+                    out = self.hidden[chunk].zero_()
+                product = out.new_empty(len(gradient), out.shape[1])
+                add_product(product, gradient, weight, self.scale, 0)
+                out.index_copy_(0, index, product)
         if self.weight is not None:
-            _add_product(self.weight, gradient.t(), states, self.scale, 0 if self.is_first else 1)
+            self.weight.add(gradient, states, self.scale)
         if self.bias is not None:
             self.bias.add_(gradient.sum(0, dtype=self.bias.dtype), alpha=self.scale)
-        self.is_first = False
+
+    def end_round(self) -> None:
+        if self.weight is not None:
+            self.weight.end()
+
+    def further_rounds(self):
+        """The words of each round after the first, which has begun when it is given."""
+        for words in self.weight.plan.rounds[1:] if self.weight is not None else ():
+            self.weight.begin(words)
+            yield words
 
     def parts(self) -> tuple:
-        return self.hidden, self.weight, self.bias
+        return self.hidden, None if self.weight is None else self.weight.gradient, self.bias
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: int) -> None:
-    """out = beta * out + alpha * a @ b, rounded to out's dtype only; with beta 0 out may hold anything."""
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    elif out.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
-    else:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
+def _chunks(n: int, size: int):
+    """The slices of so many rows; one, empty, of none: sums begin there."""
+    for start in range(0, max(n, 1), size):
+        yield slice(start, start + size)
+
+
+def _product(states: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """The logits of a chunk, in the buffer."""
+    logits = buffer[: len(states)]
+    if bias is None:
+        return torch.mm(states, weight.t(), out=logits)
+    return torch.addmm(bias, states, weight.t(), out=logits)
+
+
+def _joined(parts: list[tuple]) -> tuple[Tensor, Tensor]:
+    """Statistics of all rows from those of the chunks."""
+    case, columns = zip(*parts, strict=True)
+    return torch.cat(case), torch.cat(columns, dim=1)

@@ -1,14 +1,17 @@
 """fused_linear_diffusion_loss: the masked-diffusion loss from hidden states; logits are never stored whole.
 
-Tokens are taken in chunks (``chunks.py``, which also says what becomes of positions that do not
-count). Matrix products of N*D*V multiplications each, and what is kept until backward:
+Tokens are taken in chunks (``chunks.py``). Matrix products of K*D*V multiplications each, where K of N positions
+take part (``positions.py``), and what is kept until backward:
 
 | call | forward | backward | kept |
 |---|---|---|---|
 | no gradient wanted | 1 | - | - |
 | "mean" or "sum" | 1, and 1 for each of hidden and weight that is trained | 0 | the gradients |
 | "mean" or "sum", backward again (``retain_graph``) | - | the same once more | - |
-| "none" | 1 | 1 for the logits again, and 1 for each that is trained | row statistics |
+| "none", or added to a ``.grad`` that is there | 1 | 1 for the logits again, and 1 for each that is trained | row statistics |
+
+A bf16 weight's gradient whose fp32 sums would take too much memory costs up to 1 more (``weight_sums.py``): 0.15 at
+D = 4096, V = 128256.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from .calls import Result, prepare_call
 from .chunks import DEFAULT_WORKSPACE_MIB, ChunkedLoss
+from .grad_accumulation import check_accumulates, grad_behind
 from .implementation import (
     IMPLEMENTATIONS,
     forbid_second_derivative,
@@ -31,9 +35,11 @@ from .implementation import (
     uses_triton,
 )
 from .linear_operators import compiled_linear_diffusion_loss
+from .term_validation import check_flag
 from .validation import (
     Penalty,
     check_choice,
+    check_count,
     check_linear_arguments,
     check_positive,
     check_untransformed,
@@ -60,6 +66,8 @@ def fused_linear_diffusion_loss(
     check_labels: bool = False,
     chunk_tokens: int | None = None,
     workspace_mib: float = DEFAULT_WORKSPACE_MIB,
+    counted: int | None = None,
+    accumulate_into_grad: bool = False,
     upstream_scale: float | None = None,
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -80,10 +88,11 @@ def fused_linear_diffusion_loss(
     weights and the table: those of the logits rounded to the dtype they are computed in. Nothing
     passed in is modified. Under autocast everything but fp64 is computed in the autocast dtype, and
     each gradient comes back in its tensor's own dtype. The weight's and the bias's gradients are
-    summed in fp32 over all chunks and rounded once.
+    summed in fp32 over all chunks and rounded once; where a bf16 weight's sums are made in rounds
+    (``workspace_mib``), again for an upstream gradient that is neither stated nor a power of two.
 
     Under ``torch.compile`` the loss is one operator, chunks and all. Penalties that change belong in
-    0-d tensors there. ``upstream_scale`` is checked and then ignored. An upstream gradient scales the
+    0-d tensors there. ``upstream_scale`` and ``accumulate_into_grad`` are checked and then ignored. An upstream gradient scales the
     gradients into new tensors, and for one other than 1 a second backward scales what forward made,
     where an eager one computes everything again.
 
@@ -115,9 +124,20 @@ def fused_linear_diffusion_loss(
             a label makes its own row's loss NaN, and with it the weight's gradient.
         chunk_tokens: positions per chunk, instead of as many as ``workspace_mib`` holds.
         workspace_mib: memory for the logits of one chunk and for what the loss makes of them, in
-            MiB; at most 4096 positions, at least 1, whatever it says. Beside it live the gradients,
-            the fp32 sum of the weight's where the weight is narrower, and under autocast the cast
-            weight.
+            MiB; at most 4096 positions, at least 1, whatever it says. All that a call holds beside its
+            inputs and gradients is kept within four times as much where the kernel runs in bf16, at the
+            price of rounds over the chunks; but for the weight that autocast casts.
+        counted: at least as many as the positions that count (not ignored, token weight not 0), where
+            the host knows it without asking the device. Then only so many take part in the matrix
+            products, up to the next multiple of 128. Values stay but for the order of additions; the
+            bits depend on that multiple. Where more positions count, loss, table and gradients are NaN
+            ("none": the losses of some positions), and ``check_labels`` raises. Not needed on the CPU
+            without the kernel: it looks, and raises. Compiled, a number that changes becomes a dynamic
+            size at its second value.
+        accumulate_into_grad: where ``weight.grad`` is there, backward adds the weight's gradient to it
+            itself, so that it exists once; for one matrix product more, since the upstream gradient
+            must be known. Without ``.grad`` autograd puts the gradient there, as ever. For a leaf
+            without hooks, in one process. ``torch.autograd.grad`` gives the gradient back all the same.
         upstream_scale: the gradient that will reach this loss, where it is known. Not needed for
             speed: it spares the gradients of ``hidden`` a second rounding where the factor is not
             a power of two. Changes nothing for "none" and in fp16.
@@ -132,8 +152,8 @@ def fused_linear_diffusion_loss(
 
     Raises:
         TypeError: an argument of the wrong Python type.
-        ValueError: a shape, dtype, device, id, penalty or choice that does not fit; the message
-            says what was expected and what came.
+        ValueError: a shape, dtype, device, id, penalty, number or choice that does not fit, or a weight
+            that nothing may be added to; the message says what was expected and what came.
         RuntimeError: in backward, a second derivative, or inputs that were changed where they are
             needed again.
 
@@ -155,6 +175,10 @@ def fused_linear_diffusion_loss(
     workspace_mib = check_positive("workspace_mib", workspace_mib)
     if chunk_tokens is not None:
         chunk_tokens = check_positive("chunk_tokens", chunk_tokens, integer=True)
+    if counted is not None:
+        counted = check_count("counted", counted)
+    if check_flag("accumulate_into_grad", accumulate_into_grad) and weight.requires_grad:
+        check_accumulates("weight", weight)
     check_untransformed("fused_linear_diffusion_loss")
 
     dtype = hidden.dtype
@@ -165,17 +189,19 @@ def fused_linear_diffusion_loss(
     if torch.compiler.is_compiling() or is_traced(hidden):
         return compiled_linear_diffusion_loss(
             hidden, weight, bias, call, uses_triton=is_fused, check_labels=check_labels, dtype=dtype,
-            chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
+            chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes, counted=counted,
         )  # fmt: skip
+    chunked = ChunkedLoss.plan(
+        call.terms, call.y, call.mask_id, call.ignore_index, call.reduction, dtype, is_fused,
+        chunk_tokens, workspace_bytes, counted, call.stated(upstream_scale),
+    )  # fmt: skip
     if check_labels:
         call.check_label_values()
-    chunked = ChunkedLoss.plan(
-        vocab_size, call.terms, call.y, call.mask_id, call.ignore_index, call.reduction, dtype, is_fused,
-        chunk_tokens, workspace_bytes, call.stated(upstream_scale),
-    )  # fmt: skip
+        chunked.check_counted()
     weighting, head = (call.x, call.pk, call.pm), (_flat(hidden), weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
-        loss, *statistics = _LinearLoss.apply(*head, chunked, weighting)
+        adds = accumulate_into_grad and weight.grad is not None
+        loss, *statistics = _LinearLoss.apply(*head, chunked, weighting, adds)
     else:
         statistics, _ = chunked.run(*head, weighting=weighting)
         loss = reduce_rows(statistics[1][0], call.reduction)
@@ -198,11 +224,12 @@ class _LinearLoss(torch.autograd.Function):
     """(hidden (..., D), weight, bias, ...) -> (loss, *statistics); the statistics have no gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, chunked, weighting):
-        is_made_now = chunked.reduction != "none"
+    def forward(ctx, hidden, weight, bias, chunked, weighting, adds):
+        # Else backward makes them, with the upstream gradient itself.
+        is_made_now = chunked.reduction != "none" and not adds
         needs = tuple(ctx.needs_input_grad[:3]) if is_made_now else (False,) * 3
         statistics, gradients = chunked.run(hidden, weight, bias, needs, weighting=weighting)
-        ctx.chunked, ctx.made = chunked, gradients if is_made_now else None
+        ctx.chunked, ctx.adds, ctx.made = chunked, adds, gradients if is_made_now else None
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.shape = hidden.shape
         ctx.save_for_backward(hidden, weight, bias, chunked.y, *statistics)
@@ -211,24 +238,29 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, *_):
+        into = grad_behind(ctx.next_functions[1][0]) if ctx.adds and ctx.needs_input_grad[1] else None
         with torch.no_grad():
-            of_hidden, *others = _LinearLoss._gradients(ctx, check_upstream(upstream))
+            of_hidden, *others = _LinearLoss._gradients(ctx, check_upstream(upstream), into)
             gradients = [None if of_hidden is None else of_hidden.view(ctx.shape), *others]
         if torch.is_grad_enabled():
             gradients = forbid_second_derivative(gradients)
-        return *gradients, None, None
+        return *gradients, None, None, None
 
     @staticmethod
-    def _gradients(ctx, upstream):
+    def _gradients(ctx, upstream, into):
         chunked, needs = ctx.chunked, tuple(ctx.needs_input_grad[:3])
         # What forward made is given away once. A second backward makes it again.
         made, ctx.made = ctx.made, None
+        rows = None
+        if chunked.reduction == "none" or ctx.adds:
+            rows = upstream.reshape(-1) if upstream.dim() else upstream / chunked.divisor
+            chunked, upstream = replace(chunked, made_for=1.0, divisor=1), upstream.new_ones(())
         if made is None:
             hidden, weight, bias, y, *saved = ctx.saved_tensors
-            rows = upstream.reshape(-1) if chunked.reduction == "none" else None
-            _, made = replace(chunked, y=y).run(hidden, weight, bias, needs, saved=saved, upstream=rows)
-        if chunked.reduction == "none":
-            upstream = upstream.new_ones(())
+            chunked = replace(chunked, y=y)
+            _, made = chunked.run(hidden, weight, bias, needs, saved=saved, upstream=rows, into=into)
+        if into is not None:
+            made = made[0], None, made[2]
         return [_scaled(g, upstream, chunked, dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
 
 
@@ -240,10 +272,11 @@ def _scaled(
         return None
     if made.dtype != dtype:
         return torch.mul(made, upstream / chunked.made_for, out=torch.empty_like(made, dtype=dtype))
-    if not chunked.uses_triton:
-        return made.mul_(upstream / chunked.made_for)
-    from . import triton_kernels
+    if chunked.uses_triton:
+        from . import triton_kernels
 
-    # Compared on the device: where the upstream gradient is the expected one, nothing is read or written.
-    triton_kernels.launch_rescale(made.view(-1, made.shape[-1]), upstream, stated=chunked.made_for)
+        # Compared on the device: where the upstream gradient is the expected one, nothing is read or written.
+        triton_kernels.launch_rescale(made.view(-1, made.shape[-1]), upstream, stated=chunked.made_for)
+    elif upstream.device.type != "cpu" or upstream != chunked.made_for:
+        made.mul_(upstream / chunked.made_for)
     return made

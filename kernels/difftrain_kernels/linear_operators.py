@@ -25,7 +25,7 @@ from .operators import (
 
 def compiled_linear_diffusion_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LossCall, *, uses_triton: bool,
-    check_labels: bool, dtype: torch.dtype, chunk_tokens: int | None, workspace_bytes: int,
+    check_labels: bool, dtype: torch.dtype, chunk_tokens: int | None, workspace_bytes: int, counted: int | None,
 ) -> Result:  # fmt: skip
     """``fused_linear_diffusion_loss`` in a graph, of arguments that were checked."""
     pk, pm = (as_tensor(p, hidden) for p in (call.pk, call.pm))
@@ -34,7 +34,7 @@ def compiled_linear_diffusion_loss(
     loss, case, columns, *_ = linear_diffusion_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, call.x, pk, pm, check_labels, *needs, *terms,
         call.y, call.mask_id, call.ignore_index, call.reduction, dtype, uses_triton, chunk_tokens,
-        workspace_bytes,
+        workspace_bytes, counted,
     )  # fmt: skip
     return result_of(loss, (case, columns), call, terms, uses_triton)
 
@@ -42,15 +42,15 @@ def compiled_linear_diffusion_loss(
 # What both passes need to cut the batch into chunks; the arguments of ``ChunkedLoss.plan``.
 _PLAN = (
     f"{TERMS}, Tensor y, SymInt mask_id, SymInt ignore_index, str reduction, ScalarType dtype, "
-    "bool uses_triton, SymInt? chunk_tokens, SymInt workspace_bytes"
+    "bool uses_triton, SymInt? chunk_tokens, SymInt workspace_bytes, SymInt? counted"
 )
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _WANTS = "bool wants_hidden, bool wants_weight, bool wants_bias"
-_N_PLAN = N_TERMS + 8
+_N_PLAN = N_TERMS + 9
 
 
-def _planned(vocab_size: int, plan: tuple) -> ChunkedLoss:
-    return ChunkedLoss.plan(vocab_size, terms_of(*plan[:N_TERMS]), *plan[N_TERMS:])
+def _planned(plan: tuple) -> ChunkedLoss:
+    return ChunkedLoss.plan(terms_of(*plan[:N_TERMS]), *plan[N_TERMS:])
 
 
 @custom_op(
@@ -62,9 +62,10 @@ def _planned(vocab_size: int, plan: tuple) -> ChunkedLoss:
 def linear_diffusion_loss(
     hidden, weight, bias, x, pk, pm, check_labels, wants_hidden, wants_weight, wants_bias, *plan
 ):
-    chunked = _planned(len(weight), plan)
+    chunked = _planned(plan)
     if check_labels:
         check_labels_of(chunked.y, len(weight), chunked.mask_id, chunked.ignore_index, chunked.terms)
+        chunked.check_counted()
     needs = _made_in_forward(chunked.reduction, wants_hidden, wants_weight, wants_bias)
     statistics, gradients = chunked.run(hidden, weight, bias, needs, weighting=(x, pk, pm))
     return reduce_rows(statistics[1][0], chunked.reduction), *statistics, *_present(hidden, gradients)
@@ -81,23 +82,21 @@ def _present(like: Tensor, gradients) -> list[Tensor]:
 
 @linear_diffusion_loss.register_fake
 def _(hidden, weight, bias, x, pk, pm, check_labels, wants_hidden, wants_weight, wants_bias, *plan):
-    _, _, _, reduction, dtype, uses_triton, *_ = plan[N_TERMS:]
-    needs = _made_in_forward(reduction, wants_hidden, wants_weight, wants_bias)
+    chunked = _planned(plan)
+    needs = _made_in_forward(chunked.reduction, wants_hidden, wants_weight, wants_bias)
+    dtype = loss_dtype(chunked.dtype)
     return (
-        *fake_loss(
-            x.shape[0], loss_dtype(dtype), hidden, reduction, uses_triton, terms_of(*plan[:N_TERMS])
-        ),
-        *_fake_gradients(hidden, weight, dtype, uses_triton, needs),
+        *fake_loss(x.shape[0], dtype, hidden, chunked.reduction, chunked.uses_triton, chunked.terms),
+        *_fake_gradients(hidden, weight, chunked, needs),
     )
 
 
-def _fake_gradients(hidden, weight, dtype, uses_triton, needs):
-    wide = loss_dtype(dtype)
-    narrow = gradient_dtype(dtype, hidden.device, uses_triton)
+def _fake_gradients(hidden, weight, chunked, needs):
+    narrow = gradient_dtype(chunked.dtype, hidden.device, chunked.uses_triton)
     made = (
         hidden.new_empty(hidden.shape, dtype=narrow),
-        weight.new_empty(weight.shape, dtype=wide),
-        weight.new_empty(weight.shape[:1], dtype=wide),
+        weight.new_empty(weight.shape, dtype=chunked.plan_sums(*weight.shape, weight.dtype).dtype),
+        weight.new_empty(weight.shape[:1], dtype=loss_dtype(chunked.dtype)),
     )
     return _present(hidden, (g if need else None for g, need in zip(made, needs, strict=True)))
 
@@ -112,17 +111,14 @@ def linear_diffusion_loss_backward(
     hidden, weight, bias, case, columns, upstream, wants_hidden, wants_weight, wants_bias, *plan
 ):
     needs = (wants_hidden, wants_weight, wants_bias)
-    _, gradients = _planned(len(weight), plan).run(
-        hidden, weight, bias, needs, saved=(case, columns), upstream=upstream
-    )
+    _, gradients = _planned(plan).run(hidden, weight, bias, needs, saved=(case, columns), upstream=upstream)
     return tuple(_present(hidden, gradients))
 
 
 @linear_diffusion_loss_backward.register_fake
 def _(hidden, weight, bias, case, columns, upstream, wants_hidden, wants_weight, wants_bias, *plan):
-    _, _, _, _, dtype, uses_triton, *_ = plan[N_TERMS:]
     needs = (wants_hidden, wants_weight, wants_bias)
-    return tuple(_fake_gradients(hidden, weight, dtype, uses_triton, needs))
+    return tuple(_fake_gradients(hidden, weight, _planned(plan), needs))
 
 
 def _keep_for_linear_backward(ctx, inputs, output):

@@ -53,7 +53,7 @@ class Terms:
         """Whether the table's weighted sums differ from its sums of nll."""
         return self.token_weights is not None or self.label_smoothing > 0 or self.gate == PROBABILITY
 
-    def of_rows(self, rows: slice) -> Terms:
+    def of_rows(self, rows: slice | Tensor) -> Terms:
         """The terms of some of the flattened positions; of their weights only those are copied."""
         if self.token_weights is None:
             return self
@@ -61,7 +61,11 @@ class Terms:
         if weights.dim() != 1:
             length = weights.shape[-1] if weights.dim() else 1
             weights = weights.reshape(-1, length)
-            place = torch.arange(*rows.indices(weights.numel()), dtype=torch.int64, device=weights.device)
+            place = rows
+            if isinstance(rows, slice):
+                place = torch.arange(
+                    *rows.indices(weights.numel()), dtype=torch.int64, device=weights.device
+                )
             weights = weights[place // max(1, length), place % max(1, length)]
             return replace(self, token_weights=weights)
         return replace(self, token_weights=weights[rows])

@@ -301,6 +301,14 @@ def check_positive(name: str, value: object, *, integer: bool = False) -> float:
     return number
 
 
+def check_count(name: str, value: object) -> int:
+    """An int >= 0; raises for others."""
+    number = check_integer(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be >= 0, got {shown(value)}")
+    return number
+
+
 def check_label_values(
     y: Tensor,
     vocab_size: int,

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from difftrain.config import Config
-from difftrain.data import corpus, corrupt, corrupt_by_recipe, corruption, mask_alone, mask_share
+from difftrain.data import (
+    corpus,
+    corrupt,
+    corrupt_by_recipe,
+    corruption,
+    count_masked,
+    mask_alone,
+    mask_share,
+)
 from difftrain.data.philox import random_words, uniform
 from difftrain.errors import UserError
 
@@ -188,6 +196,13 @@ def test_a_given_probability_holds_for_all_and_a_larger_one_masks_more_of_the_sa
         assert is_masked.double().mean().item() == pytest.approx(p, abs=0.005)
         assert (is_masked | ~before).all()
         before = is_masked
+
+
+def test_how_many_tokens_are_masked_is_known_without_them():
+    tokens, samples = tokens_of(24), torch.arange(100, 124)
+    x, _, _ = mask_alone(tokens, samples, **KEYS)
+    counted = count_masked(samples, tokens.shape[1], seed=KEYS["seed"], split=KEYS["split"])
+    assert counted == (x != tokens).sum() > 0
 
 
 def test_masking_alone_is_a_function_of_seed_split_and_sample():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from difftrain.loss import loss_terms
 from difftrain.reporting.log import read_metrics
 from difftrain.reporting.plot import plot_run
 from difftrain.schedule import masking_penalties
+from difftrain.training import step as step_module
 from difftrain.training.loop import train
+from difftrain_kernels import fused_linear_diffusion_loss
 from resume_runs import train_with_stop
 from run_digests import digests_of
 
@@ -84,6 +87,47 @@ def test_each_step_is_the_recipes_formula_on_its_own_samples(tiny, calls, recipe
         nll = -wide.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
         weight = 1.0 / p_mask.double() if weighting == "recipe" else 1.0
         assert loss == pytest.approx((nll * weight)[x == mask_id].sum().item() / tokens.numel(), rel=1e-5)
+
+
+def test_where_the_loss_wants_it_it_is_told_how_many_positions_are_masked(tiny, monkeypatch):
+    config = tiny(recipe="llada", loss_impl="linear", max_iters=3, gradient_accumulation_steps=2)
+    train(config)
+    expected = [record["loss"] for record in records_of(config, "train")]
+    told = []
+
+    def linear_loss(hidden, weight, y, x, mask_id, *penalties, counted=None, **options):
+        if counted is not None:
+            assert counted == (x == mask_id).sum()
+            told.append(counted)
+        return fused_linear_diffusion_loss(
+            hidden, weight, y, x, mask_id, *penalties, counted=counted, **options
+        )
+
+    monkeypatch.setattr(loss_module, "fused_linear_diffusion_loss", linear_loss)
+    monkeypatch.setattr(step_module, "wants_count", lambda *_: True)
+    config = tiny(
+        recipe="llada", loss_impl="linear", max_iters=3, gradient_accumulation_steps=2,
+        out_dir=f"{config.out_dir}-told",
+    )  # fmt: skip
+    train(config)
+    assert [record["loss"] for record in records_of(config, "train")] == expected
+    assert len(told) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "impl", "wants"),
+    [
+        ({"recipe": "llada"}, "cuda", "linear", True),
+        ({"recipe": "mdlm"}, "cuda", "linear", True),
+        ({"recipe": "llada"}, "cpu", "linear", False),
+        ({"recipe": "llada"}, "cuda", "logits", False),
+        ({}, "cuda", "linear", False),
+        ({"mode": "gpt2"}, "cuda", "linear", False),
+    ],
+)
+def test_the_linear_loss_on_a_gpu_wants_to_know_where_masks_alone_count(tiny, changes, device, impl, wants):
+    runtime = SimpleNamespace(device=torch.device(device))
+    assert loss_module.wants_count(tiny(**changes), impl, runtime) is wants
 
 
 def test_the_terms_reach_the_loss_and_show_in_what_is_logged(tiny, calls):

@@ -27,7 +27,12 @@ KERNELS = {
     "implementation": {
         "torch", "cases", "reference", "stepwise_reference", "terms", "validation", "triton_kernels",
     },
-    "chunks": {"torch", "implementation", "terms", "triton_kernels"},
+    "positions": {"torch", "cases", "terms"},
+    "weight_sums": {"torch"},
+    "grad_accumulation": {"torch"},
+    "chunks": {
+        "torch", "implementation", "positions", "stepwise_reference", "terms", "weight_sums", "triton_kernels",
+    },
     "operators": {
         "torch", "calls", "cases", "implementation", "reference", "sliced_reference", "stepwise_reference", "terms",
         "validation", "triton_kernels",
@@ -39,7 +44,8 @@ KERNELS = {
         "validation", "triton_kernels",
     },
     "linear_loss": {
-        "torch", "calls", "chunks", "implementation", "linear_operators", "validation", "triton_kernels",
+        "torch", "calls", "chunks", "grad_accumulation", "implementation", "linear_operators", "term_validation",
+        "validation", "triton_kernels",
     },
     "parallel_loss": {
         "torch", "calls", "cases", "implementation", "operators", "reference", "sliced_reference", "validation",

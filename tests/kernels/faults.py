@@ -17,15 +17,21 @@ PARALLEL = "kernels/difftrain_kernels/parallel_loss.py"
 REFERENCE = "kernels/difftrain_kernels/reference.py"
 STEPWISE_REFERENCE = "kernels/difftrain_kernels/stepwise_reference.py"
 SLICED_REFERENCE = "kernels/difftrain_kernels/sliced_reference.py"
-CALLS, CHUNKS, CASES, RECIPES, VALIDATION, IMPLEMENTATION, LINEAR = (
+CALLS, CHUNKS, CASES, RECIPES, VALIDATION, IMPLEMENTATION, LINEAR, POSITIONS, WEIGHT_SUMS, GRAD = (
     f"kernels/difftrain_kernels/{name}.py"
-    for name in ("calls", "chunks", "cases", "recipes", "validation", "implementation", "linear_loss")
-)
+    for name in (
+        "calls", "chunks", "cases", "recipes", "validation", "implementation", "linear_loss", "positions",
+        "weight_sums", "grad_accumulation",
+    )
+)  # fmt: skip
 DEVICE = "kernels/difftrain_kernels/triton_kernels/device.py"
-PLAIN, NUMBERS, DEFAULTS, EMPTY, TABLES, FAKE_CUDA = (
+PLAIN, NUMBERS, DEFAULTS, EMPTY, TABLES, FAKE_CUDA, UNCOUNTED, SUMS, ADDITION = (
     [f"tests/kernels/test_{name}.py"]
-    for name in ("plain_tensors", "numbers", "defaults", "without_contents", "cases", "fake_cuda")
-)
+    for name in (
+        "plain_tensors", "numbers", "defaults", "without_contents", "cases", "fake_cuda", "positions", "weight_sums",
+        "grad_accumulation",
+    )
+)  # fmt: skip
 # In this order; a fault is killed by the first stage that fails. Hypothesis is late: it shrinks.
 KERNEL_STAGES = (
     [
@@ -48,7 +54,10 @@ STAGES = {
     PARALLEL: (PLAIN, EMPTY, NUMBERS, ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"]),
     VALIDATION: (PLAIN, NUMBERS, DEFAULTS, EMPTY),
     IMPLEMENTATION: (PLAIN, EMPTY, FAKE_CUDA),
-    LINEAR: (PLAIN, NUMBERS),
+    LINEAR: (PLAIN, NUMBERS, ADDITION),
+    POSITIONS: (UNCOUNTED,),
+    WEIGHT_SUMS: (SUMS, ADDITION),
+    GRAD: (ADDITION,),
     REFERENCE: (["tests/kernels/test_reference.py"], ["tests/kernels/test_terms.py"]),
     STEPWISE_REFERENCE: (["tests/kernels/test_terms.py"],),
     SLICED_REFERENCE: (
@@ -56,7 +65,7 @@ STAGES = {
         ["tests/kernels/test_terms.py"],
     ),
     CALLS: (["tests/kernels/test_terms.py"],),
-    CHUNKS: (["tests/kernels/test_terms.py"], FAKE_CUDA),
+    CHUNKS: (["tests/kernels/test_terms.py"], UNCOUNTED, SUMS, FAKE_CUDA),
     DEVICE: (FAKE_CUDA,),
     CASES: (TABLES, DEFAULTS, ["tests/kernels/test_terms.py"]),
     RECIPES: (["tests/kernels/test_recipes.py"],),
@@ -279,8 +288,31 @@ MUTANTS = [
     (CASES, "a normalizer of 0 makes NaN", "torch.where(is_zero, 0.0, total / torch.where(is_zero, 1.0, divisor))", "total / divisor"),
     (CALLS, "weights stay where they were under a shift", "made = replace(made, token_weights=_moved(made.token_weights, shift, 1))", "pass"),
     (CALLS, "the boundary of a shift counts", "_moved(y, shift, ignore_index)", "_moved(y, shift, 0)"),
-    (CHUNKS, "NaN of a row of weight 0 reaches the head", "is_left_out |= terms", "is_left_out & terms"),
-    (CHUNKS, "every chunk takes the first weights", "terms = self.terms.of_rows(rows)", "terms = self.terms.of_rows(slice(0, rows.stop - rows.start))"),
+    (CHUNKS, "NaN of a row of weight 0 reaches the head", "is_left_out |= self.terms", "is_left_out & self.terms"),
+    (CHUNKS, "every chunk takes the first weights", "y, terms = rows.y[chunk], rows.terms.of_rows(chunk)", "y, terms = rows.y[chunk], rows.terms.of_rows(slice(0, chunk.stop - chunk.start))"),
+    (CHUNKS, "a further round reads the first words' labels", "rows.y[chunk] - words.start", "rows.y[chunk]"),
+    (CHUNKS, "a further round takes [MASK] for another word", "self.mask_id - words.start", "self.mask_id"),
+    (CHUNKS, "too small a number leaves the bias as it is", "self.bias += positions.poison()", "pass"),
+    (CHUNKS, "rows without gradient keep what lay there", "out = self.hidden[chunk].zero_()", "out = self.hidden[chunk]"),
+    (CHUNKS, "the wrong rows of the chunk get the gradient", "index[chunk][live]", "live"),
+    (CHUNKS, "the least budget is no workspace", "max(self.workspace_bytes, rest)", "rest"),
+    (POSITIONS, "NaN of a surplus position reaches the head", "states = states.masked_fill(self.is_left_out[rows, None], 0.0)", "pass"),
+    (POSITIONS, "too small a number goes unseen by the head", "states[:1] += self.poison().to(dtype)", "pass"),
+    (POSITIONS, "too small a number goes unseen by the loss", "all_columns += self.missing.to(columns.dtype)", "pass"),
+    (POSITIONS, "too small a number goes unseen by the states", "gradient.copy_(self.missing[:, None])", "gradient.zero_()"),
+    (POSITIONS, "positions in no order", "stable=True)[:taken]", "stable=True).flip(0)[-taken:].flip(0)"),
+    (POSITIONS, "rows that take no part keep what lay there", "gradient.zero_()", "pass"),
+    (POSITIONS, "a tile less than stated", "-(-counted // TILE_ROWS)", "counted // TILE_ROWS"),
+    (WEIGHT_SUMS, "a round begins with what lay there", "0 if self.is_first else 1", "1"),
+    (WEIGHT_SUMS, "each chunk begins anew", "        self.is_first = False\n", ""),
+    (WEIGHT_SUMS, "the gradient that is there is written over", "self.gradient[start : self.words.stop].add_(beside)", "self.gradient[start : self.words.stop].copy_(beside)"),
+    (WEIGHT_SUMS, "sums are rounded over unread ones", "for start in range(0, len(self.own), step):", "for start in reversed(range(0, len(self.own), step)):"),
+    (WEIGHT_SUMS, "the budget is counted in gradients", "_aligned(budget_bytes // row_bytes)", "_aligned(budget_bytes // width)"),
+    (GRAD, "who asks for the gradient changes .grad", "or not _will_be_added(node)", ""),
+    (GRAD, "hooks that came later wait in vain", "return grad if is_plain and not _has_hooks(leaf) else None", "return grad if is_plain else None"),
+    (GRAD, "DDP waits in vain", "if torch.distributed.is_available() and torch.distributed.is_initialized():", "if False:"),
+    (LINEAR, "added and handed to autograd as well", "made = made[0], None, made[2]", "pass"),
+    (LINEAR, "the mean's divisor is forgotten where it is added", "upstream / chunked.divisor\n", "upstream\n"),
     (CASES, "the z-loss is left out of the loss at other penalties", "total = total + self.z_loss", "pass"),
     (CASES, "shares stand in one answer", "share = torch.stack((*shares, 1.0 - shares[0] - shares[1]), dim=1)", "share = torch.stack((shares[1], shares[0], 1.0 - shares[0] - shares[1]), dim=1)"),
     (RECIPES, "each sequence by all tokens", "weights = weights / is_supervised.sum(-1, keepdim=True).clamp(min=1)", "weights = weights / is_supervised.sum().clamp(min=1)"),
@@ -312,7 +344,7 @@ MUTANTS = [
     (VALIDATION, "a fake tensor passes for a real one", "return tensor.is_meta or isinstance(tensor, FakeTensor)", "return tensor.is_meta"),
     (VALIDATION, "meta passes for a device", "return tensor.is_meta or isinstance(tensor, FakeTensor)", "return isinstance(tensor, FakeTensor)"),
     (LOGITS_LOSS, "an upstream's negation is forgotten", "        upstream = check_upstream(upstream)\n        if not", "        if not"),
-    (LINEAR, "an upstream's negation is forgotten", "_gradients(ctx, check_upstream(upstream))", "_gradients(ctx, upstream)"),
+    (LINEAR, "an upstream's negation is forgotten", "_gradients(ctx, check_upstream(upstream), into)", "_gradients(ctx, upstream, into)"),
     (PARALLEL, "an upstream's negation is forgotten", "            upstream = check_upstream(upstream)\n", ""),
     (LINEAR, "chunks are counted in the caller's type", "chunk_tokens = check_positive(", "check_positive("),
     (LINEAR, "the workspace is counted in the caller's type", "workspace_mib = check_positive(", "check_positive("),

@@ -21,7 +21,7 @@ MASK_ID = 4
 IMPLS = ["reference", "triton"] if importlib.util.find_spec("triton") else ["reference"]
 IMPL = pytest.mark.parametrize("impl", IMPLS)
 LOSS = pytest.mark.parametrize("name", ["logits", "linear"])
-PLAN = (None, 1 << 12)  # chunk_tokens, workspace_bytes
+PLAN = (None, 1 << 12, None)  # chunk_tokens, workspace_bytes, counted
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ CALLS = {
     "logits, reference": ("logits", {"impl": "reference"}),
     "linear": ("linear", {"impl": "triton", "chunk_tokens": 8}),
     "linear, sum": ("linear", {"impl": "triton", "chunk_tokens": 8, "reduction": "sum"}),
+    "linear, half counted": ("linear", {"impl": "triton", "counted": 100}),
     "linear, row losses": ("linear", {"impl": "triton", "chunk_tokens": 8, "reduction": "none"}),
 }
 EACH_CALL = pytest.mark.parametrize("call", CALLS)
@@ -45,10 +46,12 @@ class Step:
     def __init__(self, call, device, seed=0):
         self.name, self.options = CALLS[call]
         self.penalties = PenaltyTensors(device)
-        shapes = [(20, 66)] if self.name == "logits" else [(20, 16), (66, 16), (66,)]
+        # More rows than a tile has, where some are to be left out.
+        n = self.n = 160 if "counted" in self.options else 20
+        shapes = [(n, 66)] if self.name == "logits" else [(n, 16), (66, 16), (66,)]
         dtype = torch.bfloat16
         self.inputs = [torch.empty(s, dtype=dtype, device=device, requires_grad=True) for s in shapes]
-        self.y, self.x = (torch.empty(20, dtype=torch.int64, device=device) for _ in range(2))
+        self.y, self.x = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
         self.upstream = torch.full((), 0.5, device=device)
         self.fill(seed)
 
@@ -62,9 +65,11 @@ class Step:
                 self.inputs[0][::2, MASK_ID] += 4
             else:
                 self.inputs[2][MASK_ID] += 3
-        y = torch.randint(0, 66, (20,), generator=generator)
-        x = torch.where(torch.rand(20, generator=generator) < 0.5, MASK_ID, y)
+        y = torch.randint(0, 66, (self.n,), generator=generator)
+        x = torch.where(torch.rand(self.n, generator=generator) < 0.5, MASK_ID, y)
         y[seed % 20] = -1
+        if "counted" in self.options:
+            y[1::2] = -1
         self.y.copy_(y)
         self.x.copy_(x)
 

@@ -14,76 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 from difftrain_kernels import chunks, fused_diffusion_loss, fused_linear_diffusion_loss
+from head_problems import (
+    MASK_ID,
+    eager_loss,
+    error,
+    head_problem,
+    linear_loss,
+    oracle_values,
+    see_products,
+    value_and_gradients,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about inf and NaN
 
 KERNELS = Path(chunks.__file__).parent.parent
-MASK_ID = 4
 IMPLS = ["reference", "triton"] if importlib.util.find_spec("triton") else ["reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BOTH = pytest.mark.parametrize("impl", IMPLS)
-
-
-def head_problem(n, vocab_size, dtype=torch.float64, device="cpu", *, width=16, seed=0):
-    """hidden (n, D), weight (V, D), bias (V,) that want gradients, and y, x with every kind of position.
-
-    Where [MASK] and the best other word are close, so that rounding could decide which is the
-    maximum, the position is ignored.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, width, generator=generator, dtype=torch.float64)
-    weight = torch.randn(vocab_size, width, generator=generator, dtype=torch.float64) / math.sqrt(width)
-    bias = torch.randn(vocab_size, generator=generator, dtype=torch.float64) / 4
-    hidden[:, -1] = 1.0
-    hidden[::2, -1] = -1.0
-    weight[MASK_ID, -1] = -4.0
-    y = torch.randint(0, vocab_size, (n,), generator=generator)
-    x = torch.where(torch.rand(n, generator=generator) < 0.4, MASK_ID, y)
-    is_corrupted = torch.rand(n, generator=generator) < 0.25
-    x = torch.where(is_corrupted, torch.randint(0, vocab_size, (n,), generator=generator), x)
-    y = torch.where(is_corrupted, MASK_ID, y)
-    y[3::7] = -1
-    hidden, weight, bias = (t.to(dtype) for t in (hidden, weight, bias))
-    logits = hidden.double() @ weight.double().t() + bias.double()
-    others = logits.clone()
-    others[:, MASK_ID] = -math.inf
-    y[(logits[:, MASK_ID] - others.amax(1)).abs() < 0.1] = -1
-    hidden, weight, bias = (t.to(device).requires_grad_() for t in (hidden, weight, bias))
-    return hidden, weight, bias, y.to(device), x.to(device)
-
-
-def linear_loss(hidden, weight, bias, y, x, **options):
-    return fused_linear_diffusion_loss(hidden, weight, y, x, MASK_ID, 0.25, 0.5, bias=bias, **options)
-
-
-def eager_loss(hidden, weight, bias, y, x, **options):
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    return fused_diffusion_loss(logits, y, x, MASK_ID, 0.25, 0.5, impl="reference", **options)
-
-
-def value_and_gradients(loss_of, problem, upstream=None, **options):
-    """The loss and the gradients of hidden, weight and bias."""
-    loss = loss_of(*problem, **options)
-    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss)
-    return loss.detach(), *torch.autograd.grad(loss, problem[:3], upstream)
-
-
-def oracle_values(problem, reduction, upstream):
-    """What :func:`value_and_gradients` should give, in fp64, from the values of the inputs."""
-    hidden, weight, bias = (t.detach().double().cpu() for t in problem[:3])
-    y, x = (t.cpu() for t in problem[3:])
-    expected = oracle.diffusion_loss(hidden @ weight.t() + bias, y, x, MASK_ID, 0.25, 0.5)
-    assert (expected.counts.sum(1) > 2).all(), "every kind of position must occur"
-    scale = (upstream.double().cpu() / (len(y) if reduction == "mean" else 1)).broadcast_to(len(y))
-    gradient = torch.from_numpy(expected.gradient) * scale[:, None]
-    rows = torch.from_numpy(expected.row_loss)
-    loss = {"mean": rows.mean(), "sum": rows.sum(), "none": rows}[reduction]
-    return loss, gradient @ weight, gradient.t() @ hidden, gradient.sum(0)
-
-
-def error(found, expected):
-    return (found.double().cpu() - expected).abs().max().item()
-
 
 # Values and gradients -----------------------------------------------------------------------------
 
@@ -252,16 +199,10 @@ def test_positions_without_gradient_do_no_products_on_the_cpu(why, monkeypatch):
         is_live = (y != -1) & ~(says_mask & (x == MASK_ID) & (y != MASK_ID))
         is_live &= ~(says_mask & (x == y) & (x != MASK_ID))
     sizes = []
-    add_product = chunks._add_product
-
-    def counted(out, a, b, alpha, beta):
-        sizes.append(a.shape[0] if out.shape[0] != 20 else a.shape[1])
-        add_product(out, a, b, alpha, beta)
-
-    monkeypatch.setattr(chunks, "_add_product", counted)
+    see_products(monkeypatch, lambda out, a: sizes.append(a.shape[0] if out.shape[0] != 20 else a.shape[1]))
     loss = fused_linear_diffusion_loss(hidden, weight, y, x, MASK_ID, pk, pm, bias=bias, chunk_tokens=10)
     gradients = torch.autograd.grad(loss, (hidden, weight, bias))
-    live = [int(part.sum()) for part in is_live.split(10)]
+    live = [int(part.sum()) for part in is_live[y != -1].split(10)]  # ignored ones are in no chunk
     assert 0 < sum(live) < 30
     assert sizes == [size for count in live for size in (count, count)]
     logits = torch.nn.functional.linear(hidden, weight, bias)
@@ -291,10 +232,9 @@ def test_frozen_inputs_cost_no_gradient(impl, wanted, reduction, monkeypatch, de
     expected = value_and_gradients(linear_loss, problem, impl=impl, reduction=reduction)[1:]
     inputs = [t.detach().requires_grad_(want) for t, want in zip(problem[:3], wanted, strict=True)]
     made, parts = [], []
-    add_product = chunks._add_product
+    see_products(monkeypatch, lambda out, a: made.append(out.shape))
     parts_of = chunks._Gradients.parts
     monkeypatch.setattr(chunks._Gradients, "parts", lambda g: parts.extend(parts_of(g)) or parts_of(g))
-    monkeypatch.setattr(chunks, "_add_product", lambda *a: made.append(a[0].shape) or add_product(*a))
     linear_loss(*inputs, *problem[3:], impl=impl, reduction=reduction).sum().backward()
     assert len(made) == wanted[0] + wanted[1]
     assert tuple(part is not None for part in parts) == wanted

@@ -1,0 +1,90 @@
+"""CPU time of the loss from hidden states beside a matrix product and the eager formula, forward and backward.
+Takes about two minutes. Prints a table and writes nothing.
+
+    python benchmarks/bench_cpu_linear.py [--shape N,D,V ...] [--threads 1 2] [--seconds 8] [--ignored 0.0]
+
+The eager formula is written as a user writes it: ``linear``, ``cross_entropy`` of each position, ``argmax``, the
+weights, a mean. Both run turn by turn in one process. What is compared is the CPU seconds of all threads, by
+median; the ratio is ours over eager. fp32, case table included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
+from comparison.problems import IGNORE_INDEX, Problem, make_problem
+from difftrain_kernels import fused_linear_diffusion_loss
+
+SHAPES = [(768, 128, 66), (4096, 256, 1003), (512, 768, 50304)]
+
+
+def ours(problem: Problem) -> torch.Tensor:
+    loss, _ = fused_linear_diffusion_loss(*problem.inputs, *problem.labels, return_cases=True)
+    return loss
+
+
+def eager(problem: Problem) -> torch.Tensor:
+    y, x, mask_id, pk, pm = problem.labels
+    logits = F.linear(*problem.inputs)
+    nll = F.cross_entropy(logits, y, ignore_index=IGNORE_INDEX, reduction="none")
+    says_mask = logits.detach().argmax(1) == mask_id
+    weight = torch.where(says_mask & (x == mask_id) & (y != mask_id), pk, 1.0)
+    weight = torch.where(says_mask & (x == y) & (x != mask_id), pm, weight)
+    return (weight * nll).mean()
+
+
+def step(loss: Callable[[Problem], torch.Tensor], problem: Problem) -> float:
+    """CPU seconds of forward and backward."""
+    for tensor in problem.inputs:
+        tensor.grad = None
+    start = time.process_time()
+    loss(problem).backward()
+    return time.process_time() - start
+
+
+def compare(problem: Problem, seconds: float) -> tuple[float, float, int]:
+    """Median CPU seconds of ours and of eager, and how many turns they are of."""
+    torch.testing.assert_close(ours(problem), eager(problem), rtol=1e-4, atol=1e-5)
+    times: tuple[list[float], list[float]] = ([], [])
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(times[0]) < 3:
+        for loss, taken in zip((ours, eager), times, strict=True):
+            taken.append(step(loss, problem))
+    return statistics.median(times[0]), statistics.median(times[1]), len(times[0])
+
+
+def shape_of(text: str) -> tuple[int, int, int]:
+    n, width, vocab_size = map(int, text.split(","))
+    return n, width, vocab_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--shape", nargs="+", type=shape_of, metavar="N,D,V", default=SHAPES)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each shape and number of threads")
+    parser.add_argument("--ignored", type=float, default=0.0, help="share of positions that do not count")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, fp32; CPU ms, median of turns")
+    for n, width, vocab_size in options.shape:
+        problem = make_problem(n, vocab_size, torch.float32, "cpu", width)
+        problem.y[: int(options.ignored * n)] = IGNORE_INDEX
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            mine, theirs, turns = compare(problem, options.seconds)
+            print(
+                f"{n} x {width} x {vocab_size}, {threads} thread(s): ours {mine * 1e3:8.2f}, eager "
+                f"{theirs * 1e3:8.2f}, ratio {mine / theirs:.2f} ({turns} turns)",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
