@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .calls import LossCall, Result, prepare_call
+from .cpu_loss import cpu_loss
 from .implementation import (
     IMPLEMENTATIONS,
     as_rows,
@@ -38,6 +39,7 @@ from .operators import compiled_diffusion_loss
 from .reference import reference_loss
 from .validation import (
     Penalty,
+    active_transform,
     check_choice,
     check_logits,
     check_overwritable,
@@ -169,7 +171,8 @@ def fused_diffusion_loss(
     if check_labels:
         call.check_label_values()
     if not is_fused:
-        return reference_loss(logits, call)
+        is_stepwise = impl == "auto" and logits.device.type == "cpu" and not active_transform()
+        return (cpu_loss if is_stepwise else reference_loss)(logits, call)
     return _triton_loss(logits, call, call.stated(upstream_scale), overwrite_logits)
 
 
