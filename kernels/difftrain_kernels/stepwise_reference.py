@@ -219,7 +219,7 @@ def sum_cases(statistics: tuple[Tensor, Tensor], terms: Terms) -> tuple[Tensor |
         """Added up in fp64, one row after the other."""
         if values is None:
             return None
-        return torch.bincount(case, values, minlength=10)[:9].view(3, 3)
+        return torch.bincount(case, values.double(), minlength=10)[:9].view(3, 3)
 
     scores = scores_of(statistics, terms)
     sums = [

@@ -27,6 +27,7 @@ KERNELS = {
     "implementation": {
         "torch", "cases", "reference", "stepwise_reference", "terms", "validation", "triton_kernels",
     },
+    "cpu_loss": {"torch", "calls", "implementation", "validation"},
     "chunks": {"torch", "implementation", "terms", "triton_kernels"},
     "operators": {
         "torch", "calls", "cases", "implementation", "reference", "sliced_reference", "stepwise_reference", "terms",
@@ -34,7 +35,7 @@ KERNELS = {
     },
     "linear_operators": {"torch", "calls", "chunks", "implementation", "operators"},
     "logits_loss": {
-        "torch", "calls", "implementation", "operators", "reference", "validation", "triton_kernels",
+        "torch", "calls", "cpu_loss", "implementation", "operators", "reference", "validation", "triton_kernels",
     },
     "linear_loss": {
         "torch", "calls", "chunks", "implementation", "linear_operators", "validation", "triton_kernels",
