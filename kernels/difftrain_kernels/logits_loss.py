@@ -83,7 +83,7 @@ def fused_diffusion_loss(
     is modified, unless ``overwrite_logits`` asks for it.
 
     Under ``torch.compile`` the loss is one operator, with the bits of an eager call of the same
-    implementation. Penalties that change belong in 0-d tensors there. An operator neither writes
+    implementation ("reference", which autograd records only eagerly, up to roundings). Penalties that change belong in 0-d tensors there. An operator neither writes
     over its inputs nor gives them back, so ``upstream_scale`` and ``overwrite_logits``, which change
     no result, are checked and then ignored: the gradient is made in backward, in its own buffer.
 
@@ -101,8 +101,9 @@ def fused_diffusion_loss(
         ignore_index: the target that marks a position as not counted, within y's dtype. Such
             positions have loss 0 and gradient exactly 0, but stay in the mean's divisor.
         reduction: "mean" over all positions, "sum", or "none" (one loss per position).
-        impl: "auto" takes "triton" for CUDA logits up to fp32, else the reference; "triton" the
-            fused kernel (on CPU tensors too where TRITON_INTERPRET=1); "reference" plain PyTorch.
+        impl: "auto" takes "triton" for CUDA logits up to fp32, on a CPU the reference in blocks of rows,
+            made for speed, and else the reference; "triton" the fused kernel (on CPU tensors too where
+            TRITON_INTERPRET=1); "reference" plain PyTorch under autograd.
         return_cases: also return the :class:`CaseTable` of this batch.
         check_labels: look for labels outside [0, V) and raise; waits for a GPU. Without it, such
             a label makes its own row's loss and gradient NaN.

@@ -11,8 +11,6 @@ that row alone, by operations whose order its length gives, whatever block it is
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -27,14 +25,13 @@ from .reference import (
     target_column,
     weigh,
 )
+from .row_blocks import blocks_of
 from .terms import PLAIN, PROBABILITY, Terms
 from .validation import Penalty
 
 # Columns of the plain loss: weighted loss, nll, gap, factor of the gradient; and of the softmax the
 # largest logit and the sum of exp(logit - largest).
 N_STATISTICS = 6
-# Logits in a block, for each thread.
-BLOCK = 2**17
 # exp of less is below the normal numbers, where arithmetic takes a hundred times as long: it counts as 0.
 SMALLEST = {torch.float32: -87.3, torch.float64: -708.3}
 LOWEST = {dtype: torch.full((1, 1), -torch.inf, dtype=dtype, device="cpu") for dtype in SMALLEST}
@@ -53,7 +50,7 @@ def score_rows(
         vocab_size = logits.shape[1]
         column, is_label = _target_column(y, vocab_size)
         seen = torch.cat((column, torch.full_like(column, mask_id)), 1)
-        parts = [_read_block(*block, mask_id=mask_id, terms=terms) for block in _blocks(logits, seen)]
+        parts = [_read_block(*block, mask_id=mask_id, terms=terms) for block in blocks_of(logits, seen)]
         three, total, *sums = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
         top = three.amax(1)
         at_target, at_mask, _ = three.unbind(1)
@@ -168,7 +165,7 @@ def _cases(
             return case
         rows = (case == OPEN).nonzero().squeeze(1)
         y, x, logits = y[rows], x[rows], logits.index_select(0, rows)
-    predicted = torch.cat([bend(block, terms, mask_id).argmax(1) for block, _ in _blocks(logits)])
+    predicted = torch.cat([bend(block, terms, mask_id).argmax(1) for block, _ in blocks_of(logits)])
     is_masked = (x == mask_id) & (y != mask_id)
     is_intact = (x == y) & (x != mask_id)
     kind = torch.where(is_masked, cases.MASKED, torch.where(is_intact, cases.INTACT, cases.CORRUPTED))
@@ -239,50 +236,6 @@ def sum_cases(statistics: tuple[Tensor, Tensor], terms: Terms) -> tuple[Tensor |
     )
 
 
-def _blocks(logits: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Blocks of rows, the same rows of each (N, ...) beside, and a buffer (n, V) that all blocks share."""
-    n, size = logits.shape
-    n_blocks = 1
-    if logits.device.type == "cpu":
-        # Of two rows at least: torch adds up a single long row in another order where it has threads.
-        n_blocks = max(1, min(n // 2, n * size // (BLOCK * torch.get_num_threads())))
-    buffer = _workspace(logits, -(-n // n_blocks), size)
-    if n_blocks == 1:
-        yield logits, *columns, buffer
-        return
-    for parts in zip(*(t.tensor_split(n_blocks) for t in (logits, *columns)), strict=True):
-        yield *parts, buffer[: len(parts[0])]
-
-
-class _Kept(threading.local):
-    """A thread's last buffer by dtype."""
-
-    def __init__(self):
-        self.buffers = {}
-
-
-_KEPT = _Kept()
-
-
-def _workspace(logits: Tensor, rows: int, size: int) -> Tensor:
-    """Uninitialised (rows, size) in fp32 (fp64 for fp64); that of a CPU's block is kept for the thread's next call.
-
-    New memory costs a page fault for each 4096 bytes, of small logits as much as all the rest.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    kept = _KEPT.buffers.get(dtype)
-    if logits.device.type == "cpu" and kept is not None and kept.shape == (rows, size):
-        return kept
-    with torch.inference_mode(False):  # else no other mode could write to it
-        buffer = logits.new_empty(rows, size, dtype=dtype)
-    is_small = rows * size <= 2 * BLOCK * torch.get_num_threads()
-    if (
-        logits.device.type == "cpu" and is_small and type(buffer) is Tensor
-    ):  # not what a mode made in its place
-        _KEPT.buffers[dtype] = buffer
-    return buffer
-
-
 def _bends(terms: Terms) -> bool:
     """Whether the softmax sees other logits than those given."""
     return terms.softcap is not None or terms.logit_scale is not None or terms.forbid_mask
@@ -306,7 +259,7 @@ def row_gradients(
     slants = slants_of(factor * scale, z_factor, total, logits.shape[1] - terms.forbid_mask, terms)
     column, _ = _target_column(y, logits.shape[1])
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for block, out, target, largest, *vectors, buffer in _blocks(logits, gradient, column, top, *slants):
+    for block, out, target, largest, *vectors, buffer in blocks_of(logits, gradient, column, top, *slants):
         bent = bend(block, terms, mask_id) if _bends(terms) else block
         if bent.dtype != buffer.dtype:  # no operation is fast on two dtypes
             bent = buffer.copy_(bent)

@@ -21,7 +21,8 @@ KERNELS = {
     "recipes": {"torch", "validation"},
     "calls": {"torch", "cases", "rows", "term_validation", "terms", "validation"},
     "reference": {"torch", "calls", "cases", "terms", "validation"},
-    "stepwise_reference": {"torch", "cases", "reference", "terms", "validation"},
+    "row_blocks": {"torch"},
+    "stepwise_reference": {"torch", "cases", "reference", "row_blocks", "terms", "validation"},
     "sliced_reference": {"torch", "cases", "reference", "stepwise_reference", "terms", "validation"},
     "triton_kernels": {"torch", "triton"},
     "implementation": {

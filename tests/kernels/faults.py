@@ -14,6 +14,7 @@ LOGITS_LOSS = "kernels/difftrain_kernels/logits_loss.py"
 PARALLEL = "kernels/difftrain_kernels/parallel_loss.py"
 REFERENCE = "kernels/difftrain_kernels/reference.py"
 STEPWISE_REFERENCE = "kernels/difftrain_kernels/stepwise_reference.py"
+ROW_BLOCKS = "kernels/difftrain_kernels/row_blocks.py"
 CPU_LOSS = "kernels/difftrain_kernels/cpu_loss.py"
 SLICED_REFERENCE = "kernels/difftrain_kernels/sliced_reference.py"
 CALLS, CHUNKS, CASES, RECIPES, VALIDATION, IMPLEMENTATION, LINEAR = (
@@ -47,6 +48,7 @@ STAGES = {
     LINEAR: (PLAIN, NUMBERS),
     REFERENCE: (["tests/kernels/test_reference.py"], ["tests/kernels/test_terms.py"]),
     STEPWISE_REFERENCE: (["tests/kernels/test_cpu_loss.py"], ["tests/kernels/test_terms.py"]),
+    ROW_BLOCKS: (["tests/kernels/test_cpu_loss.py"],),
     CPU_LOSS: (["tests/kernels/test_cpu_loss.py"],),
     SLICED_REFERENCE: (
         ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],
@@ -233,7 +235,7 @@ MUTANTS = [
     (STEPWISE_REFERENCE, "a forbidden [MASK] keeps a gradient", "gradient[:, mask_column] = 0.0", "pass"),
     (STEPWISE_REFERENCE, "a tie goes to [MASK]", "mask_is_top or target_is_top if y_is_mask else mask_is_top + target_is_top) != 1", "mask_is_top or target_is_top) == 0"),
     (STEPWISE_REFERENCE, "a bad label is the first word", "case.masked_fill_(~is_label & (y != ignore_index), OPEN)", "pass"),
-    (STEPWISE_REFERENCE, "a block of one row", "min(n // 2, n * size", "min(n, n * size"),
+    (ROW_BLOCKS, "a block of one row", "min(n // 2, n * size", "min(n, n * size"),
     (STEPWISE_REFERENCE, "rows that do not count keep what they hold", "gradient.index_fill_(0, (case == cases.IGNORED).nonzero().squeeze(1), 0.0)", "pass"),
     (STEPWISE_REFERENCE, "exp of subnormal numbers", "torch.threshold_(z, SMALLEST[z.dtype], -torch.inf).exp_()", "z.exp_()"),
     (STEPWISE_REFERENCE, "sums of cases in fp32", "values.double(), minlength=10", "values, minlength=10"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import oracle
-from difftrain_kernels import fused_diffusion_loss, stepwise_reference
+from difftrain_kernels import fused_diffusion_loss, row_blocks
 from term_problems import ALL, SINGLES, batch, check_rows, check_table, expected, options_of
 
 MASK_ID = 6
@@ -37,7 +37,7 @@ def results(logits, y, x, mask_id=MASK_ID, **options):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(stepwise_reference, "BLOCK", 1)
+    monkeypatch.setattr(row_blocks, "BLOCK", 1)
 
 
 @pytest.mark.parametrize("mask_id", [0, 5, 10], ids=["first", "middle", "last"])
@@ -79,7 +79,7 @@ def test_bits_depend_neither_on_the_block_nor_on_the_threads(dtype, vocab_size, 
     threads = torch.get_num_threads()
     try:
         for block, n_threads in ((1, 1), (3 * vocab_size, 1), (7 * vocab_size, 2), (2**17, 2)):
-            monkeypatch.setattr(stepwise_reference, "BLOCK", block)
+            monkeypatch.setattr(row_blocks, "BLOCK", block)
             torch.set_num_threads(n_threads)
             for ours, theirs in zip(results(logits, y, x, reduction="none"), whole, strict=True):
                 assert torch.equal(ours, theirs), (block, n_threads)
@@ -89,7 +89,7 @@ def test_bits_depend_neither_on_the_block_nor_on_the_threads(dtype, vocab_size, 
 
 def test_every_block_has_two_rows_at_least(small_blocks):
     for n in (2, 3, 7, 8):
-        sizes = [len(block) for block, _ in stepwise_reference._blocks(torch.zeros(n, 5))]
+        sizes = [len(block) for block, _ in row_blocks.blocks_of(torch.zeros(n, 5))]
         assert sum(sizes) == n
         assert min(sizes) >= 2
 
