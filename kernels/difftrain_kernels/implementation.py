@@ -127,9 +127,7 @@ def sum_cases(uses_triton: bool, statistics: tuple[Tensor, Tensor], terms: Terms
         sums = triton_kernels.launch_case_sums(triton_kernels.RowStatistics(*statistics), terms)
         has = (terms.has_own_sums, terms.label_smoothing > 0, terms.z_loss > 0)
         return *sums[:3], *(part if wanted else None for part, wanted in zip(sums[3:], has, strict=False))
-    table = reference.tabulate_cases(stepwise_reference.scores_of(statistics, terms), terms)
-    weighted = table.weighted if terms.has_own_sums else None
-    return table.counts, table.nll, table.gap, weighted, table.smoothing, table.z_loss
+    return stepwise_reference.sum_cases(statistics, terms)
 
 
 def make_table(sums: tuple, n_positions: int) -> CaseTable:

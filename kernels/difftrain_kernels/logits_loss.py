@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .calls import LossCall, Result, prepare_call
+from .cpu_loss import cpu_loss
 from .implementation import (
     IMPLEMENTATIONS,
     as_rows,
@@ -34,6 +35,7 @@ from .term_validation import check_flag
 from .upstream_prediction import find_expectation
 from .validation import (
     Penalty,
+    active_transform,
     check_choice,
     check_logits,
     check_overwritable,
@@ -78,10 +80,10 @@ def fused_diffusion_loss(
     is modified, unless ``overwrite_logits`` asks for it.
 
     Under ``torch.compile`` the loss is one operator, with the bits of an eager call of the same
-    implementation. Penalties that change belong in 0-d tensors there. An operator neither writes
-    over its inputs nor gives them back, so ``upstream_scale``, ``upstream_prediction`` and
-    ``overwrite_logits``, which change no result, are checked and then ignored: the gradient is made in
-    backward, in its own buffer.
+    implementation ("reference", which autograd records only eagerly, up to roundings). Penalties that
+    change belong in 0-d tensors there. An operator neither writes over its inputs nor gives them back, so
+    ``upstream_scale``, ``upstream_prediction`` and ``overwrite_logits``, which change no result, are checked
+    and then ignored: the gradient is made in backward, in its own buffer.
 
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64, any device and strides; 1 <= V < 2**31. A fake
@@ -97,8 +99,9 @@ def fused_diffusion_loss(
         ignore_index: the target that marks a position as not counted, within y's dtype. Such
             positions have loss 0 and gradient exactly 0, but stay in the mean's divisor.
         reduction: "mean" over all positions, "sum", or "none" (one loss per position).
-        impl: "auto" takes "triton" for CUDA logits up to fp32, else the reference; "triton" the
-            fused kernel (on CPU tensors too where TRITON_INTERPRET=1); "reference" plain PyTorch.
+        impl: "auto" takes "triton" for CUDA logits up to fp32, on a CPU the reference in blocks of rows,
+            made for speed, and else the reference; "triton" the fused kernel (on CPU tensors too where
+            TRITON_INTERPRET=1); "reference" plain PyTorch under autograd.
         return_cases: also return the :class:`CaseTable` of this batch.
         check_labels: look for labels outside [0, V) and raise; waits for a GPU. Without it, such
             a label makes its own row's loss and gradient NaN.
@@ -171,7 +174,8 @@ def fused_diffusion_loss(
     if check_labels:
         call.check_label_values()
     if not is_fused:
-        return reference_loss(logits, call)
+        is_stepwise = impl == "auto" and logits.device.type == "cpu" and not active_transform()
+        return (cpu_loss if is_stepwise else reference_loss)(logits, call)
     return _triton_loss(logits, call, call.stated(upstream_scale), upstream_prediction, overwrite_logits)
 
 

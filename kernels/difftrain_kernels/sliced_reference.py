@@ -12,14 +12,12 @@ from torch import Tensor
 
 from . import cases
 from .reference import Scores, bend, columns_taking_part, other_columns, target_column, weigh
-from .stepwise_reference import N_STATISTICS, slanted
+from .stepwise_reference import slant, slants_of
 from .terms import PLAIN, PROBABILITY, Terms
 from .validation import Penalty
 
 N_MESSAGE = 5
-N_SLICED = (
-    6  # columns of the plain loss: those of whole rows, but in place of the factor what a slice needs
-)
+N_SLICED = 6  # columns of the plain loss: those of whole rows up to the gap, and what a slice needs
 
 
 def message_size(terms: Terms) -> int:
@@ -142,7 +140,7 @@ def slice_gradients(
         return torch.empty_like(logits)
     case, columns = statistics
     is_counted = (case != cases.IGNORED)[:, None]
-    shift, per_total, rest = columns[N_STATISTICS - 1 : N_SLICED]
+    shift, per_total, rest = columns[3:N_SLICED]
     factor = per_total * (upstream / divisor)
     bent = bend(logits, terms, mask_id)
     column, is_target = target_column(y, logits.shape[1])
@@ -158,7 +156,7 @@ def slice_gradients(
         sliced_scores(statistics, terms).others["z_factor"] * (upstream / divisor) if terms.z_loss else None
     )
     n_words = vocab_size - terms.forbid_mask
-    gradient = slanted(
-        exps / total[:, None], bent, column, is_target, factor * total, z_factor, mask_id, n_words, terms
-    )
+    slants = slants_of(factor * total, z_factor, total, n_words, terms)
+    slants[1] = torch.where(is_target, slants[1], 0.0)
+    gradient = slant(exps, slants, column, bent, mask_id, terms, out=exps)
     return gradient.masked_fill_(~is_counted, 0.0).to(logits.dtype)

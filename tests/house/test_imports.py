@@ -21,7 +21,8 @@ KERNELS = {
     "recipes": {"torch", "validation"},
     "calls": {"torch", "cases", "rows", "term_validation", "terms", "validation"},
     "reference": {"torch", "calls", "cases", "terms", "validation"},
-    "stepwise_reference": {"torch", "cases", "reference", "terms", "validation"},
+    "row_blocks": {"torch"},
+    "stepwise_reference": {"torch", "cases", "reference", "row_blocks", "terms", "validation"},
     "sliced_reference": {"torch", "cases", "reference", "stepwise_reference", "terms", "validation"},
     "triton_kernels": {"torch", "triton"},
     "implementation": {
@@ -30,6 +31,7 @@ KERNELS = {
     "positions": {"torch", "cases", "terms"},
     "weight_sums": {"torch"},
     "grad_accumulation": {"torch"},
+    "cpu_loss": {"torch", "calls", "implementation", "validation"},
     "chunks": {
         "torch", "implementation", "positions", "stepwise_reference", "terms", "weight_sums", "triton_kernels",
     },
@@ -40,8 +42,8 @@ KERNELS = {
     "linear_operators": {"torch", "calls", "chunks", "implementation", "operators"},
     "upstream_prediction": {"torch"},
     "logits_loss": {
-        "torch", "calls", "implementation", "operators", "reference", "term_validation", "upstream_prediction",
-        "validation", "triton_kernels",
+        "torch", "calls", "cpu_loss", "implementation", "operators", "reference", "term_validation",
+        "upstream_prediction", "validation", "triton_kernels",
     },
     "linear_loss": {
         "torch", "calls", "chunks", "grad_accumulation", "implementation", "linear_operators", "term_validation",

@@ -16,6 +16,8 @@ LOGITS_LOSS = "kernels/difftrain_kernels/logits_loss.py"
 PARALLEL = "kernels/difftrain_kernels/parallel_loss.py"
 REFERENCE = "kernels/difftrain_kernels/reference.py"
 STEPWISE_REFERENCE = "kernels/difftrain_kernels/stepwise_reference.py"
+ROW_BLOCKS = "kernels/difftrain_kernels/row_blocks.py"
+CPU_LOSS = "kernels/difftrain_kernels/cpu_loss.py"
 SLICED_REFERENCE = "kernels/difftrain_kernels/sliced_reference.py"
 CALLS, CHUNKS, CASES, RECIPES, VALIDATION, IMPLEMENTATION, LINEAR, POSITIONS, WEIGHT_SUMS, GRAD = (
     f"kernels/difftrain_kernels/{name}.py"
@@ -59,7 +61,9 @@ STAGES = {
     WEIGHT_SUMS: (SUMS, ADDITION),
     GRAD: (ADDITION,),
     REFERENCE: (["tests/kernels/test_reference.py"], ["tests/kernels/test_terms.py"]),
-    STEPWISE_REFERENCE: (["tests/kernels/test_terms.py"],),
+    STEPWISE_REFERENCE: (["tests/kernels/test_cpu_loss.py"], ["tests/kernels/test_terms.py"]),
+    ROW_BLOCKS: (["tests/kernels/test_cpu_loss.py"],),
+    CPU_LOSS: (["tests/kernels/test_cpu_loss.py"],),
     SLICED_REFERENCE: (
         ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],
         ["tests/kernels/test_terms.py"],
@@ -281,7 +285,15 @@ MUTANTS = [
     (STEPWISE_REFERENCE, "softcap without its slope", "gradient *= 1.0 - (bent / terms.softcap).square()", "pass"),
     (STEPWISE_REFERENCE, "a scale without its slope", "gradient *= scale.to(gradient.dtype) if isinstance(scale, Tensor) else scale", "pass"),
     (REFERENCE, "smoothing over [MASK] too", "/ (vocab_size - terms.forbid_mask)", "/ vocab_size"),
-    (STEPWISE_REFERENCE, "a forbidden [MASK] keeps a gradient", "gradient.masked_fill_(~columns_taking_part", "gradient.masked_fill(~columns_taking_part"),
+    (STEPWISE_REFERENCE, "a forbidden [MASK] keeps a gradient", "gradient[:, mask_column] = 0.0", "pass"),
+    (STEPWISE_REFERENCE, "a tie goes to [MASK]", "mask_is_top or target_is_top if y_is_mask else mask_is_top + target_is_top) != 1", "mask_is_top or target_is_top) == 0"),
+    (STEPWISE_REFERENCE, "a bad label is the first word", "case.masked_fill_(~is_label & (y != ignore_index), OPEN)", "pass"),
+    (ROW_BLOCKS, "a block of one row", "min(n // 2, n * size", "min(n, n * size"),
+    (STEPWISE_REFERENCE, "rows that do not count keep what they hold", "gradient.index_fill_(0, (case == cases.IGNORED).nonzero().squeeze(1), 0.0)", "pass"),
+    (STEPWISE_REFERENCE, "exp of subnormal numbers", "torch.threshold_(z, SMALLEST[z.dtype], -torch.inf).exp_()", "z.exp_()"),
+    (STEPWISE_REFERENCE, "sums of cases in fp32", "values.double(), minlength=10", "values, minlength=10"),
+    (CPU_LOSS, "a second derivative passes in silence", "if torch.is_grad_enabled():\n            (gradient,)", "if False:\n            (gradient,)"),
+    (CPU_LOSS, "a scale changed later counts", "logit_scale=call.terms.logit_scale.clone()", "logit_scale=call.terms.logit_scale"),
     (REFERENCE, "a forbidden target is a label", "is_label = is_label & (y != mask_id)", "pass"),
     (SLICED_REFERENCE, "smoothing counts the words of one slice", "/ n_words.sum(0)", "/ n_words[0]"),
     (SLICED_REFERENCE, "entropy on each slice's own scale", "torch.where(rests > 0, fall * rests, 0.0)", "0.0"),

@@ -1,0 +1,211 @@
+"""The loss of CPU tensors, in blocks of rows: against the oracle, and the same bits however the rows are taken."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from difftrain_kernels import fused_diffusion_loss, row_blocks
+from term_problems import ALL, SINGLES, batch, check_rows, check_table, expected, options_of
+
+MASK_ID = 6
+
+
+def problem(n=41, vocab_size=11, mask_id=MASK_ID, dtype=torch.float32, seed=0, levels=0):
+    """Logits (n, V), with ``levels`` so few different ones that maxima are tied, and labels of every kind."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, vocab_size, generator=generator)
+    if levels:
+        logits = (logits * levels / 4).round()
+    logits[::3, mask_id] += 2 if not levels else 1
+    y, words = (torch.randint(0, vocab_size, (n,), generator=generator) for _ in range(2))
+    x = torch.where(torch.rand(n, generator=generator) < 0.5, mask_id, y)
+    x = torch.where(torch.rand(n, generator=generator) < 0.25, words, x)
+    y[5::9] = -1
+    return logits.to(dtype), y, x
+
+
+def results(logits, y, x, mask_id=MASK_ID, **options):
+    """Loss, gradient and table as one list of tensors."""
+    leaf = logits.detach().clone().requires_grad_()
+    loss, table = fused_diffusion_loss(leaf, y, x, mask_id, 0.25, 0.5, return_cases=True, **options)
+    upstream = torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape)
+    return [loss.detach(), *torch.autograd.grad(loss, leaf, upstream), table.counts, table.nll, table.gap]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(row_blocks, "BLOCK", 1)
+
+
+@pytest.mark.parametrize("mask_id", [0, 5, 10], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("levels", [0, 3], ids=["distinct", "many ties"])
+def test_value_gradient_and_cases_match_the_oracle(mask_id, levels, small_blocks):
+    logits, y, x = problem(203, 11, mask_id, torch.float64, levels=levels)
+    loss, gradient, counts, nll, gap = results(logits, y, x, mask_id, reduction="sum")
+    exact = oracle.diffusion_loss(logits, y, x, mask_id, 0.25, 0.5)
+    np.testing.assert_allclose(loss, exact.loss("sum"), rtol=1e-12)
+    np.testing.assert_allclose(gradient, exact.gradient * 0.5, rtol=1e-11, atol=1e-14)
+    assert counts.tolist() == exact.counts.tolist()
+    np.testing.assert_allclose(nll, exact.nll_sums, rtol=1e-12)
+    np.testing.assert_allclose(gap, exact.gap_sums, rtol=1e-12)
+
+
+@pytest.mark.parametrize("names", [*SINGLES, *ALL], ids="+".join)
+def test_every_term_is_what_the_oracle_says(names, small_blocks):
+    logits, y, x = batch()
+    options, y = options_of(names, y, MASK_ID)
+    result, normalizer = expected(logits, y, x, MASK_ID, options)
+    logits.requires_grad_()
+    loss, cases, rows = fused_diffusion_loss(
+        logits, y, x, MASK_ID, return_cases=True, return_rows=True, entropy=True, **options
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(result.loss("mean", normalizer), rel=1e-12)
+    divisor = normalizer or y.numel()
+    exact = result.gradient / divisor
+    np.testing.assert_allclose(logits.grad.reshape(y.numel(), -1), exact, rtol=1e-11, atol=1e-14)
+    check_table(cases, result, y.numel())
+    check_rows(rows, result, y.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("vocab_size", [11, 1003])
+def test_bits_depend_neither_on_the_block_nor_on_the_threads(dtype, vocab_size, monkeypatch):
+    logits, y, x = problem(43, vocab_size, dtype=dtype)
+    whole = results(logits, y, x, reduction="none")
+    threads = torch.get_num_threads()
+    try:
+        for block, n_threads in ((1, 1), (3 * vocab_size, 1), (7 * vocab_size, 2), (2**17, 2)):
+            monkeypatch.setattr(row_blocks, "BLOCK", block)
+            torch.set_num_threads(n_threads)
+            for ours, theirs in zip(results(logits, y, x, reduction="none"), whole, strict=True):
+                assert torch.equal(ours, theirs), (block, n_threads)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_every_block_has_two_rows_at_least(small_blocks):
+    for n in (2, 3, 7, 8):
+        sizes = [len(block) for block, _ in row_blocks.blocks_of(torch.zeros(n, 5))]
+        assert sum(sizes) == n
+        assert min(sizes) >= 2
+
+
+def test_any_leading_shape_and_stride_gives_the_same_bits():
+    logits, y, x = problem(24, 9)
+    flat = results(logits, y, x, reduction="none")
+    padded = torch.full((4, 6, 12), math.nan)
+    padded[..., :9] = logits.view(4, 6, 9)
+    leaf = padded.requires_grad_()
+    loss = fused_diffusion_loss(
+        leaf[..., :9], y.view(4, 6).int(), x.view(4, 6).int(), MASK_ID, 0.25, 0.5, reduction="none"
+    )
+    assert torch.equal(loss.flatten(), flat[0])
+    loss.backward(torch.linspace(0.5, 1.5, 24).view(4, 6))
+    assert torch.equal(leaf.grad[..., :9].reshape(24, 9), flat[1])
+
+
+@pytest.mark.parametrize("label", [0, 8, -2, 2**32 + 3])
+def test_a_label_that_is_none_makes_its_row_nan_and_the_table_as_the_reference(label):
+    logits, y, x = problem(24, 8)
+    logits[3, 0] = 9.0  # the first word is the answer where the label is none
+    y[3] = label
+    found, plain = (results(logits, y, x, reduction="none", impl=impl) for impl in ("auto", "reference"))
+    assert found[0].isnan().nonzero().flatten().tolist() == ([] if label == 0 else [3])
+    assert torch.equal(found[2], plain[2])
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_a_label_may_be_the_ignored_one():
+    logits, y, x = problem(24, 8)
+    found, plain = (results(logits, y, x, ignore_index=3, impl=impl) for impl in ("auto", "reference"))
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_penalties_in_tensors_give_the_bits_of_numbers():
+    logits, y, x = problem()
+    for pk, pm in ((torch.tensor(0.25), torch.tensor(0.5, dtype=torch.float64)), (0.25, torch.tensor(0.5))):
+        number, tensor = (
+            fused_diffusion_loss(logits, y, x, MASK_ID, *p, reduction="none")
+            for p in ((0.25, 0.5), (pk, pm))
+        )
+        assert torch.equal(number, tensor)
+
+
+@pytest.mark.parametrize("fall", [80.0, 95.0, 200.0, 1e30, math.inf])
+def test_probabilities_below_the_normal_numbers_are_zero(fall):
+    logits = torch.tensor([[0.0, 1.0, -fall]], requires_grad=True)
+    y = torch.tensor([0])
+    fused_diffusion_loss(logits, y, y, 2, 1.0, 1.0).backward()
+    exact = math.exp(-fall - 1) / (1 + math.exp(-1))
+    assert logits.grad[0, 2].item() == (0.0 if exact < 1.2e-38 else pytest.approx(exact, rel=1e-5))
+
+
+def test_a_second_derivative_raises_and_the_reference_has_it():
+    logits, y, x = problem()
+    for impl in ("auto", "reference"):
+        leaf = logits.clone().requires_grad_()
+        loss = fused_diffusion_loss(leaf, y, x, MASK_ID, 0.25, 0.5, impl=impl)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        if impl == "auto":
+            with pytest.raises(RuntimeError, match="no second derivative; impl='reference' has"):
+                gradient.sum().backward()
+        else:
+            gradient.square().sum().backward()
+
+
+def test_transforms_go_to_the_reference():
+    logits, y, x = problem()
+
+    def loss(logits):
+        return fused_diffusion_loss(logits, y, x, MASK_ID, 0.25, 0.5)
+
+    found = torch.func.grad(loss)(logits)
+    torch.testing.assert_close(found, results(logits, y, x)[1] / 0.5)
+    assert torch.func.vmap(loss)(logits.expand(2, *logits.shape)).shape == (2,)
+
+
+def test_a_scale_that_changes_before_backward_keeps_the_gradient():
+    logits, y, x = problem()
+    gradients = []
+    for changes in (False, True):
+        leaf, scale = logits.clone().requires_grad_(), torch.tensor(0.7)
+        loss = fused_diffusion_loss(leaf, y, x, MASK_ID, 0.25, 0.5, logit_scale=scale)
+        if changes:
+            scale.fill_(3.0)
+        loss.backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_logits_changed_before_backward_raise():
+    logits, y, x = problem()
+    node = logits.requires_grad_() * 1
+    loss = fused_diffusion_loss(node, y, x, MASK_ID, 0.25, 0.5)
+    node.data.add_(0)  # not seen
+    with torch.no_grad():
+        node.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_loss_in_inference_mode_leaves_a_buffer_that_training_may_write_to():
+    logits, y, x = problem(30, 13)
+    with torch.inference_mode():
+        quiet = fused_diffusion_loss(logits, y, x, MASK_ID, 0.25, 0.5)
+    assert torch.equal(quiet, results(logits, y, x)[0])
+
+
+def test_sums_of_many_rows_do_not_lose_small_ones():
+    n = 200_000
+    logits = torch.zeros(n, 3)
+    logits[:, 1] = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    y, x = torch.zeros(n, dtype=torch.int64), torch.full((n,), 2)
+    _, table = fused_diffusion_loss(logits, y, x, 2, return_cases=True)
+    rows = fused_diffusion_loss(logits, y, x, 2, reduction="none")
+    assert table.nll.sum().item() == pytest.approx(rows.double().sum().item(), rel=2e-7)
