@@ -54,6 +54,28 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; the host waits for no copy."""
+        if self.device.type == "cuda":  # from pageable memory the copy would wait for its turn
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def read_later(self, values: Tensor) -> Callable[[], list[float]]:
+        """Begin to copy a vector to the host: a function that returns its numbers, and waits for it alone.
+
+        What the device was given after this call goes on meanwhile.
+        """
+        if self.device.type != "cuda":
+            return values.tolist
+        copy, done = values.to("cpu", non_blocking=True), torch.cuda.Event()  # into pinned memory
+        done.record()
+
+        def read() -> list[float]:
+            done.synchronize()
+            return copy.tolist()
+
+        return read
+
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes, on the tensor's device; ``values`` may be overwritten."""
         if self.world_size == 1:

@@ -14,17 +14,19 @@ PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPL
         "data/opening", "training/run_folder", "sampling/texts", "loss", "evaluate", "reporting/records",
     )
 )  # fmt: skip
-BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX = (
+BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX, VERDICT = (
     f"difftrain/{name}.py"
     for name in (
         "training/budget", "training/console", "errors", "sampling/fill", "cli/sample", "cli/questions", "model",
-        "data/philox",
+        "data/philox", "training/verdict",
     )
 )  # fmt: skip
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
 BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
 DEFAULTS = ["tests/difftrain/test_defaults.py"]
 RESUME_TESTS = ["tests/difftrain/test_resume.py", "-k", "float32 or samples"]
+WAIT_TESTS = ["tests/difftrain/test_waits.py"]
+BAD_STEP_TESTS = ["tests/difftrain/test_resume.py", "-k", "bad_steps"]
 RECIPE_TESTS = ["tests/difftrain/test_recipes.py"]
 DATA_TESTS = ["tests/difftrain/test_changed_data.py"]
 TRAIN_TESTS = ["tests/difftrain/test_train.py", "-k", "not full_disk"]
@@ -49,7 +51,15 @@ STAGES = {
         ["tests/difftrain/test_resume.py"],
         ["tests/difftrain/test_distributed.py"],
     ),
-    LOOP: (TRAIN_TESTS, RESUME_TESTS, CLOSED_TESTS, BUDGET_TESTS, ["tests/difftrain/test_cli.py"]),
+    VERDICT: (WAIT_TESTS, BAD_STEP_TESTS, TRAIN_TESTS, ["tests/difftrain/test_distributed.py"]),
+    LOOP: (
+        TRAIN_TESTS,
+        WAIT_TESTS,
+        RESUME_TESTS,
+        CLOSED_TESTS,
+        BUDGET_TESTS,
+        ["tests/difftrain/test_cli.py"],
+    ),
     RUNTIME: (TRAIN_TESTS, ["tests/difftrain/test_distributed.py"]),
     LOG: (["tests/difftrain/test_metrics.py"], RESUME_TESTS),
     SCHEDULE: (["tests/difftrain/test_schedule.py"], DEFAULTS),
@@ -95,13 +105,18 @@ MUTANTS = [
     (STEP, "fp16's scale is not restored", 'self.scaler.load_state_dict(state["scaler"])', "pass"),
     (STEP, "moments are not restored", "restore_optimizer(self.model, self.optimizer, checkpoint.read_optimizer)", "pass"),
     (STEP, "the best loss is not restored", 'self.best_loss, self.best_step = float(state["best_loss"]), state["best_step"]', "pass"),
-    (STEP, "the usual norm is not restored", 'self.usual_norm, self.norms = float(state["usual_norm"]), int(state["norms"])', "pass"),
+    (VERDICT, "the usual norm is not restored", 'self._usual_norm, self._norms = float(state["usual_norm"]), int(state["norms"])', "pass"),
     (STEP, "dropout repeats in every step", 'f"dropout {seed} {step} {rank}"', 'f"dropout {seed} {rank}"'),
     (STEP, "dropout is not seeded by the step", "        if config.dropout > 0:\n", "        if config.dropout > 1:\n"),
     (STEP, "weights pass through fp32", "            checkpoint.load_weights(model)", "            checkpoint.load_weights(model.float())\n            model.to(runtime.device, torch.float64 if runtime.dtype == torch.float64 else None)"),
-    (STEP, "a bad step is applied", "if not (is_bad or is_spike):", "if True:"),
-    (STEP, "each process judges for itself", "is_bad, *flags = self.runtime.any_process(not math.isfinite(total), *flags)", "is_bad = not math.isfinite(total)"),
-    (STEP, "bad steps need not be in a row", "            self.bad_steps = 0\n", "            pass\n"),
+    (STEP, "a bad step is applied", "self.optimizer.found_inf = ", "_ = "),
+    (VERDICT, "a spike is applied", "return answer[:2].any()", "return answer[:1].any()"),
+    (VERDICT, "each process judges for itself", "answer = self._runtime.sum_over_processes(answer)", "pass"),
+    (VERDICT, "bad steps need not be in a row", "            self._bad_steps = 0\n", "            pass\n"),
+    (VERDICT, "the host waits for the verdict", "return answer[:2].any().float()", "return answer.new_full((), sum(answer.tolist()[:2])).float()"),
+    (LOOP, "each step is waited for", "if is_logged or is_due():", "if True:"),
+    (LOOP, "a step more is taken before a stop", "if not (verdict.is_stopping or verdict.has_failed):", "if True:"),
+    (LOOP, "an evaluation comes before the verdict on its step", "if is_logged or is_due():", "if is_logged:"),
     (STEP, "accumulated gradients are not divided", "self.scaler.scale(loss / self.micro_steps)", "self.scaler.scale(loss)"),
     (LOOP, "a resumed step is evaluated twice", "if is_due and not run.is_evaluated and not is_stopping:", "if is_due and not is_stopping:"),
     (LOOP, "the best pointer is not put right", '    point_to_best(run.folder / "checkpoints", run.best_step)\n', ""),

@@ -21,7 +21,9 @@ from difftrain.reporting.log import read_metrics
 from difftrain.schedule import learning_rate, masking_penalties
 from difftrain.training import run_folder as run_folder_module
 from difftrain.training import step as step_module
-from difftrain.training.loop import TrainingFailed, train
+from difftrain.training import verdict as verdict_module
+from difftrain.training.loop import train
+from difftrain.training.verdict import TrainingFailed
 from launch import obey, train_command
 from processes import run_in_processes
 
@@ -432,7 +434,7 @@ def test_bad_steps_count_only_in_a_row(tiny, monkeypatch, capsys):
 
 
 def test_a_spike_is_left_out_and_a_lasting_change_is_accepted(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(step_module, "SPIKE_MEMORY", 4)
+    monkeypatch.setattr(verdict_module, "SPIKE_MEMORY", 4)
     real, calls = loss_module.fused_diffusion_loss, []
 
     def steep(logits, *arguments, **options):
