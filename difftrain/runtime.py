@@ -199,7 +199,7 @@ def _deterministic() -> Iterator[None]:
 
 @dataclass
 class StopRequest:
-    """Set by the first Ctrl-C or SIGTERM."""
+    """Set by the first Ctrl-C, SIGTERM or SIGHUP."""
 
     requested_at: float | None = None  # seconds of the monotonic clock
 
@@ -210,7 +210,10 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Within it, Ctrl-C or SIGTERM only asks for a stop; a second one, a second later, stops at once."""
+    """Within it, Ctrl-C, SIGTERM or SIGHUP only asks for a stop; a second one, a second later, stops at once.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
+    """
     stop = StopRequest()
 
     def request(signum: int, frame: Any) -> None:
@@ -221,7 +224,10 @@ def stop_requests() -> Iterator[StopRequest]:
                 os._exit(130)
             raise KeyboardInterrupt
 
-    previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    previous = {s: signal.signal(s, request) for s in signals}
     try:
         yield stop
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 from tqdm import tqdm
@@ -28,7 +29,9 @@ class Console:
         try:
             tqdm.write(message)
             sys.stdout.flush()
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal is gone
+                raise
             self.is_closed = True
 
     def check(self) -> None:

@@ -73,7 +73,9 @@ def plain_attention(attention, h):
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
-def test_attention_is_that_of_queries_and_keys_rotated_in_halves(dtype, tolerance, is_compiled, monkeypatch):
+def test_attention_is_that_of_queries_and_keys_rotated_in_halves(
+    dtype, tolerance, is_compiled, monkeypatch
+):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiled)
     attention = make(bias=True).blocks[0].attention.to(dtype)
     torch.nn.init.normal_(attention.qkv.bias)

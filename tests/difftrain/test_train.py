@@ -95,6 +95,21 @@ def test_the_logged_loss_is_the_mean_over_all_micro_batches(tiny):
         torch.testing.assert_close(value, weights_of(split)[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_closed_terminal_asks_for_a_stop_unless_it_is_ignored_as_under_nohup():
+    before = signal.getsignal(signal.SIGHUP)
+    with runtime_module.stop_requests() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGHUP) is before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runtime_module.stop_requests() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_resumed_run_ends_in_the_same_weights_and_metrics(tiny, dropout, monkeypatch):
     straight = tiny(dropout=dropout)
