@@ -44,6 +44,7 @@ STAGES = {
     WRITING: CHECKPOINT_STAGES,
     SAVER: (["tests/difftrain/test_saver.py"], TRAIN_TESTS),
     STEP: (
+        BAD_STEP_TESTS,
         RECIPE_TESTS,
         TRAIN_TESTS,
         DATA_TESTS,

@@ -89,6 +89,10 @@ def test_so_does_one_with_bad_steps_and_spikes_wherever_it_stops(tiny, dtype, mo
     assert warnings() == left_out
     state = find_checkpoint(Path(straight.out_dir), "latest").state
     assert (state["bad_steps"], state["skipped_steps"]) == (0, 4)
+    moments = load_file(
+        find_checkpoint(Path(straight.out_dir), "latest").folder / "optimizer/optimizer.safetensors"
+    )
+    assert {t.item() for name, t in moments.items() if name.endswith(".step")} == {13.0 - 4.0}
     for stop_at in (3, 4, 5, 9, 10):
         stopped = dataclasses.replace(straight, out_dir=f"{straight.out_dir}-{stop_at}")
         train_with_stop(stopped, stop_at)
