@@ -1,14 +1,17 @@
-"""Time of a training step and of its parts, and of saving and resuming.
-Takes half a minute on two CPU cores at its default shape. Prints a table, and writes it to the file that
+"""Time of a training step and of its parts, beside a plain GPT-2 step, and of saving and resuming.
+Takes a minute on two CPU cores at its default shape. Prints a table, and writes it to the file that
 --json names.
 
     python benchmarks/bench_train.py [--steps N] [--device D] [--deterministic] [--json FILE] [--n_layer N] ...
 
 The defaults are the shape of the specification's first implementation: batch 12, block 64, 4
 layers, 4 heads, width 128, vocabulary 66. Tokens are random: their values do not change the work.
-Times are medians with 20 % and 80 % quantiles; on CUDA each part ends with a synchronisation. A
-checkpoint is saved in the background: "save waits" is what the loop waits for, the copy of the state,
-"save writes" what the thread then takes to write, flush, digest, read back and rename it.
+The trainer's step and a plain one of the same shape (training_step/plain_step.py) are taken in turn; "loop" is
+the trainer's step as its loop takes it, and is compared with the plain step. Times are medians with 20 % and 80 %
+quantiles; on CUDA each part ends with a synchronisation. --clock cpu counts the seconds of all the process's
+threads instead, which other programs on the machine disturb less. A checkpoint is saved in the background: "save
+waits" is what the loop waits for, the copy of the state, "save writes" what the thread then takes to write, flush,
+digest, read back and rename it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import json
 import platform
 import tempfile
 import time
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -27,61 +32,64 @@ import measuring.checkout  # noqa: F401  our packages are this checkout's, insta
 from difftrain.checkpoints.reading import find_newest_good
 from difftrain.checkpoints.saver import CheckpointSaver
 from difftrain.config import Config
-from difftrain.data import Corpus, corrupt, sample_indices
 from difftrain.data.vocabulary import Ids
-from difftrain.model import Transformer, make_optimizer, restore_optimizer
+from difftrain.model import Transformer, restore_optimizer
 from difftrain.runtime import Runtime, start_runtime
-from difftrain.schedule import masking_penalties
-from difftrain_kernels import fused_diffusion_loss
 from measuring.arguments import user_path
 from measuring.timing import quantiles
+from training_step.our_step import PARTS, OurStep
+from training_step.plain_step import PlainGPT, PlainStep
 
-PARTS = ("data", "corruption", "forward", "loss", "backward", "optimizer")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Times = dict[str, list[float]]
 
 
 def measure(
-    config: Config, vocab_size: int, runtime: Runtime, steps: int, warmup: int, saves: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Milliseconds of each part in each of ``steps`` steps after ``warmup`` more, and of ``saves`` saves."""
+    config: Config, vocab_size: int, runtime: Runtime, clock: Callable[[], float],
+    steps: int, warmup: int, saves: int,
+) -> tuple[Times, Times, Times]:  # fmt: skip
+    """Milliseconds of each part of ours and of the plain step in each of ``steps`` steps, and of ``saves`` saves.
+
+    ``warmup`` steps more come first. Of ours "loop" is a whole step, taken as the loop takes it.
+    """
     device = runtime.device
     words = np.random.default_rng(0).integers(0, vocab_size - 1, 1_000_000, dtype=np.uint16)
-    corpus = Corpus(words, words, Ids(vocab_size - 1), Path())
-    torch.manual_seed(config.seed)
-    model = Transformer(config, vocab_size).to(device)
-    optimizer = make_optimizer(model, config)
-    mask_id = vocab_size - 1
-    times: dict[str, list[float]] = {part: [] for part in PARTS}
+    ours = OurStep(config, words, vocab_size, runtime)
+    times: tuple[Times, Times] = {}, {}
 
-    def lap(part: str, since: float) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        times[part].append(1e3 * (now - since))
-        return now
+    def record(step: Callable[[Callable[[str], None]], None], found: Times) -> None:
+        since = clock()
 
-    for step in range(warmup + steps):
-        if step == warmup:
-            for values in times.values():
-                values.clear()
-        pk, pm = masking_penalties(step, config)
-        now = time.perf_counter()
-        samples = sample_indices(step, 0, 0, 1, config)
-        tokens = corpus.windows("train", samples, seed=config.seed, length=config.block_size).to(device)
-        now = lap("data", now)
-        x, y = corrupt(tokens, samples.to(device), seed=config.seed, split="train", vocab_size=vocab_size,
-                       max_corruption=config.max_corruption)  # fmt: skip
-        now = lap("corruption", now)
-        logits = model(x)
-        now = lap("forward", now)
-        loss = fused_diffusion_loss(logits, y, x, mask_id, pk, pm)
-        now = lap("loss", now)
-        loss.backward()
-        now = lap("backward", now)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        lap("optimizer", now)
-    return times, measure_saves(config, model, optimizer, corpus.vocabulary, runtime, saves)
+        def lap(part: str) -> None:
+            nonlocal since
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            now = clock()
+            found.setdefault(part, []).append(1e3 * (now - since))
+            since = now
+
+        step(lap)
+
+    def loop(lap: Callable[[str], None]) -> None:
+        ours.as_the_loop_takes_it()
+        lap("loop")
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "train.bin"
+        words.tofile(file)
+        # The data's words: [MASK] is ours.
+        shape = (vocab_size - 1, config.block_size, config.n_layer, config.n_head, config.n_embd)
+        plain = PlainStep(PlainGPT(*shape), file, config.batch_size, device)
+        for step in range(warmup + steps):
+            if step == warmup:
+                for found in times:
+                    found.clear()
+            record(ours, times[0])
+            record(plain, times[1])
+            record(loop, times[0])
+    run = ours.run
+    run.settle()
+    return *times, measure_saves(config, run.model, run.optimizer, run.corpus.vocabulary, runtime, saves)
 
 
 def measure_saves(
@@ -116,16 +124,23 @@ def summary(values: list[float]) -> dict[str, float]:
     return dict(zip(("median_ms", "q20_ms", "q80_ms"), quantiles(values), strict=True))
 
 
-def report(
-    times: dict[str, list[float]], saves: dict[str, list[float]], config: Config
-) -> dict[str, object]:
-    """Medians and quantiles in ms, tokens a second, and the shares of data plus corruption and of saving."""
-    steps = [sum(parts) for parts in zip(*times.values(), strict=True)]
-    rows = {name: summary(values) for name, values in {**times, "step": steps, **saves}.items()}
-    total = rows["step"]["median_ms"]
+def report(ours: Times, plain: Times, saves: Times, config: Config) -> dict[str, object]:
+    """Medians and quantiles in ms, tokens a second, ratios to the plain step, and shares of a step and a run."""
+    ours, loop = {part: ours[part] for part in PARTS}, ours["loop"]
+
+    def rows_of(parts: Times) -> dict[str, dict[str, float]]:
+        steps = [sum(times) for times in zip(*parts.values(), strict=True)]
+        return {name: summary(values) for name, values in {**parts, "step": steps}.items()}
+
+    rows, others = rows_of(ours) | {"loop": summary(loop)}, rows_of(plain)
+    total = rows["loop"]["median_ms"]
     interval = config.eval_interval * total
+    rows |= {name: summary(values) for name, values in saves.items()}
+    ratios = {name: rows[name]["median_ms"] / row["median_ms"] for name, row in others.items()}
     return {
         "parts": rows,
+        "plain": others,
+        "ratios": ratios | {"loop": total / others["step"]["median_ms"]},
         "tokens_per_second": 1e3 * config.global_batch_size * config.block_size / total,
         "data_share": (rows["data"]["median_ms"] + rows["corruption"]["median_ms"]) / total,
         "save_share": rows["save waits"]["median_ms"] / (interval + rows["save waits"]["median_ms"]),
@@ -141,7 +156,10 @@ def main(arguments: list[str] | None = None) -> None:
     for name, default in shape.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"[{default}]")
     parser.add_argument("--vocab_size", type=int, default=66, help="with [MASK] [66]")
-    parser.add_argument("--position", default="learned", choices=("learned", "rotary"))
+    parser.add_argument(
+        "--position", default="learned", choices=("learned", "rotary"), help="ours [learned]"
+    )
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="which seconds are counted [wall]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=20)
@@ -155,32 +173,41 @@ def main(arguments: list[str] | None = None) -> None:
         device=args.device,
         dtype="float32",
         deterministic=args.deterministic,
+        eval_iters=2,
+        eval_batch_size=1,
     )
     with start_runtime(config) as runtime:
         device = runtime.device
         is_cuda = device.type == "cuda"
         name = torch.cuda.get_device_name(device) if is_cuda else platform.processor() or platform.machine()
         setting = {
+            "date": date.today().isoformat(),
             "device": name,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
             **{
                 key: getattr(args, key)
-                for key in (*shape, "vocab_size", "position", "deterministic", "steps")
+                for key in (*shape, "vocab_size", "position", "clock", "deterministic", "steps")
             },
         }
         print(" ".join(f"{key}={value}" for key, value in setting.items()))
-        result = report(
-            *measure(config, args.vocab_size, runtime, args.steps, args.warmup, args.saves), config
-        )
-    total = result["parts"]["step"]["median_ms"]
-    print(f"{'part':<12}{'median ms':>10}{'20 %':>9}{'80 %':>9}{'of a step':>11}")
+        clock = CLOCKS[args.clock]
+        times = measure(config, args.vocab_size, runtime, clock, args.steps, args.warmup, args.saves)
+        result = report(*times, config)
+    total = result["parts"]["loop"]["median_ms"]
+    print(
+        f"{'part':<12}{'median ms':>10}{'20 %':>9}{'80 %':>9}{'of a step':>11}{'plain ms':>10}{'ratio':>7}"
+    )
     for part, row in result["parts"].items():
         share = row["median_ms"] / total
-        print(
+        line = (
             f"{part:<12}{row['median_ms']:>10.3f}{row['q20_ms']:>9.3f}{row['q80_ms']:>9.3f}{share:>11.1%}"
         )
+        if part in result["ratios"]:
+            plain = result["plain"]["step" if part == "loop" else part]["median_ms"]
+            line += f"{plain:>10.3f}{result['ratios'][part]:>7.2f}"
+        print(line)
     print(
         f"{result['tokens_per_second']:,.0f} tokens/s; data and corruption take {result['data_share']:.1%} of the "
         f"step; a checkpoint every {result['eval_interval']} steps takes {result['save_share']:.3%} of the run"

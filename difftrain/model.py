@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from difftrain.config import Config
 
@@ -29,9 +30,12 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, rotation: Tensor | None) -> Tensor:  # (B, T, D) -> (B, T, D)
         B, T, D = h.shape
-        q, k, v = self.qkv(h).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+        if rotation is None:
+            qkv = self.qkv(h)
+        else:
+            bias = None if self.qkv.bias is None else in_pairs(self.qkv.bias, self.n_head)
+            qkv = rotate(F.linear(h, in_pairs(self.qkv.weight, self.n_head), bias), rotation)
+        q, k, v = qkv.view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.is_causal)
         out = self.proj(out.transpose(1, 2).reshape(B, T, D))
@@ -108,7 +112,7 @@ class Transformer(nn.Module):
         if self.positions is not None:
             h = h + self.positions.weight[:T]
         h = F.dropout(h, self.dropout, self.training)
-        rotation = None if self.rotation is None else self.rotation[:, :T]
+        rotation = None if self.rotation is None else self.rotation[:T]
         for block in self.blocks:
             h = block(h, rotation)
         h = self.norm(h)
@@ -120,7 +124,7 @@ class Transformer(nn.Module):
 
 
 def rotation_table(length: int, head_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Cosine and sine of each position's angles: (2, length, head_size / 2) fp32.
+    """Cosine and sine of each position's angles: (length, head_size / 2, 2) fp32.
 
     Source: Su et al., "RoFormer" (2021), in the half-split form.
     """
@@ -128,14 +132,69 @@ def rotation_table(length: int, head_size: int, device: torch.device | str = "cp
     angle = torch.outer(
         torch.arange(length, dtype=torch.float32, device=device), ROTARY_BASE ** (-exponent)
     )
-    return torch.stack((angle.cos(), angle.sin()))
+    return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
-def rotate(heads: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate (B, H, T, D) queries or keys by their positions' angles, in the table's dtype."""
-    cos, sin = rotation
-    a, b = heads.to(rotation.dtype).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(heads.dtype)
+def in_pairs(rows: Tensor, n_head: int) -> Tensor:
+    """A copy of the weight (3D, D) or bias (3D,) of queries, keys and values, in the order that :func:`rotate` takes.
+
+    In each head's queries and keys the features i and i + head_size / 2, which are rotated together, come
+    to stand side by side. Scores do not depend on the order of features, and to reorder a weight costs less
+    than to reorder what it makes of every token.
+    """
+    size = rows.shape[0] // 3
+    qk, v = rows.split((2 * size, size))
+    halves = qk.view(2 * n_head, 2, size // n_head // 2, *rows.shape[1:])
+    return torch.cat((halves.transpose(1, 2).reshape(qk.shape), v))
+
+
+def rotate(qkv: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate queries and keys by their positions' angles, in fp32 or wider; values stay.
+
+    Args:
+        qkv: (B, T, 3D) queries, keys and values, the features of each head in pairs; overwritten.
+        rotation: (T, head_size / 2, 2), of :func:`rotation_table`.
+    """
+    rotation = rotation.to(torch.promote_types(rotation.dtype, torch.float32))
+    # Compilers make one loop of the plain formula, and of complex numbers none; not every device has these.
+    if torch.compiler.is_compiling() or qkv.device.type not in ("cpu", "cuda"):
+        return _rotated(qkv, rotation)
+    return _Rotation.apply(qkv, torch.view_as_complex(rotation))
+
+
+def _rotated(qkv: Tensor, rotation: Tensor) -> Tensor:
+    cos, sin = rotation.unbind(-1)
+    qk, v = qkv.split((qkv.shape[-1] // 3 * 2, qkv.shape[-1] // 3), dim=-1)
+    a, b = qk.to(rotation.dtype).unflatten(-1, (-1, *rotation.shape[1:])).transpose(1, 2).unbind(-1)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((turned.transpose(1, 2).reshape(qk.shape).to(qkv.dtype), v), dim=-1)
+
+
+class _Rotation(torch.autograd.Function):
+    """The pairs as complex numbers, multiplied in place: one pass forward and one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, rotation: Tensor) -> Tensor:
+        ctx.save_for_backward(rotation)
+        ctx.mark_dirty(qkv)
+        return _turn(qkv, rotation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (rotation,) = ctx.saved_tensors
+        # The gradients of q, k and v have just been put together for this alone, so it may be overwritten.
+        return _turn(gradient.contiguous(), rotation.conj()), None
+
+
+def _turn(qkv: Tensor, rotation: Tensor) -> Tensor:
+    """``qkv`` itself, with queries and keys multiplied by complex (T, head_size / 2) numbers."""
+    qk = qkv[..., : qkv.shape[-1] // 3 * 2]
+    pairs = qk.to(rotation.real.dtype).unflatten(-1, (-1, rotation.shape[-1], 2))
+    torch.view_as_complex(pairs).mul_(rotation[:, None])
+    if pairs.dtype != qk.dtype:
+        qk.copy_(pairs.flatten(-3))
+    return qkv
 
 
 def _initialise(module: nn.Module) -> None:

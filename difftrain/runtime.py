@@ -55,6 +55,28 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; the host waits for no copy."""
+        if self.device.type == "cuda":  # from pageable memory the copy would wait for its turn
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def read_later(self, values: Tensor) -> Callable[[], list[float]]:
+        """Begin to copy a vector to the host: a function that returns its numbers, and waits for it alone.
+
+        What the device was given after this call goes on meanwhile.
+        """
+        if self.device.type != "cuda":
+            return values.tolist
+        copy, done = values.to("cpu", non_blocking=True), torch.cuda.Event()  # into pinned memory
+        done.record()
+
+        def read() -> list[float]:
+            done.synchronize()
+            return copy.tolist()
+
+        return read
+
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes, on the tensor's device; ``values`` may be overwritten."""
         if self.world_size == 1:
@@ -197,7 +219,7 @@ def _deterministic() -> Iterator[None]:
 
 @dataclass
 class StopRequest:
-    """Set by the first Ctrl-C or SIGTERM."""
+    """Set by the first Ctrl-C, SIGTERM or SIGHUP."""
 
     requested_at: float | None = None  # seconds of the monotonic clock
 
@@ -208,7 +230,10 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Within it, Ctrl-C or SIGTERM only asks for a stop; a second one, a second later, stops at once."""
+    """Within it, Ctrl-C, SIGTERM or SIGHUP only asks for a stop; a second one, a second later, stops at once.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
+    """
     stop = StopRequest()
 
     def request(signum: int, frame: Any) -> None:
@@ -219,7 +244,10 @@ def stop_requests() -> Iterator[StopRequest]:
                 os._exit(130)
             raise KeyboardInterrupt
 
-    previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    previous = {s: signal.signal(s, request) for s in signals}
     try:
         yield stop
     finally:

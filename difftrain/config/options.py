@@ -92,10 +92,10 @@ class Config:
         "llada: each is masked with probability p_mask, drawn for its sequence; mdlm: so, and never answered [MASK]",
     )
     penalty_keep_mask: float = option(
-        0.25, "final weight where a masked position is answered [MASK]", low=0.0
+        0.25, "final weight where a masked position is answered [MASK]", low=0.0, high=LARGEST_FLOAT
     )
     penalty_mask_correct: float = option(
-        0.5, "final weight where a correct word is answered [MASK]", low=0.0
+        0.5, "final weight where a correct word is answered [MASK]", low=0.0, high=LARGEST_FLOAT
     )
     masking_warmup_iters: int = option(
         1000, "steps over which the penalties move from (1, 0) to their final values", low=0
@@ -278,7 +278,12 @@ def _checked_type(name: str, value: Any) -> Any:
             raise UserError(f"{name} must be one of {', '.join(get_args(expected))}, got {value!r}")
         return value
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(
+                f"{name} must be finite, got a whole number of {value.bit_length()} bits"
+            ) from None
     if isinstance(value, str) and not value.isprintable():
         raise UserError(f"{name} must be printable text, got {value!r}")
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):

@@ -52,6 +52,8 @@ def prepare(
     say = say or (lambda _: None)
     if newline not in NEWLINES:
         raise UserError(f"newline must be {' or '.join(NEWLINES)}, got {newline!r}")
+    if out and out.exists():
+        raise UserError(f"{out} exists already")
     if patterns and (name == "stdlib" or not Path(name).is_dir()):
         raise UserError(f"a pattern chooses files of a folder, and {name} is none")
     # What the token files depend on beside the text; a tokenizer's file can change under its name.

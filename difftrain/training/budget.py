@@ -66,8 +66,10 @@ def _time(config: Config, runtime: Runtime, corpus: Corpus) -> tuple[float, floa
     for _ in range(FIRST_STEPS + TIMED_STEPS):
         began = time.perf_counter()
         loss_sum, _ = run.gradients(lr, is_logged=False)
+        run.settle()
         run.update(loss_sum)
         steps.append(time.perf_counter() - began)
+    run.settle()
     batches = run.validation_set.batches
     some = ValidationSet(batches[: EVALUATED * runtime.world_size], run.validation_set.id)
     began = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 from tqdm import tqdm
@@ -29,7 +30,9 @@ class Console:
         try:
             tqdm.write(message)
             sys.stdout.flush()
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal is gone
+                raise
             self.is_closed = True
 
     def progress(self, message: str) -> None:

@@ -34,7 +34,8 @@ from difftrain.training.run_folder import (
     find_resume_point,
     locked,
 )
-from difftrain.training.step import Run, TrainingFailed
+from difftrain.training.step import Run
+from difftrain.training.verdict import TrainingFailed
 from difftrain_kernels import CaseTable
 
 
@@ -171,6 +172,9 @@ def _loop(run: Run) -> dict[str, Any]:
         total=config.max_iters, initial=run.step, disable=not runtime.shows_progress(), unit="step"
     )
 
+    def is_due() -> bool:
+        return run.step % config.eval_interval == 0 or run.step == config.max_iters
+
     def save() -> None:
         saver.save(run.step, run.model, run.optimizer, run.state(), best_step=run.best_step)
         run.saved_step = run.step
@@ -187,8 +191,7 @@ def _loop(run: Run) -> dict[str, Any]:
     with stop_requests() as stop, log, progress, saver:
         while True:
             is_last = run.step == config.max_iters
-            is_due = run.step % config.eval_interval == 0 or is_last
-            if is_due and not run.is_evaluated and not is_stopping:
+            if is_due() and not run.is_evaluated and not is_stopping:
                 record = run.evaluate()
                 is_best = record["loss_final"] < run.best_loss
                 if is_best:
@@ -211,31 +214,37 @@ def _loop(run: Run) -> dict[str, Any]:
             if is_last:
                 break
 
-            run.is_evaluated = False
             began = time.perf_counter()
-            lr = learning_rate(run.step, config)
-            pk, pm = masking_penalties(run.step, config)
-            is_logged = run.step % config.log_interval == 0
+            step, lr = run.step, learning_rate(run.step, config)
+            pk, pm = masking_penalties(step, config)
+            is_logged = step % config.log_interval == 0
             loss_sum, tables = run.gradients(lr, is_logged=is_logged)
-            grad_norm, (is_stopping, has_failed) = run.update(
-                loss_sum, stop.requested or say.is_closed, saver.has_failed
-            )
+            verdict = (
+                run.settle()
+            )  # on the step before, while the device has this one's passes to go on with
+            if not (verdict.is_stopping or verdict.has_failed):  # else the run ends after that step
+                run.update(loss_sum, stop.requested or say.is_closed, saver.has_failed)
+                if is_logged or is_due():
+                    verdict = run.settle()
             seconds += time.perf_counter() - began
-            if has_failed:
+            is_stopping = verdict.is_stopping
+            if verdict.has_failed:
                 saver.finish()
                 raise FailedElsewhere("the main process could not save")
+            if run.step == step:
+                continue
             progress.update()
             if is_logged:
                 table = CaseTable.from_vector(
                     runtime.sum_over_processes(sum(table.to_vector() for table in tables))
                 )
-                train_record = {"kind": "train", "step": run.step, **loss_metrics(table, pk, pm, config)}
-                train_record |= {"pk": pk, "pm": pm, "lr": lr, "grad_norm": grad_norm}
-                train_record["tokens_per_second"] = (run.step + 1 - timed_from) * step_tokens / seconds
+                train_record = {"kind": "train", "step": step, **loss_metrics(table, pk, pm, config)}
+                train_record |= {"pk": pk, "pm": pm, "lr": lr, "grad_norm": verdict.norm}
+                train_record["tokens_per_second"] = (run.step - timed_from) * step_tokens / seconds
                 train_record["peak_memory_mib"] = runtime.peak_memory_mib()
-                train_record["skipped_steps"] = run.skipped_steps
+                train_record["skipped_steps"] = run.judge.skipped_steps
                 train_record["validation_id"] = run.validation_set.id
-                seconds, timed_from = 0.0, run.step + 1
+                seconds, timed_from = 0.0, run.step
                 say.progress(console_line(train_record))
                 watch(train_record)
                 progress.set_postfix_str(
@@ -243,7 +252,6 @@ def _loop(run: Run) -> dict[str, Any]:
                     f"{train_record['tokens_per_second']:,.0f} tok/s"
                 )
                 log.write(train_record)
-            run.step += 1
         if not record:  # a finished run, resumed
             record = run.evaluate()
         for line in summary_lines(run.folder, record, (run.best_loss, run.best_step), warnings):

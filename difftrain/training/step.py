@@ -22,16 +22,9 @@ from difftrain.reporting.lines import console_line
 from difftrain.reporting.records import loss_metrics
 from difftrain.runtime import Runtime
 from difftrain.schedule import PenaltyTensors, learning_rate, masking_penalties
+from difftrain.training.verdict import Judge, Verdict
 from difftrain_kernels import CaseTable
 from difftrain_kernels.cases import MASKED
-
-SPIKE_MEMORY = (
-    100  # steps over which the usual gradient norm is averaged, and before which no step is a spike
-)
-
-
-class TrainingFailed(RuntimeError):
-    """The run ended because its steps could not be applied, or another process was lost."""
 
 
 class Run:
@@ -70,8 +63,7 @@ class Run:
         self.measure += [self.terms] if self.terms else []
         self.step = self.saved_step = 0
         self.best_loss, self.best_step, self.is_evaluated = math.inf, None, False
-        self.bad_steps, self.skipped_steps = 0, 0  # not applied: in a row, in all
-        self.usual_norm, self.norms = 0.0, 0  # running mean of the gradient's norm, and of how many steps
+        self.judge = Judge(config, runtime, say)
         if checkpoint:
             self._restore(checkpoint)
         else:
@@ -95,10 +87,7 @@ class Run:
             "measure": self.measure,
             "data": self.corpus.record,
             "is_evaluated": self.is_evaluated,
-            "bad_steps": self.bad_steps,
-            "skipped_steps": self.skipped_steps,
-            "usual_norm": self.usual_norm,
-            "norms": self.norms,
+            **self.judge.state(),
         }
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -108,8 +97,7 @@ class Run:
             state = checkpoint.state
             if state["scaler"]:  # empty where the run was not in fp16
                 self.scaler.load_state_dict(state["scaler"])
-            self.bad_steps, self.skipped_steps = int(state["bad_steps"]), int(state["skipped_steps"])
-            self.usual_norm, self.norms = float(state["usual_norm"]), int(state["norms"])
+            self.judge.restore(state)
             if state["measure"] == self.measure:
                 self.best_loss, self.best_step = float(state["best_loss"]), state["best_step"]
                 self.is_evaluated = bool(state["is_evaluated"])
@@ -168,44 +156,29 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         return loss_sum, tables
 
-    def update(self, loss_sum: Tensor, *flags: bool) -> tuple[float, list[bool]]:
-        """Apply the gradients unless they are no good: their norm, and which flags any process has set."""
-        config = self.config
-        parameters = self.model.parameters()
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
-        # Together, so that the host waits for the device once.
-        norm, total = torch.stack((norm, (norm + loss_sum).to(norm.dtype))).tolist()
-        is_bad, *flags = self.runtime.any_process(not math.isfinite(total), *flags)
-        is_spike = not is_bad and self._is_spike(norm)
-        if not (is_bad or is_spike):
-            self.scaler.step(self.optimizer)
+    def update(self, loss_sum: Tensor, is_stopping: bool = False, has_failed: bool = False) -> None:
+        """Apply the gradients unless they are no good, and count the step; :meth:`settle` tells what became of it.
+
+        Nothing waits for the device. The step before must have been settled. The flags are the process's own,
+        those of :class:`Verdict` any process's.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        # What GradScaler gives a fused optimiser: where it is 1, the update leaves everything as it was.
+        self.optimizer.found_inf = self.judge.rules_out(
+            self.step, whole(norm), loss_sum, is_stopping, has_failed
+        )
+        self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        reason = (
-            "its loss or gradient is not finite" if is_bad else f"its gradient's norm {norm:.3g} is a spike"
-        )
-        if is_bad or is_spike:
-            self.bad_steps, self.skipped_steps = self.bad_steps + 1, self.skipped_steps + 1
-            self.say(f"warning: step {self.step} is not applied: {reason}")
-        else:
-            self.bad_steps = 0
-        if self.bad_steps >= config.max_bad_steps:
-            raise TrainingFailed(
-                f"{self.bad_steps} steps in a row had a non-finite loss or gradient, or a spike, the last was "
-                f"{self.step}: {reason}; the checkpoints in {self.folder} are as they were"
-            )
-        return norm, flags
+        self.step, self.is_evaluated = self.step + 1, False
 
-    def _is_spike(self, norm: float) -> bool:
-        """Whether a gradient's norm is ``spike_factor`` times the usual one.
+    def settle(self) -> Verdict:
+        """What became of the last update, if that is not known yet; raises TrainingFailed after too many bad steps.
 
-        A spike moves the usual norm too, as far as no spike could, so that a lasting change is accepted.
+        It waits for that update and no longer: called when the next step's passes are under way, it
+        leaves the device with work.
         """
-        most = self.config.spike_factor * self.usual_norm if self.config.spike_factor else math.inf
-        is_spike = self.norms == SPIKE_MEMORY and norm > most
-        self.norms = min(self.norms + 1, SPIKE_MEMORY)
-        self.usual_norm += ((most if is_spike else norm) - self.usual_norm) / self.norms
-        return is_spike
+        return self.judge.settle()
 
 
 def _make_batch(
@@ -214,12 +187,12 @@ def _make_batch(
     """x, y and token weights, if any, of the given training samples, on the device."""
     if config.mode == "gpt2":
         tokens = corpus.windows("train", samples, seed=config.seed, length=config.block_size + 1)
-        tokens = tokens.to(runtime.device, non_blocking=True)
+        tokens = runtime.to_device(tokens)
         return tokens[:, :-1], tokens[:, 1:], None
     tokens = corpus.windows("train", samples, seed=config.seed, length=config.block_size)
     x, y, p_mask = corrupt_by_recipe(
-        tokens.to(runtime.device, non_blocking=True),
-        samples.to(runtime.device),
+        runtime.to_device(tokens),
+        runtime.to_device(samples),
         config,
         split="train",
         vocab_size=corpus.vocabulary.vocab_size,

@@ -1,4 +1,4 @@
-"""The training benchmark on a tiny model: every part is timed, and shares follow from the times."""
+"""The training benchmark on a tiny model: every part is timed, and shares and ratios follow from the times."""
 
 import json
 
@@ -8,16 +8,22 @@ import bench_train
 from difftrain.config import Config
 
 
-def test_shares_and_speed_follow_from_the_times():
-    times = {part: [2.0, 2.0] for part in bench_train.PARTS}
+def test_shares_speed_and_ratios_follow_from_the_times():
+    ours = {part: [2.0, 2.0] for part in bench_train.PARTS} | {"loop": [10.0, 10.0]}
+    plain = {part: [4.0, 4.0] for part in bench_train.PARTS if part != "corruption"}
     saves = {"save waits": [120.0], "save writes": [5.0], "resume": [7.0]}
     config = Config(batch_size=4, block_size=8, eval_interval=90)
-    found = bench_train.report(times, saves, config)
+    found = bench_train.report(ours, plain, saves, config)
     assert found["parts"]["data"] == {"median_ms": 2.0, "q20_ms": 2.0, "q80_ms": 2.0}
     assert found["parts"]["step"]["median_ms"] == 12.0
-    assert found["tokens_per_second"] == pytest.approx(4 * 8 / 12e-3)
-    assert found["data_share"] == pytest.approx(4 / 12)
-    assert found["save_share"] == pytest.approx(120 / (90 * 12 + 120))
+    assert found["plain"]["step"]["median_ms"] == 20.0
+    assert found["ratios"]["loss"] == 0.5
+    assert found["ratios"]["step"] == pytest.approx(12 / 20)
+    assert found["ratios"]["loop"] == pytest.approx(10 / 20)
+    assert "corruption" not in found["ratios"]
+    assert found["tokens_per_second"] == pytest.approx(4 * 8 / 10e-3)
+    assert found["data_share"] == pytest.approx(4 / 10)
+    assert found["save_share"] == pytest.approx(120 / (90 * 10 + 120))
 
 
 def test_a_run_prints_and_writes_every_part_and_the_setting(tmp_path, capsys):
@@ -27,7 +33,7 @@ def test_a_run_prints_and_writes_every_part_and_the_setting(tmp_path, capsys):
     options += ["--steps", "1", "--warmup", "1", "--saves", "1", "--device", "cpu", "--json", str(file)]
     bench_train.main(options)
     found = json.loads(file.read_text())
-    parts = [*bench_train.PARTS, "step", "save waits", "save writes", "resume"]
+    parts = [*bench_train.PARTS, "step", "loop", "save waits", "save writes", "resume"]
     assert list(found["parts"]) == parts
     assert all(row["q20_ms"] == row["median_ms"] > 0 for row in found["parts"].values())
     assert tiny.items() <= found["setting"].items()

@@ -15,12 +15,15 @@ PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPL
         "reporting/records",
     )
 )  # fmt: skip
-BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX, WINDOWS, LIKELIHOOD, ANSWERS, OF_RUN, LEVELS, REPLACEMENT = (
+(
+    BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX, WINDOWS, LIKELIHOOD, ANSWERS, OF_RUN,
+    LEVELS, REPLACEMENT, VERDICT,
+) = (
     f"difftrain/{name}.py"
     for name in (
         "training/budget", "training/console", "errors", "sampling/fill", "cli/sample", "cli/questions", "model",
         "data/philox", "evaluation/windows", "evaluation/likelihood", "evaluation/answers", "evaluation/of_run",
-        "data/levels", "data/replacement",
+        "data/levels", "data/replacement", "training/verdict",
     )
 )  # fmt: skip
 HEALTH, LINES, SESSIONS = (f"difftrain/reporting/{name}.py" for name in ("health", "lines", "sessions"))
@@ -28,6 +31,8 @@ CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
 BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
 DEFAULTS = ["tests/difftrain/test_defaults.py"]
 RESUME_TESTS = ["tests/difftrain/test_resume.py", "-k", "float32 or samples"]
+WAIT_TESTS = ["tests/difftrain/test_waits.py"]
+BAD_STEP_TESTS = ["tests/difftrain/test_resume.py", "-k", "bad_steps"]
 RECIPE_TESTS = ["tests/difftrain/test_recipes.py"]
 DATA_TESTS = ["tests/difftrain/test_changed_data.py"]
 TRAIN_TESTS = ["tests/difftrain/test_train.py", "-k", "not full_disk"]
@@ -45,6 +50,7 @@ STAGES = {
     WRITING: CHECKPOINT_STAGES,
     SAVER: (["tests/difftrain/test_saver.py"], TRAIN_TESTS),
     STEP: (
+        BAD_STEP_TESTS,
         RECIPE_TESTS,
         TRAIN_TESTS,
         DATA_TESTS,
@@ -52,9 +58,11 @@ STAGES = {
         ["tests/difftrain/test_resume.py"],
         ["tests/difftrain/test_distributed.py"],
     ),
+    VERDICT: (WAIT_TESTS, BAD_STEP_TESTS, TRAIN_TESTS, ["tests/difftrain/test_distributed.py"]),
     LOOP: (
         ["tests/difftrain/test_train.py", "-k", "finished_run"],
         TRAIN_TESTS,
+        WAIT_TESTS,
         RESUME_TESTS,
         CLOSED_TESTS,
         BUDGET_TESTS,
@@ -82,7 +90,11 @@ STAGES = {
     SOURCES: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_config.py"], BUDGET_TESTS),
     COMMANDS: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_cli.py"], CLOSED_TESTS),
     TEXTS: (["tests/difftrain/test_texts.py"],),
-    PREPARING: (["tests/difftrain/test_texts.py"], ["tests/difftrain/test_permissions.py"]),
+    PREPARING: (
+        ["tests/difftrain/test_cli.py", "-k", "prepare"],
+        ["tests/difftrain/test_texts.py"],
+        ["tests/difftrain/test_permissions.py"],
+    ),
     CONTENTS: (["tests/difftrain/test_opening.py"],),
     OPENING: (["tests/difftrain/test_data.py"], ["tests/difftrain/test_opening.py"]),
     RUN_FOLDER: (["tests/difftrain/test_sessions.py"], DATA_TESTS, RECIPE_TESTS, TRAIN_TESTS),
@@ -117,13 +129,18 @@ MUTANTS = [
     (STEP, "fp16's scale is not restored", 'self.scaler.load_state_dict(state["scaler"])', "pass"),
     (STEP, "moments are not restored", "restore_optimizer(self.model, self.optimizer, checkpoint.read_optimizer)", "pass"),
     (STEP, "the best loss is not restored", 'self.best_loss, self.best_step = float(state["best_loss"]), state["best_step"]', "pass"),
-    (STEP, "the usual norm is not restored", 'self.usual_norm, self.norms = float(state["usual_norm"]), int(state["norms"])', "pass"),
+    (VERDICT, "the usual norm is not restored", 'self._usual_norm, self._norms = float(state["usual_norm"]), int(state["norms"])', "pass"),
     (STEP, "dropout repeats in every step", 'f"dropout {seed} {step} {rank}"', 'f"dropout {seed} {rank}"'),
     (STEP, "dropout is not seeded by the step", "        if config.dropout > 0:\n", "        if config.dropout > 1:\n"),
     (STEP, "weights pass through fp32", "            checkpoint.load_weights(model)", "            checkpoint.load_weights(model.float())\n            model.to(runtime.device, torch.float64 if runtime.dtype == torch.float64 else None)"),
-    (STEP, "a bad step is applied", "if not (is_bad or is_spike):", "if True:"),
-    (STEP, "each process judges for itself", "is_bad, *flags = self.runtime.any_process(not math.isfinite(total), *flags)", "is_bad = not math.isfinite(total)"),
-    (STEP, "bad steps need not be in a row", "            self.bad_steps = 0\n", "            pass\n"),
+    (STEP, "a bad step is applied", "self.optimizer.found_inf = ", "_ = "),
+    (VERDICT, "a spike is applied", "return answer[:2].any()", "return answer[:1].any()"),
+    (VERDICT, "each process judges for itself", "answer = self._runtime.sum_over_processes(answer)", "pass"),
+    (VERDICT, "bad steps need not be in a row", "            self._bad_steps = 0\n", "            pass\n"),
+    (VERDICT, "the host waits for the verdict", "return answer[:2].any().float()", "return answer.new_full((), sum(answer.tolist()[:2])).float()"),
+    (LOOP, "each step is waited for", "if is_logged or is_due():", "if True:"),
+    (LOOP, "a step more is taken before a stop", "if not (verdict.is_stopping or verdict.has_failed):", "if True:"),
+    (LOOP, "an evaluation comes before the verdict on its step", "if is_logged or is_due():", "if is_logged:"),
     (STEP, "accumulated gradients are not divided", "self.scaler.scale(loss / self.micro_steps)", "self.scaler.scale(loss)"),
     (LOOP, "a resumed step is evaluated twice", "if is_due and not run.is_evaluated and not is_stopping:", "if is_due and not is_stopping:"),
     (LOOP, "the best pointer is not put right", '    point_to_best(run.folder / "checkpoints", run.best_step)\n', ""),
@@ -225,7 +242,14 @@ MUTANTS = [
     (LOOP, "a run that nobody reads goes on", "stop.requested or say.is_closed, saver.has_failed", "stop.requested, saver.has_failed"),
     (LOOP, "the last figures wait for the last save", "        for line in summary_lines(run.folder, record, (run.best_loss, run.best_step), warnings):\n            say(line)  # before the last save is waited for, which can fail\n", "    for line in summary_lines(run.folder, record, (run.best_loss, run.best_step), warnings):\n        say(line)\n"),
     (LOOP, "a configuration is shown, then checked", "    checkpoint, corpus = runtime", "    say(configuration_text(config))\n    checkpoint, corpus = runtime"),
-    (CONSOLE, "a closed pipe ends a run in the middle", "except BrokenPipeError:", "except ZeroDivisionError:"),
+    (CONSOLE, "a closed pipe ends a run in the middle", "(errno.EPIPE, errno.EIO)", "(errno.EIO,)"),
+    (CONSOLE, "a terminal that is gone ends a run in the middle", "(errno.EPIPE, errno.EIO)", "(errno.EPIPE,)"),
+    (RUNTIME, "a closed terminal ends a run without a save", "signals.append(signal.SIGHUP)", "pass"),
+    (RUNTIME, "nohup is overruled", "if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:", "if True:"),
+    (PREPARING, "a folder that is there is refused after the work", "if out and out.exists():", "if False:"),
+    (MODEL, "keys and queries are rotated back", "return _turn(gradient.contiguous(), rotation.conj()), None", "return _turn(gradient.contiguous(), rotation), None"),
+    (MODEL, "pairs are neighbours of the half-split form", "halves.transpose(1, 2).reshape(qk.shape)", "qk"),
+    (MODEL, "values are rotated too", "qk = qkv[..., : qkv.shape[-1] // 3 * 2]", "qk = qkv"),
     (CONSOLE, "a run that nobody reads ends as if read", "        if self.is_closed:\n", "        if False:\n"),
     (COMMANDS, "the interpreter's end meets the closed pipe", "os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())", "pass"),
     (COMMANDS, "a closed pipe fails like a full disk", "    except BrokenPipeError:\n        return _leave(PIPE_CLOSED)\n", ""),

@@ -8,6 +8,7 @@ import pytest
 from difftrain.cli import main
 from difftrain.config import Config
 from difftrain.config.sources import preset_names
+from difftrain.data import preparing
 from difftrain.training.run_folder import locked
 from launch import finish, start
 from waiting import wait_until
@@ -48,12 +49,13 @@ def test_train_plot_and_sample_work_on_one_run(words, tmp_path, capsys):
     assert "steps 3 to 4" in capsys.readouterr().out
 
 
-def test_prepare_says_how_to_train_with_it(tmp_path, capsys):
+def test_prepare_says_how_to_train_with_it(tmp_path, capsys, monkeypatch):
     (tmp_path / "a.txt").write_text("abcab" * 50)
     assert main(["prepare", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "225 training and 25 validation tokens, 3 words" in out
     assert f"--data {tmp_path / 'out'}" in out
+    monkeypatch.setattr(preparing, "read_text", lambda *_: pytest.fail("work before the refusal"))
     assert "exists already" in fails(capsys, "prepare", tmp_path / "a.txt", "--out", tmp_path / "out")
 
 

@@ -15,6 +15,7 @@ from difftrain.checkpoints import saver as saver_module
 from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.cli import PIPE_CLOSED, main
 from difftrain.errors import OutputClosed
+from difftrain.training import console as console_module
 from difftrain.training.loop import train
 from launch import finish, start, train_command
 from run_digests import digests_of
@@ -43,6 +44,18 @@ def test_a_help_that_nobody_reads_ends_quietly_with_the_code_of_a_closed_pipe(wo
     assert run_unread(*words) == (141, "")
     assert run_unread(*words, is_error_read=False) == (141, None)
     assert run_unread(*words, is_buffered=False) == (141, "")
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_closed_pipe_and_a_terminal_that_is_gone_are_one_and_a_full_disk_is_not(number, monkeypatch):
+    def write(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(console_module.tqdm, "write", write)
+    say = console_module.Console(is_main=True)
+    with pytest.raises(OSError, match="No space") if number == errno.ENOSPC else contextlib.nullcontext():
+        say("a line")
+    assert say.is_closed == (number != errno.ENOSPC)
 
 
 def test_a_mistake_that_nobody_reads_keeps_its_exit_code():

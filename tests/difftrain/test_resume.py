@@ -8,15 +8,19 @@ from safetensors.torch import load_file
 from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.data import open_corpus, sample_indices
 from difftrain.runtime import Runtime
+from difftrain.training import verdict as verdict_module
 from difftrain.training.loop import train
-from difftrain.training.step import _make_batch
+from difftrain.training.step import Run, _make_batch
 from resume_runs import resume_all, train_all, train_with_stop
 from run_digests import digests_of
 
 # Evaluations and saves at 0, 5, 10 and 13; the penalties' warmup ends at 6: stops lie before, at and after each.
 STOPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 SOME = (4, 5, 11)  # before, at and after a save
-SCHEDULE = {"max_iters": 13, "eval_interval": 5, "masking_warmup_iters": 6, "dropout": 0.1, "batch_size": 2}
+# Where no line is logged, a step's verdict is read in the next step.
+SCHEDULE = {
+    "max_iters": 13, "eval_interval": 5, "log_interval": 3, "masking_warmup_iters": 6, "dropout": 0.1, "batch_size": 2,
+}  # fmt: skip
 
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("processes")]
@@ -58,6 +62,42 @@ def test_so_does_one_of_two_processes(tiny, tmp_path, stops):
         if stop_at is None:
             expected = digests_of(config)
         assert digests_of(config) == expected, config.out_dir
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_so_does_one_with_bad_steps_and_spikes_wherever_it_stops(tiny, dtype, monkeypatch, capsys):
+    bad, spikes = {3, 4, 8}, {9}
+    real = Run.gradients
+
+    def gradients(self, *arguments, **options):
+        loss_sum, tables = real(self, *arguments, **options)
+        if self.step in spikes:
+            for parameter in self.model.parameters():
+                parameter.grad *= 100
+        return loss_sum * (torch.nan if self.step in bad else 1.0), tables
+
+    monkeypatch.setattr(Run, "gradients", gradients)
+    monkeypatch.setattr(verdict_module, "SPIKE_MEMORY", 4)
+    straight = tiny(**SCHEDULE, dtype=dtype, spike_factor=9.0)
+    train(straight)
+    left_out = [f"warning: step {step} is not applied" for step in sorted(bad | spikes)]
+
+    def warnings():
+        lines = capsys.readouterr().out.splitlines()
+        return [line.split(":")[0] + ":" + line.split(":")[1] for line in lines if "not applied" in line]
+
+    assert warnings() == left_out
+    state = find_checkpoint(Path(straight.out_dir), "latest").state
+    assert (state["bad_steps"], state["skipped_steps"]) == (0, 4)
+    moments = load_file(
+        find_checkpoint(Path(straight.out_dir), "latest").folder / "optimizer/optimizer.safetensors"
+    )
+    assert {t.item() for name, t in moments.items() if name.endswith(".step")} == {13.0 - 4.0}
+    for stop_at in (3, 4, 5, 9, 10):
+        stopped = dataclasses.replace(straight, out_dir=f"{straight.out_dir}-{stop_at}")
+        train_with_stop(stopped, stop_at)
+        assert digests_of(stopped) == digests_of(straight), stop_at
+        assert warnings() == left_out, "each once, in order"
 
 
 # Another number of processes ------------------------------------------------------------------------

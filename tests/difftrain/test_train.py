@@ -21,7 +21,9 @@ from difftrain.reporting.log import read_metrics
 from difftrain.schedule import learning_rate, masking_penalties
 from difftrain.training import run_folder as run_folder_module
 from difftrain.training import step as step_module
-from difftrain.training.loop import TrainingFailed, train
+from difftrain.training import verdict as verdict_module
+from difftrain.training.loop import train
+from difftrain.training.verdict import TrainingFailed
 from launch import obey, train_command
 from processes import run_in_processes
 
@@ -91,6 +93,21 @@ def test_the_logged_loss_is_the_mean_over_all_micro_batches(tiny):
     assert a["cases"]["masked"]["n"] == b["cases"]["masked"]["n"]
     for name, value in weights_of(whole).items():
         torch.testing.assert_close(value, weights_of(split)[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_closed_terminal_asks_for_a_stop_unless_it_is_ignored_as_under_nohup():
+    before = signal.getsignal(signal.SIGHUP)
+    with runtime_module.stop_requests() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGHUP) is before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runtime_module.stop_requests() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -433,7 +450,7 @@ def test_bad_steps_count_only_in_a_row(tiny, monkeypatch, capsys):
 
 
 def test_a_spike_is_left_out_and_a_lasting_change_is_accepted(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(step_module, "SPIKE_MEMORY", 4)
+    monkeypatch.setattr(verdict_module, "SPIKE_MEMORY", 4)
     real, calls = loss_module.fused_diffusion_loss, []
 
     def steep(logits, *arguments, **options):

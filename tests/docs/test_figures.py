@@ -46,6 +46,13 @@ def test_what_saving_costs_is_the_measured_cost(step):
     assert f"writing {writes:.0f} ms behind the training, and resuming {resume:.0f} ms" in text
 
 
+def test_the_ratios_to_a_plain_step_are_the_measured_ones():
+    results = ("train-cpu-2026-11-28.json", "train-cpu-block256-2026-11-28.json")
+    small, large = (json.loads((RESULTS / name).read_text())["ratios"]["loop"] for name in results)
+    text = " ".join(page("docs/training.md").split())
+    assert f"takes {small:.2f} times as long at block 64 and {large:.2f} times at block 256" in text
+
+
 def test_instructions_a_logit_are_those_of_the_machine_code():
     rows = json.loads((RESULTS / "codegen_bf16.json").read_text())
     rows = [row for row in rows if row["target"] == "sm_90" and row["vocab_size"] > 4096]

@@ -23,6 +23,7 @@ ROOMS = {
     "comparison": {"measuring"},
     "reporting": {"comparison", "measuring"},
     "stages": {"comparison", "measuring"},
+    "training_step": set(),
 }
 OURS = {"difftrain", "difftrain_kernels"}
 MODULES = {

@@ -1,0 +1,1 @@
+"""One training step, by the trainer and by a plain GPT-2 written for comparison, each timed by its parts."""
