@@ -49,7 +49,7 @@ def pictures_of(run: RunFolder) -> dict[str, list[Picture]]:
             Picture("Speed", "tokens a second",
                     [Line("speed", points(train, "tokens_per_second"), 0, is_smooth=True)], low=0.0),
             Picture("Peak memory", "MiB", [Line("memory", points(train, "peak_memory_mib"), 1)], low=0.0),
-            Picture("Steps not applied", "steps so far", [Line("steps", points(train, "skipped_steps"), 3)], low=0.0),
+            *_skipped(train),
             Picture("Counted positions", "share", [Line("share", points(train, "counted"), 2)], low=0.0, high=1.0),
         ],
         "Other figures": _others(train, evals),
@@ -160,6 +160,14 @@ def _gap(train: Records, evals: Records) -> Picture:
         lines.append(Line("runaway", [(step, RUNAWAY_GAP) for step in steps], 7, "dash"))
     note = "How far [MASK]'s logit lies below the largest one; 0 where [MASK] is the answer."
     return Picture("Gap of [MASK]'s logit", "nats", lines, note, low=0.0)
+
+
+def _skipped(train: Records) -> list[Picture]:
+    """Steps not applied, where there are any."""
+    skipped = points(train, "skipped_steps")
+    if not any(value for _, value in skipped):
+        return []
+    return [Picture("Steps not applied", "steps so far", [Line("steps", skipped, 3)], low=0.0)]
 
 
 def _others(train: Records, evals: Records) -> list[Picture]:
