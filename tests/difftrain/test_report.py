@@ -106,7 +106,7 @@ def test_what_was_run_warned_of_and_sampled_stands_there(tmp_path):
     for part in ("learning_rate 0.0025", "masking_warmup_iters 7", "a processor, 2 cores", "torch 2.13.0",
                  "SHA-256 of train.bin ab12", "validation set 0123456789ab", "10 s", "40 of 40 steps, finished",
                  "Step 40: [MASK]'s logit lies 44 below", "docs/health.md #runaway-gap".replace(" ", ""),
-                 "it will not come back", "step-00000020-001", "once upon a time",
+                 "it will not come back", "bound the logits with softcap", "step-00000020-001", "once upon a time",
                  "With 15 % masked, 1.153 nats better than guessing words by frequency"):  # fmt: skip
         assert part in re.sub(r"\s+", " ", text), part
     assert "n_layer" not in text  # a default
