@@ -69,6 +69,7 @@ def figures_of(run: RunFolder) -> dict[str, float | None]:
         "masked filled in right, %": _percent(number(last, "cases", "masked", "target")),
         "right words left alone, %": _percent(number(last, "cases", "intact", "target")),
         "wrong words flagged, %": _percent(number(last, "cases", "corrupted", "mask")),
+        "wrong words put right, %": _percent(number(last, "cases", "corrupted", "target") or None),
         "tokens a second, median": statistics.median(speeds) if speeds else None,
     }
     return {name: value for name, value in figures.items() if value is not None}
