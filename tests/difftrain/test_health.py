@@ -69,7 +69,7 @@ def evaluated(step, nll):
     [
         (1.5, 2.2, ["memorising"]),
         (1.5, 2.01, []),  # a rise within the noise
-        (2.15, 2.2, []),  # training is no better than validation
+        (2.04, 2.1, []),  # training is no better than validation
         (2.3, 2.5, []),  # both rise: it has come apart
     ],
 )
@@ -92,7 +92,7 @@ def test_a_few_jumps_of_the_loss_are_spikes_and_noise_is_none():
     jumps = [*noisy(USUAL), *[value for _ in range(SPIKES) for value in (5.0, *noisy(5))]]
     assert keys_of(*trained(*jumps)) == ["spikes"]
     assert keys_of(*trained(*jumps[:-7])) == []
-    assert keys_of(*trained(*[10.0 / (1 + i) for i in range(200)])) == []  # it falls, as it should
+    assert keys_of(*trained(*noisy(USUAL), *[0.5] * 5)) == []  # it falls, as it should
 
 
 def test_steps_that_are_not_applied_are_told_of():

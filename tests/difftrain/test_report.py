@@ -253,6 +253,8 @@ def test_texts_of_a_run_never_become_elements(tmp_path):
         assert page.count("style") == 1
         assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
         assert HOSTILE in text_of(page)
+        (data,) = (text for tag, text in page.texts if tag == "script" and text.startswith('{"box"'))
+        assert "<" not in data  # where "<!--<script>" would hide the script's end
 
 
 def test_the_page_names_no_place_outside_itself_and_its_policy_forbids_them(tmp_path):
