@@ -29,6 +29,7 @@ setup(
     package_data={
         "difftrain": ["py.typed"],
         "difftrain.config": ["presets/*.toml"],
+        "difftrain.reporting.page": ["page.*"],
         "difftrain_kernels": ["py.typed"],
     },
     entry_points={"console_scripts": ["difftrain = difftrain.cli:main"]},

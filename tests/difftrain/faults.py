@@ -27,6 +27,14 @@ PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPL
     )
 )  # fmt: skip
 HEALTH, LINES, SESSIONS = (f"difftrain/reporting/{name}.py" for name in ("health", "lines", "sessions"))
+DRAWING, PICTURES, REPORT_TEXTS, REPORT, RUNS, WATCH, PROGRESS = (
+    f"difftrain/{name}.py"
+    for name in (
+        "reporting/page/drawing", "reporting/page/pictures", "reporting/page/texts", "reporting/page/writing",
+        "reporting/runs", "reporting/watch", "progress",
+    )
+)  # fmt: skip
+REPORT_TESTS = ["tests/difftrain/test_report.py"]
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
 BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
 DEFAULTS = ["tests/difftrain/test_defaults.py"]
@@ -92,6 +100,7 @@ STAGES = {
     TEXTS: (["tests/difftrain/test_texts.py"],),
     PREPARING: (
         ["tests/difftrain/test_cli.py", "-k", "prepare"],
+        ["tests/difftrain/test_progress.py", "-k", "pieces"],
         ["tests/difftrain/test_texts.py"],
         ["tests/difftrain/test_permissions.py"],
     ),
@@ -108,6 +117,13 @@ STAGES = {
     HEALTH: (["tests/difftrain/test_health.py"],),
     LINES: (["tests/difftrain/test_health.py"], ["tests/difftrain/test_metrics.py"]),
     SESSIONS: (["tests/difftrain/test_sessions.py"],),
+    DRAWING: (REPORT_TESTS,),
+    PICTURES: (REPORT_TESTS,),
+    REPORT_TEXTS: (REPORT_TESTS,),
+    REPORT: (REPORT_TESTS,),
+    RUNS: (REPORT_TESTS,),
+    WATCH: (["tests/difftrain/test_watch.py"],),
+    PROGRESS: (["tests/difftrain/test_progress.py"],),
     RECORDS: (["tests/difftrain/evaluation/test_validation_set.py"], ["tests/difftrain/test_metrics.py"]),
 }
 # (file, what is wrong, text, replacement); all occurrences are replaced.
@@ -224,6 +240,26 @@ MUTANTS = [
     (LINES, "a bad model is praised", "    if gain > 0:", "    if True:"),
     (SESSIONS, "an end is not recorded", '            _append(run_dir, {"event": "end"', '            dict({"event": "end"'),
     (SESSIONS, "a process elsewhere is looked for here", " or host != socket.gethostname()", ""),
+    (DRAWING, "a spike is thinned away", "max(group, key=lambda i: points[i][1])", "group[0]"),
+    (DRAWING, "lines are not thinned", "thinned(l.points)", "l.points"),
+    (DRAWING, "a label is taken for HTML", "{escape(line.label)}</button>", "{line.label}</button>"),
+    (DRAWING, "a log axis for 0", "not picture.is_stacked and min(values) > 0", "not picture.is_stacked and min(values) >= 0 and max(values) > 1"),
+    (PICTURES, "bands are shares of their own kind", "100 * _cell(r, kind, answer) / n)", "100 * _cell(r, kind, answer) / 500)"),
+    (PICTURES, "numbers without a picture are left out", "        if any(line.points for line in lines):\n            pictures", "        if False:\n            pictures"),
+    (REPORT_TEXTS, "a sample is taken for HTML", "<pre>{escape(text)}</pre>", "<pre>{text}</pre>"),
+    (REPORT_TEXTS, "a warning does not say what it means", "escape(w.kind.meaning)", "escape(w.kind.anchor)"),
+    (REPORT, "a script's data can end it", '.replace("<", "\\\\u003c")', ""),
+    (REPORT, "runs on other validation sets are compared unasked", "and not is_allowed:", "and False:"),
+    (RUNS, "a step that no script can hold", "if 0 <= record[\"step\"] < LARGEST_STEP]", "if 0 <= record[\"step\"]]"),
+    (WATCH, "half a line is lost", "(self._rest + content)", "content"),
+    (WATCH, "what a resume takes back stays", "        if is_anew or self.config is None:", "        if self.config is None:"),
+    (WATCH, "a file that shrinks is not noticed", " or stat.st_size < self._offset", ""),
+    (WATCH, "who was killed is waited for", "        if is_gone(sessions):", "        if False:"),
+    (WATCH, "the picture outgrows its columns", "line[:width] for line in frame", "line for line in frame"),
+    (PROGRESS, "bars without a terminal", " and sys.stderr.isatty()", ""),
+    (PROGRESS, "every process shows a bar", ' and os.environ.get("RANK", "0") == "0"', ""),
+    (PROGRESS, "quiet for ever after", "        _is_quiet.reset(token)", "        pass"),
+    (PREPARING, "pieces of a text overlap", "text[start : start + PIECE]", "text[start : start + PIECE + 1]"),
     (LOG, "a record has no time", ' | {"time": round(time.time(), 3)}', ""),
     (LOOP, "a finished run that is resumed is written to", "    if run.step < run.config.max_iters:  # a", "    if True:  # a"),
     (RUN_FOLDER, "an overwritten run keeps its sessions", "    FILE, SESSIONS, ", "    FILE, "),

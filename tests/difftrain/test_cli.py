@@ -174,7 +174,9 @@ def test_difftrain_alone_shows_the_help(capsys):
         main(["--help"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out == alone
-    assert all(f"    {command} " in alone for command in ("train", "sample", "plot", "prepare"))
+    assert all(
+        f"    {command} " in alone for command in ("train", "watch", "report", "plot", "sample", "prepare")
+    )
 
 
 def test_ctrl_c_in_a_real_process_saves_and_exits_with_0(words, tmp_path):

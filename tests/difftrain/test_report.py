@@ -10,7 +10,7 @@ import pytest
 from difftrain.cli import main
 from difftrain.errors import UserError
 from difftrain.reporting.page.drawing import MOST_POINTS, Axis, Line, Picture, axis_of, draw, thinned
-from difftrain.reporting.page.pictures import comparison_of, pictures_of
+from difftrain.reporting.page.pictures import comparison_of, pictures_of, right_answer
 from difftrain.reporting.page.writing import write_report
 from difftrain.reporting.runs import read_run
 from made_records import made_record, make_run
@@ -106,7 +106,7 @@ def test_what_was_run_warned_of_and_sampled_stands_there(tmp_path):
     for part in ("learning_rate 0.0025", "masking_warmup_iters 7", "a processor, 2 cores", "torch 2.13.0",
                  "SHA-256 of train.bin ab12", "validation set 0123456789ab", "10 s", "40 of 40 steps, finished",
                  "Step 40: [MASK]'s logit lies 44 below", "docs/health.md #runaway-gap".replace(" ", ""),
-                 "it will not come back", "step-00000020-001", "once upon a time",
+                 "it will not come back", "bound the logits with softcap", "step-00000020-001", "once upon a time",
                  "With 15 % masked, 1.153 nats better than guessing words by frequency"):  # fmt: skip
         assert part in re.sub(r"\s+", " ", text), part
     assert "n_layer" not in text  # a default
@@ -122,6 +122,29 @@ def test_the_bands_of_answers_add_up_to_all_positions(tmp_path):
             assert sum(value for _, value in each) == pytest.approx(100)
     (masked,) = (line for line in stacked[0].lines if line.label == "masked positions: [MASK]")
     assert masked.points[0] == (0, pytest.approx(100 * 0.9 * 500 / 2000))
+
+
+def test_the_right_answer_to_a_wrong_word_is_the_word_where_that_is_its_target(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert right_answer("corrupted", read_run(run).evals) == "mask"
+    metrics = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(metrics.replace('"target": 0.0', '"target": 0.25'))
+    records = read_run(run).evals
+    assert [right_answer(kind, records) for kind in ("masked", "intact", "corrupted")] == ["target"] * 3
+    assert "wrong words put right, %" in text_of(page_of(run))
+
+
+def test_a_gpt2_run_has_its_loss_beside_unigram_entropy_and_no_picture_of_masks(tmp_path):
+    run = make_run(tmp_path / "run", mode="gpt2")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k not in ("cases", "masked_nll")} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    page = page_of(run)
+    text = text_of(page)
+    assert "Nll of masked positions" not in text
+    assert "Answers to" not in text
+    assert "unigram entropy" in [line["label"] for line in data_of(page)["pictures"][0]["lines"]]
+    assert "2.253 nats better than guessing words by frequency" in text
 
 
 # How large ----------------------------------------------------------------------------------------
@@ -230,6 +253,8 @@ def test_texts_of_a_run_never_become_elements(tmp_path):
         assert page.count("style") == 1
         assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
         assert HOSTILE in text_of(page)
+        (data,) = (text for tag, text in page.texts if tag == "script" and text.startswith('{"box"'))
+        assert "<" not in data  # where "<!--<script>" would hide the script's end
 
 
 def test_the_page_names_no_place_outside_itself_and_its_policy_forbids_them(tmp_path):

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from difftrain.config import options_table
-from pages import NAMES, ROOT, links_of
+from difftrain.reporting.health import KINDS, PAGE
+from pages import NAMES, ROOT, anchors_of, links_of
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WORKS_WITH = (ROOT / "docs/works-with.md").read_text(encoding="utf-8")
@@ -44,3 +45,13 @@ def test_every_row_of_works_with_names_a_test():
     assert len(ROWS) > 20
     for row in ROWS:
         assert any(title.startswith("test_") for _, title in links_of(row[-1])), row[0]
+
+
+def test_every_warning_of_a_run_has_a_section_that_says_what_to_do():
+    text = (ROOT / PAGE).read_text(encoding="utf-8")
+    assert {kind.anchor for kind in KINDS.values()} <= anchors_of(text)
+    sections = text.split("\n## ")[1:]
+    for kind in KINDS.values():
+        (section,) = (s for s in sections if s.split("\n")[0].lower().replace(" ", "-") == kind.anchor)
+        assert "\n> " in section  # the warning as it is told
+        assert "\n- " in section  # what to do

@@ -94,6 +94,8 @@ def test_every_command_runs(tmp_path):
     commands = {
         "prepare": ["prepare", text, "--out", tmp_path / "tokens"],
         "train": ["train", "--data", tmp_path / "tokens", "--out_dir", run, *model.split(), *steps.split()],
+        "watch": ["watch", run],
+        "report": ["report", run],
         "plot": ["plot", run],
         "evaluate": ["evaluate", run, "--windows", 4, "--draws", 1, "--device", "cpu"],
         "sample": ["sample", run, "--prompt", "red ", "--max_steps", 2, "--device", "cpu"],
@@ -106,6 +108,8 @@ def test_every_command_runs(tmp_path):
     assert [r["step"] for r in read_metrics(run) if r["kind"] == "train"] == [0, 1, 2]
     assert (run / "plots" / "curves.png").stat().st_size > 0
     assert "nats a token" in written["evaluate"]
+    assert (run / "report.html").stat().st_size > 0
+    assert "finished, 3 steps are done" in written["watch"]
     assert written["sample"].startswith("red ")
 
 

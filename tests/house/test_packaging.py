@@ -112,7 +112,7 @@ def test_hugging_face_packages_install_beside_ours_in_a_fresh_environment(tmp_pa
 
 
 @pytest.mark.core
-def test_a_built_wheel_holds_both_packages_their_type_marks_and_the_presets_and_nothing_else(tmp_path):
+def test_a_built_wheel_holds_both_packages_their_type_marks_presets_and_page_and_nothing_else(tmp_path):
     code = (
         "from setuptools import setup; import sys; sys.argv = "
         f"['setup.py', '-q', 'egg_info', '-e', {str(tmp_path)!r}, 'build', '-b', {str(tmp_path / 'b')!r}]; "
@@ -125,6 +125,7 @@ def test_a_built_wheel_holds_both_packages_their_type_marks_and_the_presets_and_
     }
     expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "difftrain").rglob("*.py")}
     expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "difftrain/config/presets").glob("*.toml")}
+    expected |= {f"difftrain/reporting/page/page.{kind}" for kind in ("html", "css", "js")}
     expected |= {p.relative_to(ROOT / "kernels").as_posix() for p in (ROOT / "kernels").rglob("*.py")}
     expected |= {"difftrain/py.typed", "difftrain_kernels/py.typed"}
     assert "difftrain_kernels/triton_kernels/__init__.py" in expected

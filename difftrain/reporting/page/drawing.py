@@ -103,7 +103,7 @@ def axis_of(
     most = max(values) if high is None else high
     if not least < most or most - least < 1e-9 * max(abs(least), abs(most)):
         room = 0.5 * abs(most) or 1.0
-        least, most = (most / 2, 2 * most) if is_log else (least - room, most + room)
+        least, most = (most / 2, 2 * most) if is_log else (least - room * (low is None), most + room)
     elif is_log:
         ratio = (most / least) ** 0.04
         least, most = least / ratio, most * ratio

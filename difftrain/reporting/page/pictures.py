@@ -12,7 +12,6 @@ from difftrain.reporting.runs import RunFolder
 Records = Sequence[dict[str, Any]]
 KINDS = {"masked": "masked positions", "intact": "right words", "corrupted": "wrong words"}
 ANSWERS = {"mask": "[MASK]", "target": "the target", "other": "another word"}
-RIGHT = {"masked": "target", "intact": "target", "corrupted": "mask"}  # the answer that is wanted
 ANSWER_COLOURS = {"target": 2, "mask": 0, "other": 1}
 LEVELS = {"15": "15 % masked", "50": "50 % masked", "85": "85 % masked", "training": "as in training"}
 NATS = "nats a position"
@@ -49,7 +48,7 @@ def pictures_of(run: RunFolder) -> dict[str, list[Picture]]:
             Picture("Speed", "tokens a second",
                     [Line("speed", points(train, "tokens_per_second"), 0, is_smooth=True)], low=0.0),
             Picture("Peak memory", "MiB", [Line("memory", points(train, "peak_memory_mib"), 1)], low=0.0),
-            Picture("Steps not applied", "steps so far", [Line("steps", points(train, "skipped_steps"), 3)], low=0.0),
+            *_skipped(train),
             Picture("Counted positions", "share", [Line("share", points(train, "counted"), 2)], low=0.0, high=1.0),
         ],
         "Other figures": _others(train, evals),
@@ -69,6 +68,8 @@ def _losses(train: Records, evals: Records) -> Picture:
     lines += [
         Line(f"validation, {name}", points(evals, key), i) for i, (key, name) in enumerate(names.items())
     ]
+    if not points(evals, "masked_nll", "15"):  # gpt2 mode
+        lines.append(Line("unigram entropy", points(evals, "unigram_entropy"), 7, "dash"))
     note = "Most of a falling loss is the model learning to recognise words that nobody touched."
     return Picture("Loss", NATS, lines, note)
 
@@ -78,7 +79,8 @@ def _levels(train: Records, evals: Records) -> Picture:
     lines += [
         Line(name, points(evals, "masked_nll", key), i) for i, (key, name) in enumerate(LEVELS.items())
     ]
-    lines.append(Line("unigram entropy", points(evals, "unigram_entropy"), 7, "dash"))
+    if points(evals, "masked_nll", "15"):
+        lines.append(Line("unigram entropy", points(evals, "unigram_entropy"), 7, "dash"))
     note = "What the model knows about masked words, beside guessing each by its frequency (dashed)."
     return Picture("Nll of masked positions", "nats a masked position", lines, note)
 
@@ -91,6 +93,12 @@ def _by_kind(train: Records, evals: Records) -> Picture:
         )
         lines.append(Line(f"validation, {name}", points(evals, "cases", kind, "nll"), i))
     return Picture("Nll by kind of position", NATS, lines)
+
+
+def right_answer(kind: str, records: Records) -> str:
+    """The answer that is wanted: [MASK] to a wrong word, unless the right word is its target."""
+    has_target = any(number(record, "cases", "corrupted", "target") for record in records)
+    return "mask" if kind == "corrupted" and not has_target else "target"
 
 
 def _answers(records: Records) -> list[Picture]:
@@ -120,7 +128,7 @@ def _answers(records: Records) -> list[Picture]:
     for kind, name in KINDS.items():
         known = [r for r in records if all(number(r, "cases", kind, a) is not None for a in ANSWERS)]
         bands = [
-            Line(f"{ANSWERS[a]}{' (right)' if a == RIGHT[kind] else ''}",
+            Line(f"{ANSWERS[a]}{' (right)' if a == right_answer(kind, records) else ''}",
                  [(r["step"], 100 * number(r, "cases", kind, a)) for r in known], colour)
             for a, colour in ANSWER_COLOURS.items()
             if not (kind == "corrupted" and a == "target" and not any(number(r, "cases", kind, a) for r in known))
@@ -137,13 +145,11 @@ def _cell(record: dict[str, Any], kind: str, answer: str) -> float | None:
 
 
 def _right(evals: Records) -> Picture:
-    lines = [
-        Line(name, [(step, 100 * share) for step, share in points(evals, "cases", kind, RIGHT[kind])], i)
-        for i, (kind, name) in enumerate(
-            {"masked": "masked: filled in right", "intact": "right word: left alone",
-             "corrupted": "wrong word: flagged [MASK]"}.items()
-        )
-    ]  # fmt: skip
+    lines = []
+    for i, (kind, name) in enumerate(KINDS.items()):
+        answer = right_answer(kind, evals)
+        shares = [(step, 100 * share) for step, share in points(evals, "cases", kind, answer)]
+        lines.append(Line(f"{name}: {ANSWERS[answer]}", shares, i))
     return Picture("Right answers on the validation set", "% of such positions", lines, "", 0.0, 100.0)
 
 
@@ -160,6 +166,14 @@ def _gap(train: Records, evals: Records) -> Picture:
         lines.append(Line("runaway", [(step, RUNAWAY_GAP) for step in steps], 7, "dash"))
     note = "How far [MASK]'s logit lies below the largest one; 0 where [MASK] is the answer."
     return Picture("Gap of [MASK]'s logit", "nats", lines, note, low=0.0)
+
+
+def _skipped(train: Records) -> list[Picture]:
+    """Steps not applied, where there are any."""
+    skipped = points(train, "skipped_steps")
+    if not any(value for _, value in skipped):
+        return []
+    return [Picture("Steps not applied", "steps so far", [Line("steps", skipped, 3)], low=0.0)]
 
 
 def _others(train: Records, evals: Records) -> list[Picture]:

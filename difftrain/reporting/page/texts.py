@@ -38,15 +38,15 @@ def plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts, which are escaped; the first column names the rows."""
+def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "figures") -> str:
+    """A table of texts, which are escaped; the first column names the rows. ``kind`` is "figures" or "facts"."""
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{escape(first)}</th>{"".join(_cell(cell) for cell in rest)}</tr>'
         for first, *rest in rows
     )
     return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead>'
+        f'<div class="scroll"><table class="{kind}"><caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -69,6 +69,7 @@ def figures_of(run: RunFolder) -> dict[str, float | None]:
         "masked filled in right, %": _percent(number(last, "cases", "masked", "target")),
         "right words left alone, %": _percent(number(last, "cases", "intact", "target")),
         "wrong words flagged, %": _percent(number(last, "cases", "corrupted", "mask")),
+        "wrong words put right, %": _percent(number(last, "cases", "corrupted", "target") or None),
         "tokens a second, median": statistics.median(speeds) if speeds else None,
     }
     return {name: value for name, value in figures.items() if value is not None}
@@ -181,13 +182,13 @@ def facts_part(run: RunFolder, heading: str = "What was run") -> str:
         facts["started"] = "; ".join(starts)
     changes = [[key, plain(value)] for key, value in run.changes.items()]
     options = (
-        table("Options that differ from the defaults", ["option", "value"], changes)
+        table("Options that differ from the defaults", ["option", "value"], changes, "facts")
         if run.values
         else "<p>The configuration cannot be read.</p>"
     )
     return (
         f"<section><h2>{escape(heading)}</h2>"
-        f"{table('The run', ['what', 'value'], [[k, v] for k, v in facts.items()])}{options}</section>"
+        f"{table('The run', ['what', 'value'], [[k, v] for k, v in facts.items()], 'facts')}{options}</section>"
     )
 
 
