@@ -144,7 +144,9 @@ def count_masked(samples: Tensor, config: Config, *, split: str) -> int:
     Args:
         samples: (B,) int64 index of each sequence in its split, on the CPU, which draws the same numbers.
     """
-    is_masked, _ = _masks(samples, config.block_size, seed=config.seed, split=split, **_mask_options(config))
+    is_masked, _ = _masks(
+        samples, config.block_size, seed=config.seed, split=split, **_mask_options(config)
+    )
     return int(is_masked.sum())
 
 
