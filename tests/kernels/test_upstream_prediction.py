@@ -27,8 +27,8 @@ def _nothing_expected(monkeypatch):
     monkeypatch.setattr(upstream_prediction, "_expectations", {})
 
 
-def problem_of(device, n=5, vocab_size=9, dtype=torch.bfloat16, seed=0):
-    logits, y, x = random_problem(n, vocab_size, MASK_ID, dtype, seed=seed)
+def problem_of(device, n=5, vocab_size=9, dtype=torch.bfloat16):
+    logits, y, x = random_problem(n, vocab_size, MASK_ID, dtype)
     return logits.to(device), y.to(device), x.to(device)
 
 
@@ -101,10 +101,14 @@ def traffic(monkeypatch):
 
 def moved_by(traffic, problems, upstreams, **options):
     """What each step moves; its gradient has the bits of a call that predicts nothing."""
-    found = []
+    found, expected_of = [], {}
     for problem, upstream in zip(problems, upstreams, strict=True):
-        expected = gradient_of(problem, upstream, upstream_prediction=False, **options)
-        assert traffic.read() == (["loss", "gradient"], 6)
+        if (id(problem), upstream) not in expected_of:
+            expected_of[id(problem), upstream] = gradient_of(
+                problem, upstream, upstream_prediction=False, **options
+            )
+            assert traffic.read() == (["loss", "gradient"], 6)
+        expected = expected_of[id(problem), upstream]
         gradient = gradient_of(problem, upstream, **options)
         launches, moved = traffic.read()
         assert launches == ["loss and gradient", "gradient"]  # two, whatever is expected
@@ -118,9 +122,9 @@ def moved_by(traffic, problems, upstreams, **options):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_first_step_moves_6_a_steady_one_4_and_a_miss_8(traffic, family, reduction, device):
-    problems = [problem_of(device, seed=seed) for seed in range(7)]
-    upstreams = [0.25, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5]
-    assert moved_by(traffic, problems, upstreams, reduction=reduction) == [6, 4, 4, 8, 6, 4, 4]
+    problem = problem_of(device, n=3)
+    upstreams = [0.25, 0.25, 0.25, 0.5, 0.5, 0.5]
+    assert moved_by(traffic, [problem] * 6, upstreams, reduction=reduction) == [6, 4, 4, 8, 6, 4]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +259,7 @@ def test_hit_or_miss_every_bit_is_that_of_no_prediction(terms, dtype, family, de
     if "token_weights" in options:
         options["token_weights"] = torch.tensor(options["token_weights"], device=device)
     problem = problem_of(device, vocab_size=37, dtype=dtype)
-    for upstream in (1 / 3, 1 / 3, 1 / 3, -0.7, math.inf):  # nothing expected, hits, misses
+    for upstream in (1 / 3, 1 / 3, -0.7):  # nothing expected, a hit, a miss
         expected = gradient_of(problem, upstream, upstream_prediction=False, **options)
         found = gradient_of(problem, upstream, **options)
         bits = torch.int32 if dtype == torch.float32 else torch.int16
