@@ -12,6 +12,7 @@
 ]  # fmt: skip
 UPSTREAM = "kernels/difftrain_kernels/triton_kernels/upstream.py"
 PREDICTION = "kernels/difftrain_kernels/upstream_prediction.py"
+TILE_MODEL = "kernels/difftrain_kernels/triton_kernels/tile_model.py"
 LOGITS_LOSS = "kernels/difftrain_kernels/logits_loss.py"
 PARALLEL = "kernels/difftrain_kernels/parallel_loss.py"
 REFERENCE = "kernels/difftrain_kernels/reference.py"
@@ -51,6 +52,7 @@ KERNEL_STAGES = (
 )
 STAGES = {
     **dict.fromkeys(TRITON, KERNEL_STAGES),
+    TILE_MODEL: (["tests/kernels/test_tiles.py"],),
     LOGITS_LOSS: (["tests/kernels/test_logits_loss.py"], PLAIN, ["tests/kernels/test_triton_kernels.py"]),
     **dict.fromkeys((UPSTREAM, PREDICTION), (["tests/kernels/test_upstream_prediction.py"],)),
     PARALLEL: (PLAIN, EMPTY, NUMBERS, ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"]),
@@ -114,6 +116,8 @@ HINTS = {
     "logits overwritten unasked": "keep_their_bits",
     "over the logits by prediction": "upstream_prediction and another_way",
     "slice": "test_parallel_loss and kernels",
+    "registers as": "test_tiles",
+    "a device is asked": "test_tiles",
     "sums:": "test_kernel_sums and (bits or for_itself or launch or dependent)",
     "terms:": "(test_kernel_terms or test_kernel_sums or test_kernel_rows_in_place) and not any_two",
     "two terms:": "test_kernel_terms and any_two and not many",
@@ -174,6 +178,11 @@ MUTANTS = [
     (ROW_STATISTICS, "empty total passes for a number", "is_number = total > 0", "is_number = total >= 0"),
     (ROW_STATISTICS, "gap from [MASK] downwards", "gap = top_unit - mask_unit", "gap = mask_unit - top_unit"),
     (ROW_STATISTICS, "ignored rows in the case table's nll", "_store(base + NLL * n_rows, nll, is_counted, inside)", "tl.store(base + NLL * n_rows, nll, mask=inside)"),
+    (TILE_MODEL, "tiles: registers bound no program", "machine.registers // (32 * tile.warps * REGISTERS[tile.logits])", "machine.programs"),
+    (TILE_MODEL, "tiles: rows need not fit the L2", "(-second_read_hits(tile, row_bytes, machine), *tile)", "tile"),
+    (TILE_MODEL, "tiles: as many warps as possible", "(-second_read_hits(tile, row_bytes, machine), *tile)", "(-second_read_hits(tile, row_bytes, machine), -tile.warps)"),
+    (TILES, "registers as for 32 logits whatever a lane holds", "REGISTERS.get(held, min(REGISTERS.values()))", "min(REGISTERS.values())"),
+    (TILES, "a device is asked at every launch", "@cache\ndef machine_of", "def machine_of"),
     (CASE_SUMS, "case table loses its last rows", "inside = row < n_rows", "inside = row < n_rows - 1"),
     (CASE_SUMS, "sums: the last block of rows is lost", "inside = block < n_blocks", "inside = block < n_blocks - 1"),
     (CASE_SUMS, "sums: a block is left to no program", "n_blocks, tl.num_programs(0))", "n_blocks, tl.num_programs(0) + 1)"),
