@@ -66,6 +66,27 @@ def test_a_run_that_fails_leaves_the_others(capsys):
     assert "logits: RuntimeError: not finished in 3 s" in found["summary"]
 
 
+def test_steps_of_each_size_are_timed_and_one_that_fails_is_a_result(capsys):
+    def hungry(config, seconds):
+        if config.loss_impl == "reference" and config.batch_size == 4:
+            raise RuntimeError("exit code 1: out of memory")
+        in_process(config, seconds)
+
+    changes = TINY | {"max_iters": 4, "eval_interval": 4}
+    found = training_runs.run_sizes(60.0, changes, sizes=(2, 4), n_words=40, n_tokens=4000, train=hungry)
+    assert found["ok"]
+    assert found["summary"] == "5 of 6 runs of 4 steps"
+    assert [(row["tokens"], row["impl"]) for row in found["rows"]] == [
+        (tokens, impl) for tokens in (32, 64) for impl in ("reference", "logits", "linear")
+    ]
+    assert found["rows"][3] == {
+        "tokens": 64,
+        "impl": "reference",
+        "failure": "RuntimeError: exit code 1: out of memory",
+    }
+    assert all(row["ms"] > 0 and row["peak_mib"] > 0 for row in found["rows"] if not row["failure"])
+
+
 def test_curves_agree_within_rounding_at_first_and_a_hundredth_later():
     steps = list(range(0, 500, 10))
     reference = [[s, 5.0 - s / 500] for s in steps]
