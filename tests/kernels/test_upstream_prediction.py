@@ -235,6 +235,18 @@ def test_hits_make_it_trust_again(backward):
     ]
 
 
+def test_after_a_miss_the_count_begins_anew_whatever_others_received_meanwhile(device):
+    logits, y, x = problem_of(device, n=1, vocab_size=5)
+    statistics = triton_kernels.launch_loss(logits, y, x, MASK_ID)
+    state = torch.tensor([2.0, 2.0, 100.0, 1.0, 0.0], device=device)  # 2, a hundred times
+    triton_kernels.launch_gradient(
+        logits, y, statistics, torch.tensor(2.0, device=device), divisor=1.0,
+        stated=torch.tensor([1.0], device=device), state=state, gradient_out=torch.empty_like(logits),
+    )  # fmt: skip
+    assert state[0].isnan()
+    assert state[1:].tolist() == [2.0, 1.0, 2.0, 0.0]
+
+
 @pytest.mark.parametrize("upstream", [0.0, -0.0, math.nan])
 def test_what_has_no_bits_of_its_own_is_never_expected(backward, upstream):
     assert not any(backward(lambda expected: upstream)[0] for _ in range(5))
