@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import reduce
 
 import numpy as np
 
@@ -31,6 +32,8 @@ class Calculation(Operands):
         if not kinds:
             raise NotEmulated(where)
         kind = kinds[-1]
+        if kind == "f32x2":
+            return self._decode_pair(base, modifiers, operands, guard, where)
         if base in ("mul", "mad") and kind not in ("f32", "f64"):
             return self._decode_product(base, modifiers, kind, operands, guard)
         if kind in ("f16", "bf16", "f16x2", "bf16x2") and base not in ("abs", "neg"):
@@ -70,20 +73,36 @@ class Calculation(Operands):
         if base in ("min", "max") and "NaN" in modifiers:
             plain = function
             function = lambda a, b: np.where((a != a) | (b != b), a.dtype.type(np.nan), plain(a, b))  # noqa: E731
+        if base in ("min", "max"):  # of two operands, on sm_100 and above of three too
+            of_two = function
+            function = lambda *values: reduce(of_two, values)  # noqa: E731
         if self.nudge and ("approx" in modifiers or "full" in modifiers):
             exact = function
 
             def function(*values):
                 result = exact(*values)
-                units = self.generator.integers(-self.nudge, self.nudge + 1, len(result))
-                moved = result.astype(np.float64) + units * np.spacing(np.abs(result)).astype(np.float64)
-                whole = (result == 0) | ~np.isfinite(result)
-                return np.where(whole, result, moved.astype(result.dtype))
+                # By the result's own bits: equal operands give equal results, as in hardware.
+                bits = np.ascontiguousarray(result).view(UNSIGNED[result.itemsize])
+                noise = bits.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)
+                units = noise.astype(np.int64) % (2 * self.nudge + 1) - self.nudge
+                moved = (bits.astype(np.int64) + units).astype(bits.dtype).view(result.dtype)
+                return np.where((result == 0) | ~np.isfinite(result), result, moved)
 
         if "ftz" in modifiers:
             full = function
             function = lambda *values: flush(full(*(flush(v) for v in values)))  # noqa: E731
         return function
+
+    def _decode_pair(self, base, modifiers, operands, guard, where):
+        """Two fp32 in one register, as sm_100 and above calculate them."""
+        if (
+            guard is not None
+            or base not in ("add", "sub", "mul", "fma")
+            or not {*operands} <= {*self.registers}
+        ):
+            raise NotEmulated(where)
+        pairs = [self.registers[name].view(np.float32).reshape(self.threads, 2) for name in operands]
+        return self._step(None, pairs[0], self._float(base, modifiers, "f32", where), *pairs[1:])
 
     def _decode_product(self, base, modifiers, kind, operands, guard):
         if "wide" in modifiers:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 
+from ptx.arithmetic import INTEGER
 from ptx.memory import WARP
 from ptx.operands import Operands
 from ptx.program import NotEmulated
@@ -53,16 +56,15 @@ class Exchange(Operands):
         return step
 
     def _decode_redux(self, instruction, modifiers, kinds, operands, guard, where):
-        names = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
-                 "or": np.bitwise_or, "xor": np.bitwise_xor}  # fmt: skip
-        reduce = names[modifiers[1]].reduce
-        source, target = self._source(operands[1], kinds[-1]), self._target(operands[0], kinds[-1])
-        if guard is not None or source.dtype.kind == "f":
+        name, kind = modifiers[1], kinds[-1]
+        if guard is not None or "abs" in modifiers:
             raise NotEmulated(where)
+        function = self._float(name, modifiers, kind, where) if kind == "f32" else INTEGER[name]
+        source, target = self._source(operands[1], kind), self._target(operands[0], kind)
 
         def step(s):
-            values = source[s].reshape(-1, WARP)
-            target[s] = np.repeat(reduce(values, axis=1, dtype=values.dtype), WARP)
+            lanes = source[s].reshape(-1, WARP)
+            target[s] = np.repeat(reduce(function, lanes.T), WARP)
 
         return step
 

@@ -276,9 +276,9 @@ def test_rows_that_lie_anywhere(vocab_size, phase, padding, reduction):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 89])
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-def test_older_devices(capability, dtype):
+def test_other_devices(capability, dtype):
     for vocab_size in (66, 4097, 5000):
         rows, y, x = hostile_problem(vocab_size, dtype)
         for way in (WAYS[0], WAYS[3]):

@@ -152,10 +152,30 @@ def test_a_loop_runs_as_often_as_its_argument_says():
     assert (result_of(text, argument=5, seed=1) == THREADS * 5).all()
 
 
+def test_the_maximum_of_three():
+    text = f"max.f32 %r3, {constant(-1.0)}, {constant(NAN)}, {constant(2.0)};"
+    assert (result_of(text).view(np.float32) == 2.0).all()
+
+
+def test_pairs_of_floats_are_calculated_at_once():
+    text = f"""
+      mov.b32 %r4, {constant(1.5)}; mov.b32 %r5, {constant(-2.0)};
+      mov.b64 %rd4, {{%r4, %r5}};
+      mul.rn.f32x2 %rd5, %rd4, %rd4;
+      fma.rn.f32x2 %rd5, %rd4, %rd4, %rd5;
+      mov.b64 {{%r3, %r6}}, %rd5;
+    """
+    assert (result_of(text).view(np.float32) == 4.5).all()
+    assert (result_of(text, result="%r6").view(np.float32) == 8.0).all()
+
+
 def test_nudging_moves_approximate_operations_by_a_unit_and_no_others():
-    thirds = f"mov.b32 %r4, {constant(3.0)}; rcp.approx.f32 %r3, %r4;"
-    exact, moved = result_of(thirds), result_of(thirds, nudge=1)
+    numbers = "add.s32 %r4, %r2, 1; cvt.rn.f32.u32 %r4, %r4; rcp.approx.f32 %r3, %r4;"
+    exact, moved = result_of(numbers), result_of(numbers, nudge=1)
     assert set((moved.astype(np.int64) - exact).tolist()) == {-1, 0, 1}
+    # Threads that calculate the same have the same, as in hardware.
+    third = f"mov.b32 %r4, {constant(3.0)}; rcp.approx.f32 %r3, %r4;"
+    assert len(set(result_of(third, nudge=1).tolist())) == 1
     added = f"add.f32 %r3, {constant(1.0)}, {constant(0.1)};"
     assert (result_of(added, nudge=1) == result_of(added)).all()
 

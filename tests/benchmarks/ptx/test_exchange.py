@@ -19,6 +19,10 @@ from ptx_by_hand import SHARED, THREADS, kinds, result_of, run
         ("shfl.sync.bfly.b32 %r3, %r2, 4, 6175, -1;", THREADS ^ 4),  # within 8 lanes: (24 << 8) | 31
         ("setp.lt.u32 %p1, %r2, 3; vote.sync.ballot.b32 %r3, %p1, -1;", [7] * 32 + [0] * 32),
         ("redux.sync.add.s32 %r3, %r2, -1;", [496] * 32 + [1520] * 32),
+        (
+            "cvt.rn.f32.u32 %r4, %r2; redux.sync.max.f32 %r4, %r4, -1; cvt.rzi.u32.f32 %r3, %r4;",
+            [31] * 32 + [63] * 32,
+        ),
     ],
 )
 def test_lanes_exchange_values(text, expected):
