@@ -158,7 +158,7 @@ MUTANTS = [
     (LOOP, "a step more is taken before a stop", "if not (verdict.is_stopping or verdict.has_failed):", "if True:"),
     (LOOP, "an evaluation comes before the verdict on its step", "if is_logged or is_due():", "if is_logged:"),
     (STEP, "accumulated gradients are not divided", "self.scaler.scale(loss / self.micro_steps)", "self.scaler.scale(loss)"),
-    (LOOP, "a resumed step is evaluated twice", "if is_due and not run.is_evaluated and not is_stopping:", "if is_due and not is_stopping:"),
+    (LOOP, "a resumed step is evaluated twice", "if is_due() and not run.is_evaluated and not is_stopping:", "if is_due() and not is_stopping:"),
     (LOOP, "the best pointer is not put right", '    point_to_best(run.folder / "checkpoints", run.best_step)\n', ""),
     (WRITING, "the best pointer is never moved", "    point_to_best(home, best_step)\n", ""),
     (READING, "a stray file passes", "sorted({*stored, *files_below(folder)} - {DIGESTS})", "sorted(stored)"),
