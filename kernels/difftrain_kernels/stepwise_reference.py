@@ -185,7 +185,8 @@ def _weigh_plain(case, nll, gap, pk, pm, is_label, is_all_counted) -> tuple[Tens
         weights[3 * cases.MASKED + cases.MASK], weights[3 * cases.INTACT + cases.MASK] = pk, pm
         weights[cases.IGNORED] = 0.0
     else:
-        weights = nll.new_tensor((pk, 1.0, 1.0, pm, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0))
+        weights = (pk, 1.0, 1.0, pm, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
+        weights = torch.tensor(weights, dtype=nll.dtype, device=nll.device)
     factor = weights.index_select(0, case)
     if is_label is not None:
         nll.masked_fill_(~is_label, torch.nan)

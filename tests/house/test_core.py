@@ -56,6 +56,7 @@ def test_every_kernel_is_launched_and_right(launched, device):
             hidden = logits[:, :8].clone()
             for loss_of, inputs in (
                 (fused_diffusion_loss, [logits]),
+                (partial(fused_diffusion_loss, upstream_prediction=False), [logits]),
                 # Stated, so that the gradient is made in forward, and not met: rescaled in backward.
                 (partial(fused_diffusion_loss, upstream_scale=0.5), [logits]),
                 # With a table whose sums differ from those of nll.
@@ -81,6 +82,10 @@ def test_every_kernel_is_launched_and_right(launched, device):
             )
             expected = fused_diffusion_loss(logits, y, x, 4, 0.25, 0.5, reduction="none", impl="reference")
             torch.testing.assert_close(statistics.row_loss, expected, rtol=1e-5, atol=1e-6)
+    case = torch.arange(1000, dtype=torch.int32, device=device) % 10  # more than one block of rows
+    rows = triton_kernels.RowStatistics(case, torch.ones(6, 1000, dtype=torch.float32, device=device))
+    counts, nll_sums, _ = triton_kernels.launch_case_sums(rows)
+    assert counts.flatten().tolist() == nll_sums.flatten().tolist() == [100] * 9
     assert launched == all_kernels()
     assert len(launched) > 8
 
