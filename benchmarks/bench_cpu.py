@@ -1,4 +1,6 @@
 """CPU time and memory of the loss beside the eager formula that it replaces, forward and backward.
+Takes about five minutes on two CPU cores with its default shapes. Prints a table, and writes it to the file that
+--json names.
 
     python benchmarks/bench_cpu.py [--threads 1 2] [--seconds S] [--shapes 768x66 ...] [--json FILE]
 
