@@ -97,14 +97,16 @@ def _compiled(*, tensors: bool) -> Callable[[], Loss]:
     return make
 
 
-def _ours(*, stated: bool = False, overwrite: bool = False, tensors: bool = False) -> Callable[[], Loss]:
+def _ours(
+    *, stated: bool = False, overwrite: bool = False, tensors: bool = False, predicts: bool = True
+) -> Callable[[], Loss]:
     def loss(problem: Problem, scale: float) -> Tensor:
         if tensors:
             pk, pm = (_on_device(p, problem.y.device) for p in (problem.pk, problem.pm))
             problem = replace(problem, pk=pk, pm=pm)
         return fused_diffusion_loss(
             *_logits(problem), *problem.labels,
-            upstream_scale=scale if stated else None, overwrite_logits=overwrite,
+            upstream_scale=scale if stated else None, overwrite_logits=overwrite, upstream_prediction=predicts,
         )  # fmt: skip
 
     return lambda: loss
@@ -198,6 +200,7 @@ _COMPILED = partial(Contender, family=TORCH, is_compiled=True)
 CONTENDERS = (
     Contender("ours", "logits", OURS, _ours()),
     Contender("ours, upstream stated", "logits", OURS, _ours(stated=True)),
+    Contender("ours, not predicted", "logits", OURS, _ours(predicts=False)),
     Contender("ours, over the logits", "logits", OURS, _ours(overwrite=True)),
     Contender("ours, stated, over the logits", "logits", OURS, _ours(stated=True, overwrite=True)),
     Contender("ours, tensor penalties", "logits", OURS, _ours(tensors=True)),

@@ -14,6 +14,7 @@ from comparison.entries import ACCUMULATED, BOTH, FORWARD, LIBRARY, OURS, TIMED
 
 LOSS = "ours"  # forward alone is the same in every mode
 LOSS_AND_GRADIENT = "ours, upstream stated"  # one pass: what the 4NV limit is about
+NOT_PREDICTED = "ours, not predicted"
 LINEAR = "ours linear"
 PLAIN, EAGER, COMPILED = (
     "plain cross-entropy, our kernel",

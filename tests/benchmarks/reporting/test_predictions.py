@@ -10,7 +10,7 @@ from reporting.goals import GOALS, MISSED, NotMeasured, evaluate
 from reporting.pages import updated
 from reporting.predictions import CALLS, DEVICES, H100, LAUNCH_US, Device
 
-FORWARD, DEFAULT, STATED = CALLS
+FORWARD, DEFAULT, NOT_PREDICTED, STATED = CALLS
 # One byte a nanosecond, one instruction a nanosecond, no limit that matters.
 SLOW = Device("slow", "slow", "sm_90", 1 / predictions.COPY_SHARE, 1, 1e-0 / 128, 1e12, 2048, "made up")
 
@@ -21,7 +21,7 @@ def test_a_call_takes_its_bytes_or_its_instructions_and_its_launches():
     counts = predictions.counts_of("loss", SLOW, v)
     assert found.ms == pytest.approx(counts["slots_scan"] * n * v * 1e-6 + 2 * LAUNCH_US * 1e-3)
     quick = Device("q", "q", "sm_90", SLOW.gb_per_s, 1000, 1.0, 1e12, 2048, "made up")
-    for call, passes in ((FORWARD, 1), (DEFAULT, 3), (STATED, 2)):
+    for call, passes in ((FORWARD, 1), (DEFAULT, 2), (NOT_PREDICTED, 3), (STATED, 2)):
         found = predictions.predict(call, (n, v), quick)
         assert found.ms == pytest.approx(2 * passes * n * v * 1e-6 + call.launches * LAUNCH_US * 1e-3)
         assert found.floor == pytest.approx(2 * min(passes, 2) * n * v * 1e-6)
