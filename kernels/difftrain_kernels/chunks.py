@@ -101,8 +101,9 @@ class ChunkedLoss:
         upstream_scale: float | None = None,
     ) -> ChunkedLoss:  # fmt: skip
         """How to compute one call's loss; y is (N,)."""
-        made_for = upstream_of_gradients(len(y), reduction, dtype, upstream_scale)
-        divisor = max(1, len(y)) if reduction == "mean" else 1
+        n = y.shape[0]  # which the len of a tensor in a graph would make a constant
+        made_for = upstream_of_gradients(n, reduction, dtype, upstream_scale)
+        divisor = max(1, n) if reduction == "mean" else 1
         return cls(
             y, mask_id, ignore_index, terms, reduction, made_for, divisor, dtype, uses_triton, chunk_tokens,
             workspace_bytes, counted,
@@ -236,13 +237,14 @@ class ChunkedLoss:
 
     def bytes_beside_sums(self, vocab_size: int, width: int) -> int:
         """Memory of a pass beside inputs, gradients and the sums of the weight's; without a cast weight."""
-        chunk = self.chunk_tokens or self.chunk_size(len(self.y), vocab_size)
+        # The largest: what a graph gives must not hang on how many positions there are.
+        chunk = self.chunk_tokens or self.chunk_size(MAX_CHUNK_TOKENS, vocab_size)
         # The logits; states as they are gathered, and as they are multiplied; the product that is put in place.
         chunk_bytes = chunk * (
             row_bytes(vocab_size, self.dtype, self.uses_triton, self.terms)
             + 3 * width * self.dtype.itemsize
         )
-        return chunk_bytes + len(self.y) * BYTES_PER_POSITION + ROUNDING_BYTES + LIBRARY_BYTES
+        return chunk_bytes + self.y.shape[0] * BYTES_PER_POSITION + ROUNDING_BYTES + LIBRARY_BYTES
 
     def plan_sums(
         self, vocab_size: int, width: int, dtype: torch.dtype, *, is_there: bool = False

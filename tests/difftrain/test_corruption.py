@@ -200,9 +200,10 @@ def test_a_given_probability_holds_for_all_and_a_larger_one_masks_more_of_the_sa
 
 def test_how_many_tokens_are_masked_is_known_without_them():
     tokens, samples = tokens_of(24), torch.arange(100, 124)
-    x, _, _ = mask_alone(tokens, samples, **KEYS)
-    counted = count_masked(samples, tokens.shape[1], seed=KEYS["seed"], split=KEYS["split"])
-    assert counted == (x != tokens).sum() > 0
+    for options in ({}, {"mask_level": "stratified", "span_length": 3}, {"mask_level": "antithetic"}):
+        config = Config(recipe="llada", block_size=tokens.shape[1], **options)
+        x, _, _ = corrupt_by_recipe(tokens, samples, config, split="train", vocab_size=V)
+        assert count_masked(samples, config, split="train") == (x != tokens).sum() > 0
 
 
 def test_masking_alone_is_a_function_of_seed_split_and_sample():

@@ -188,7 +188,7 @@ def test_the_command_takes_patterns_and_says_what_it_took(root, tmp_path, capsys
     assert [line for line in out if "taken" in line] == [summary]
     corpus = read_folder(tmp_path / "out")
     assert len(corpus.train) + len(corpus.val) == 18 * len(LINE) + 1
-    assert main([*argv[:-4], "--pattern", "*.rst"]) == 2
+    assert main(["prepare", str(root), "--out", str(tmp_path / "other"), "--pattern", "*.rst"]) == 2
     err = capsys.readouterr().err
     assert "texts holds neither train.bin nor text files: 0 text files taken, 4 left out" in err
 

@@ -102,11 +102,12 @@ def _process() -> ProcessPoolExecutor:
 
 def _execute(call: bytes) -> bytes:
     """In the other process."""
-    from difftrain_kernels import triton_kernels
+    from difftrain_kernels import triton_kernels, upstream_prediction
     from ptx.device import emulated
 
     # Calls that look for a GPU are content with the CPU, as where Triton interprets.
     triton_kernels.is_interpreted = lambda: True
+    upstream_prediction._expectations.clear()  # what an earlier call has made is foreign to this one
     function, arguments, keywords, overwrites, options = pickle.loads(call)
     written = tuple(keywords[name] for name in overwrites)
     with emulated(overwrites=written, **options) as session:

@@ -34,10 +34,11 @@ def machine_of(device: torch.device) -> Machine:
     if device.type != "cuda":
         return H100
     asked = torch.cuda.get_device_properties(device)
-    return Machine(
-        asked.multi_processor_count, asked.L2_cache_size, asked.shared_memory_per_multiprocessor,
-        asked.regs_per_multiprocessor, asked.max_threads_per_multi_processor // asked.warp_size,
-    )  # fmt: skip
+    # Not every build of torch tells of these two.
+    shared_bytes = getattr(asked, "shared_memory_per_multiprocessor", H100.shared_bytes)
+    registers = getattr(asked, "regs_per_multiprocessor", H100.registers)
+    warps = asked.max_threads_per_multi_processor // asked.warp_size
+    return Machine(asked.multi_processor_count, asked.L2_cache_size, shared_bytes, registers, warps)
 
 
 def choose_tile(logits: Tensor) -> Tile:

@@ -68,6 +68,8 @@ def learn_upstream(state_ptr, made_for_ptr, upstream_ptr, upstream_stride):
         is_eased = hits >= HITS_TO_EASE
         needed = tl.where(is_eased, tl.maximum(0.5 * needed, 1.0), needed)
         hits = tl.where(is_eased, 0.0, hits)
+        # Every thread reads the state, one writes it.
+        tl.debug_barrier()
         tl.store(state_ptr + LAST, received)
         tl.store(state_ptr + STREAK, streak)
         tl.store(state_ptr + NEEDED, needed)
