@@ -107,7 +107,7 @@ class Config:
     mask_level: Literal["uniform", "cosine", "antithetic", "stratified"] = option(
         "uniform",
         "how a sequence's share of [MASK] is drawn; uniform; cosine: cos(pi / 2 * u), more masks; antithetic: u and 1 - u "
-        "by turns; stratified: one in each of as many parts as a step has sequences",
+        "by turns; stratified: one in each of as many parts as a step has sequences. Validation draws them evenly",
     )
     mask_factor: float = option(1.0, "times the share that is masked; 0: nothing is", low=0.0, high=1.0)
     replace_factor: float = option(

@@ -67,7 +67,7 @@ class Corpus:
         """Entropy of the validation file's words in nats: what guessing by frequency costs."""
         counts = np.bincount(self.val)
         share = counts[counts > 0] / len(self.val)
-        return float(-(share * np.log(share)).sum())
+        return max(0.0, float(-(share * np.log(share)).sum()))
 
     def check_length(self, length: int) -> None:
         """Raise UserError unless both splits hold a window of ``length`` tokens."""

@@ -196,7 +196,14 @@ def mask_share(
 
 
 def replace_share(
-    tokens: Tensor, samples: Tensor, *, seed: int, split: str, vocab_size: int, share: float
+    tokens: Tensor,
+    samples: Tensor,
+    *,
+    seed: int,
+    split: str,
+    vocab_size: int,
+    share: float,
+    wrong_target: str = "mask",
 ) -> tuple[Tensor, Tensor]:
     """Replace exactly int(share * T) tokens of each sequence by other words, but at least one, and mask none.
 
@@ -204,7 +211,9 @@ def replace_share(
     """
     n_replace = torch.full_like(samples, max(1, int(share * tokens.shape[1])))
     words = random_words(seed, STREAMS[split], samples, 2 + 2 * tokens.shape[1])
-    return _apply(tokens, words[:, 2:], torch.zeros_like(n_replace), n_replace, vocab_size)
+    return _apply(
+        tokens, words[:, 2:], torch.zeros_like(n_replace), n_replace, vocab_size, wrong_target=wrong_target
+    )
 
 
 def _apply(

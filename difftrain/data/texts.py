@@ -32,7 +32,11 @@ def read_text(path: Path, newline: str) -> str:
     With ``newline`` "universal" a byte-order mark goes and CRLF and CR become LF, as ``utf-8-sig``
     and universal newlines have it; with "keep" all stays as it is.
     """
-    content = path.read_bytes()
+    return decode_text(path.read_bytes(), newline)
+
+
+def decode_text(content: bytes, newline: str) -> str:
+    """The text that bytes are, as :func:`read_text` reads a file's."""
     if b"\0" in content:
         raise NotText(BINARY)
     try:

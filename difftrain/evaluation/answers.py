@@ -40,7 +40,11 @@ class Answers:
         runtime: Runtime,
         batch_size: int,
     ):
-        self.model, self.config, self.mask_id = model, dataclasses.replace(config, seed=seed), mask_id
+        self.model, self.config, self.mask_id = (
+            model,
+            dataclasses.replace(config, seed=seed, mask_level="uniform"),
+            mask_id,
+        )
         self.keys = {"seed": seed, "split": "val", "vocab_size": mask_id + 1}
         self.runtime, self.batch_size = runtime, batch_size
         self.impl = choose_loss(config, mask_id + 1, runtime)
@@ -59,15 +63,18 @@ class Answers:
     def at_errors(self, windows: Windows, share: float) -> dict[str, Estimate]:
         """With ``share`` of each window replaced by other words, drawn evenly.
 
-        ``found`` is the share of these that is answered [MASK], ``harmed`` that of the words left alone, and
-        ``kept`` the share of the latter that is answered as it is.
+        ``found`` is the share of these that is answered [MASK] and, where the run is trained to give the right
+        word, ``corrected`` the share that is answered so; ``harmed`` is the share of the words left alone that
+        is answered [MASK], ``kept`` that which is answered as it is.
         """
-        counts, _ = self._cells(
-            windows, partial(replace_share, share=share, **self.keys), f"{share:.0%} wrong"
-        )
+        wrong_target = self.config.wrong_target
+        change = partial(replace_share, share=share, wrong_target=wrong_target, **self.keys)
+        counts, _ = self._cells(windows, change, f"{share:.0%} wrong")
         n_wrong, n_intact = counts[:, CORRUPTED].sum(1), counts[:, INTACT].sum(1)
-        return {
-            "found": ratio(counts[:, CORRUPTED, MASK], n_wrong),
+        figures = {"found": ratio(counts[:, CORRUPTED, MASK], n_wrong)}
+        if wrong_target == "token":
+            figures["corrected"] = ratio(counts[:, CORRUPTED, TARGET], n_wrong)
+        return figures | {
             "harmed": ratio(counts[:, INTACT, MASK], n_intact),
             "kept": ratio(counts[:, INTACT, TARGET], n_intact),
         }

@@ -9,6 +9,12 @@ NAMES = {
     "mdlm": "likelihood, bound by a continuous level (mdlm)",
     "llada": "likelihood, bound by the number of masks (llada)",
 }
+TITLES = {
+    "found": "found, answered [MASK]",
+    "corrected": "answered right",
+    "harmed": "intact, answered [MASK]",
+    "kept": "intact, left as it is",
+}
 
 
 def lines_of(record: dict[str, Any]) -> list[str]:
@@ -31,13 +37,11 @@ def lines_of(record: dict[str, Any]) -> list[str]:
                 f"{level + ' %':>6}       {_number(figures['nll']):<22}   {_share(figures['restored'])}"
             )
     if "repair" in record:
-        lines += [
-            "",
-            "wrong        found, answered [MASK]   intact, answered [MASK]   intact, left as it is",
-        ]
+        names = list(next(iter(record["repair"].values())))
+        lines += ["", "wrong        " + "".join(f"{TITLES[name]:<25}" for name in names).rstrip()]
         for share, figures in record["repair"].items():
-            found, harmed, kept = (_share(figures[name]) for name in ("found", "harmed", "kept"))
-            lines.append(f"{share + ' %':>6}       {found:<22}   {harmed:<23}   {kept}")
+            cells = "".join(f"{_share(figures[name]):<25}" for name in names)
+            lines.append(f"{share + ' %':>6}       {cells}".rstrip())
     lines.append("")
     for name, figures in record["likelihood"].items():
         parts = [f"{_number(figures['nats_per_token'])} nats a token"]

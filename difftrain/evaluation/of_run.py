@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from difftrain.checkpoints.reading import Checkpoint, find_checkpoint, open_held_out
+from difftrain.config.options import LARGEST_FLOAT
 from difftrain.data import Corpus, open_corpus
-from difftrain.data.texts import NotText, read_text
+from difftrain.data.texts import NotText, decode_text, read_text
 from difftrain.data.vocabulary import Ids, Vocabulary
 from difftrain.errors import UserError
 from difftrain.evaluation.answers import Answers
@@ -63,12 +64,16 @@ class EvaluationRequest:
             for share in getattr(self, name):
                 if not 0 < share <= 100:
                     raise UserError(f"{name} must be per cents in (0, 100], got {share:g}")
+            if len({f"{share:g}" for share in getattr(self, name)}) < len(getattr(self, name)):
+                raise UserError(
+                    f"{name} must differ, got {','.join(f'{s:g}' for s in getattr(self, name))}"
+                )
         for name in self.estimators:
             if name not in ESTIMATORS:
                 raise UserError(f"estimators must be among {', '.join(ESTIMATORS)}, got {name!r}")
         for pair in self.penalties:
-            if not all(math.isfinite(p) and p >= 0 for p in pair):
-                raise UserError(f"penalties must be finite and at least 0, got {pair[0]:g},{pair[1]:g}")
+            if not all(0 <= p <= LARGEST_FLOAT for p in pair):
+                raise UserError(f"penalties must be in [0, {LARGEST_FLOAT:g}], got {pair[0]:g},{pair[1]:g}")
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def evaluate_run(run_dir: Path, request: EvaluationRequest) -> dict[str, Any]:
             record["masked"] = {
                 f"{level:g}": _plain(answers.at_level(windows, level / 100)) for level in request.levels
             }
-        if config.has_penalties:
+        if config.has_penalties and config.replace_factor > 0:
             record["repair"] = {
                 f"{share:g}": _plain(answers.at_errors(windows, share / 100)) for share in request.errors
             }
@@ -166,7 +171,9 @@ def _read(name: str) -> str:
         return read_text(Path(name), "universal")
     if "WORLD_SIZE" in os.environ:
         raise UserError("standard input cannot be read by several processes; give a file")
-    return sys.stdin.read()
+    if sys.stdin is None:
+        raise UserError("standard input is closed; give a file")
+    return decode_text(sys.stdin.buffer.read(), "universal")
 
 
 class _Sizes:
@@ -188,7 +195,7 @@ def _unigram_entropy(windows: Windows) -> float:
     """Entropy of the windows' words in nats: what guessing by their frequency costs."""
     counts = torch.cat(windows.tokens).bincount().double()
     share = counts[counts > 0] / counts.sum()
-    return -(share * share.log()).sum().item()
+    return max(0.0, -(share * share.log()).sum().item())
 
 
 def _losses(table: CaseTable, checkpoint: Checkpoint, request: EvaluationRequest) -> list[dict[str, Any]]:
@@ -236,13 +243,20 @@ def _likelihood(
         draws = bound_masked(
             logits_of, windows, mask_id, estimator=name, draws=request.draws, seed=request.seed, **options
         )
-        found[name] = {"draws": request.draws, **_by_unit(draws.mean(1), sizes)}
+        found[name] = {"draws": request.draws, **_by_unit(draws.mean(1), sizes, draws)}
     return found
 
 
-def _by_unit(nats: torch.Tensor, sizes: _Sizes) -> dict[str, Any]:
-    """Nats of each window (W,) as a figure for each unit of text."""
+def _by_unit(nats: torch.Tensor, sizes: _Sizes, draws: torch.Tensor | None = None) -> dict[str, Any]:
+    """Nats of each window (W,) as a figure for each unit of text.
+
+    Args:
+        draws: (W, draws), of which they are the means: the spread of one window alone.
+    """
     per_token = ratio(nats, sizes.tokens)
+    if draws is not None and len(nats) == 1 and draws.shape[1] > 1:
+        spread = draws.std().item() / math.sqrt(draws.shape[1]) / sizes.tokens.sum().item()
+        per_token = Estimate(per_token.value, spread)
     n_tokens, bits = sizes.tokens.sum().item(), 1.0 / math.log(2.0)
     figures = {"nats_per_token": per_token}
     for unit, count in (("character", sizes.characters), ("byte", sizes.bytes)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,10 @@ def make_validation_set(corpus: Corpus, config: Config) -> ValidationSet:
     """
     keys = {"split": "val", "vocab_size": corpus.vocabulary.vocab_size}
     counts = corpus.unigram_counts if config.replacement == "unigram" else None
+
+    # Levels are drawn evenly whatever training draws: so every part has all of them, each weighs as it
+    # should, and runs that differ in this alone have one validation set.
+    config = dataclasses.replace(config, mask_level="uniform")
 
     def corrupted(tokens: Tensor, samples: Tensor, level: float | None) -> tuple:
         x, y, p_mask = corrupt_by_recipe(tokens, samples, config, level=level, counts=counts, **keys)

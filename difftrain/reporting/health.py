@@ -107,6 +107,12 @@ class Health:
 
     def __init__(self, config: Config | None):
         self._has_penalties = config is None or config.has_penalties
+        # Penalties that can act on nothing by the corruption that was asked for.
+        self._idle: set[str] = set()
+        if config is not None and config.mask_factor == 0:
+            self._idle.add("pk")
+        if config is not None and (config.wrong_target == "token" or config.replace_factor == 0):
+            self._idle.add("pm")
         self._told: set[str] = set()
         self._usual: deque[float] = deque(maxlen=USUAL)  # nll of the last training records
         self._was_spike: deque[bool] = deque(maxlen=SPIKE_MEMORY)
@@ -124,7 +130,7 @@ class Health:
 
     def _evaluation(self, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if self._has_penalties and record["step"] != 0:
-            yield from penalty_warnings(record)
+            yield from (w for w in penalty_warnings(record) if w[0] not in self._idle)
         counted = number(record, "counted")
         if counted is not None and counted < COUNTED_SHARE:
             yield "counted", f"{100 * counted:.0f} % of the positions count in the loss"

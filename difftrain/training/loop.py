@@ -20,7 +20,7 @@ from difftrain.data import Corpus, open_corpus
 from difftrain.errors import FailedElsewhere, UserError
 from difftrain.reporting.health import Health
 from difftrain.reporting.lines import console_line, summary_line, summary_lines
-from difftrain.reporting.log import MetricsLog, check_trackers, drop_records_after
+from difftrain.reporting.log import MetricsLog, check_trackers, drop_records_after, read_metrics
 from difftrain.reporting.records import configuration_text, loss_metrics
 from difftrain.reporting.sessions import processor, session
 from difftrain.runtime import Runtime, is_lost_peer, start_runtime, stop_requests
@@ -181,6 +181,9 @@ def _loop(run: Run) -> dict[str, Any]:
 
     record: dict[str, Any] = {}
     health, warnings = Health(config), []
+    if run.step:  # what a run that goes on was warned of before is not told again
+        for earlier in read_metrics(run.folder):
+            health.see(earlier)
 
     def watch(record: dict[str, Any]) -> None:
         for warning in health.see(record):

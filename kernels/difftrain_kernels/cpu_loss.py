@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -52,9 +50,7 @@ class _CpuLoss(torch.autograd.Function):
         statistics = _score(logits, call)
         found.append(statistics)
         ctx.divisor = max(1, len(call.y)) if call.reduction == "mean" else 1
-        ctx.mask_id, ctx.terms = call.mask_id, call.terms
-        if isinstance(call.terms.logit_scale, Tensor):  # may change before backward
-            ctx.terms = replace(call.terms, logit_scale=call.terms.logit_scale.clone())
+        ctx.mask_id, ctx.terms = call.mask_id, call.terms.kept()
         ctx.save_for_backward(logits, call.y, *statistics)
         return reduce_rows(statistics[1][0], call.reduction)
 
@@ -62,11 +58,11 @@ class _CpuLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         logits, y, *statistics = ctx.saved_tensors
         with torch.no_grad():
-            upstream = check_upstream(upstream).reshape(-1) if upstream.dim() else check_upstream(upstream)
+            received = check_upstream(upstream).reshape(-1) if upstream.dim() else check_upstream(upstream)
             gradient = row_gradients(
-                False, _rows(logits), y, tuple(statistics), upstream,
+                False, _rows(logits), y, tuple(statistics), received,
                 divisor=ctx.divisor, mask_id=ctx.mask_id, terms=ctx.terms,
             ).view(logits.shape)  # fmt: skip
         if torch.is_grad_enabled():
-            (gradient,) = forbid_second_derivative([gradient])
+            (gradient,) = forbid_second_derivative([gradient], upstream, logits)
         return gradient, None, None

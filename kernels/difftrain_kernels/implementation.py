@@ -160,13 +160,18 @@ def reduce_rows(row_loss: Tensor, reduction: str) -> Tensor:
     )
 
 
-def forbid_second_derivative(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+def forbid_second_derivative(
+    gradients: Sequence[Tensor | None], *sources: Tensor | None
+) -> list[Tensor | None]:
     """The gradients, of which a derivative raises RuntimeError; for ``backward`` under ``create_graph``.
+
+    Args:
+        sources: what they were made of: a derivative with respect to any of these raises.
 
     ``once_differentiable`` would hand out constants in silence where the upstream needs no gradient.
     """
     made = [g for g in gradients if g is not None]
-    marked = iter(_NoSecondDerivative.apply(*(g.requires_grad_() for g in made)))
+    marked = iter(_NoSecondDerivative.apply(len(made), *made, *sources))
     return [None if g is None else next(marked) for g in gradients]
 
 
@@ -174,8 +179,8 @@ class _NoSecondDerivative(torch.autograd.Function):
     """Hands gradients through; a derivative of them raises."""
 
     @staticmethod
-    def forward(ctx, *gradients):
-        return tuple(g.view_as(g) for g in gradients)
+    def forward(ctx, n_gradients, *tensors):
+        return tuple(g.view_as(g) for g in tensors[:n_gradients])
 
     @staticmethod
     def backward(ctx, *_):

@@ -229,21 +229,23 @@ class _LinearLoss(torch.autograd.Function):
         is_made_now = chunked.reduction != "none" and not adds
         needs = tuple(ctx.needs_input_grad[:3]) if is_made_now else (False,) * 3
         statistics, gradients = chunked.run(hidden, weight, bias, needs, weighting=weighting)
-        ctx.chunked, ctx.adds, ctx.made = chunked, adds, gradients if is_made_now else None
+        ctx.chunked = replace(chunked, terms=chunked.terms.kept())
+        ctx.adds, ctx.made = adds, gradients if is_made_now else None
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.shape = hidden.shape
-        ctx.save_for_backward(hidden, weight, bias, chunked.y, *statistics)
+        ctx.save_for_backward(hidden, weight, bias, chunked.y, chunked.terms.token_weights, *statistics)
         ctx.mark_non_differentiable(*statistics)
         return reduce_rows(statistics[1][0], chunked.reduction), *statistics
 
     @staticmethod
     def backward(ctx, upstream, *_):
         into = grad_behind(ctx.next_functions[1][0]) if ctx.adds and ctx.needs_input_grad[1] else None
+        sources = (upstream, *ctx.saved_tensors[:3]) if torch.is_grad_enabled() else ()
         with torch.no_grad():
             of_hidden, *others = _LinearLoss._gradients(ctx, check_upstream(upstream), into)
             gradients = [None if of_hidden is None else of_hidden.view(ctx.shape), *others]
         if torch.is_grad_enabled():
-            gradients = forbid_second_derivative(gradients)
+            gradients = forbid_second_derivative(gradients, *sources)
         return *gradients, None, None, None
 
     @staticmethod
@@ -256,8 +258,8 @@ class _LinearLoss(torch.autograd.Function):
             rows = upstream.reshape(-1) if upstream.dim() else upstream / chunked.divisor
             chunked, upstream = replace(chunked, made_for=1.0, divisor=1), upstream.new_ones(())
         if made is None:
-            hidden, weight, bias, y, *saved = ctx.saved_tensors
-            chunked = replace(chunked, y=y)
+            hidden, weight, bias, y, token_weights, *saved = ctx.saved_tensors
+            chunked = replace(chunked, y=y, terms=replace(chunked.terms, token_weights=token_weights))
             _, made = chunked.run(hidden, weight, bias, needs, saved=saved, upstream=rows, into=into)
         if into is not None:
             made = made[0], None, made[2]

@@ -210,7 +210,7 @@ class _TritonLoss(torch.autograd.Function):
         rows = as_rows(logits, uneven=True)
         ctx.divisor = max(1, len(call.y)) if call.reduction == "mean" else 1
         ctx.stated, ctx.overwrite, ctx.gradient, ctx.made_for = stated, overwrite, None, None
-        ctx.mask_id, ctx.terms, ctx.expectation = call.mask_id, call.terms, expectation
+        ctx.mask_id, ctx.terms, ctx.expectation = call.mask_id, call.terms.kept(), expectation
         if expectation is not None and expectation.may_open:
             ctx.stated = torch.empty(len(call.y), dtype=torch.float32, device=rows.device)
             statistics, ctx.gradient = triton_kernels.launch_loss_and_gradient(
@@ -234,12 +234,12 @@ class _TritonLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        upstream = check_upstream(upstream)
         if not torch.is_grad_enabled():
-            return _TritonLoss._gradient(ctx, upstream), None, None
+            return _TritonLoss._gradient(ctx, check_upstream(upstream)), None, None
+        sources = upstream, ctx.saved_tensors[0]
         with torch.no_grad():
-            gradient = _TritonLoss._gradient(ctx, upstream)
-        return *forbid_second_derivative([gradient]), None, None
+            gradient = _TritonLoss._gradient(ctx, check_upstream(upstream))
+        return *forbid_second_derivative([gradient], *sources), None, None
 
     @staticmethod
     def _gradient(ctx, upstream):

@@ -200,13 +200,13 @@ class _ParallelLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, *_):
+        logits, y, *statistics = ctx.saved_tensors
         with torch.no_grad():
-            logits, y, *statistics = ctx.saved_tensors
-            upstream = check_upstream(upstream)
-            upstream = upstream.reshape(-1) if upstream.dim() else upstream
-            gradient = ctx.share.gradient(as_rows(logits), y, statistics, upstream).view(logits.shape)
+            received = check_upstream(upstream)
+            received = received.reshape(-1) if received.dim() else received
+            gradient = ctx.share.gradient(as_rows(logits), y, statistics, received).view(logits.shape)
         if torch.is_grad_enabled():
-            (gradient,) = forbid_second_derivative([gradient])
+            (gradient,) = forbid_second_derivative([gradient], upstream, logits)
         return gradient, None, None
 
 

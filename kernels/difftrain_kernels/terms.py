@@ -53,6 +53,12 @@ class Terms:
         """Whether the table's weighted sums differ from its sums of nll."""
         return self.token_weights is not None or self.label_smoothing > 0 or self.gate == PROBABILITY
 
+    def kept(self) -> Terms:
+        """The terms as they are now, for a backward before which a scale on the device may change."""
+        if not isinstance(self.logit_scale, Tensor):
+            return self
+        return replace(self, logit_scale=self.logit_scale.clone())
+
     def of_rows(self, rows: slice | Tensor) -> Terms:
         """The terms of some of the flattened positions; of their weights only those are copied."""
         if self.token_weights is None:

@@ -19,7 +19,10 @@ Two losses of different scale in turn miss once and then stay at 6.
 At most one gradient made in forward waits for its backward in each kind; a call that comes meanwhile makes
 its own in backward. So memory holds one buffer more than without prediction, and only where several losses
 of a kind are open at once. After ``MOST_UNUSED`` calls in a row without a backward, whose gradients were made
-for nothing (4 in place of 2), forward makes none until a backward comes.
+for nothing (4 in place of 2), forward makes none until a backward comes; then one more is tried, and if nobody takes
+it either, the next only after twice as many backwards.
+
+One state serves one stream at a time: a graph that took it must not replay beside eager calls of its kind.
 
 A kind is: thread, stream, device, dtype, reduction, vocabulary, and the number of rows up to a factor of 2.
 Nothing is predicted where hooks on saved tensors are at work (checkpointing, offloading), which want little
@@ -39,6 +42,7 @@ from torch import Tensor
 IS_ENABLED = os.environ.get("DIFFTRAIN_UPSTREAM_PREDICTION", "1") != "0"
 MOST_KINDS = 1024  # a further kind is not predicted: what a captured graph reads can never be freed
 MOST_UNUSED = 4
+MOST_PATIENCE = 256
 
 
 class Expectation:
@@ -48,17 +52,22 @@ class Expectation:
         state: (5,) fp32 on the device, NaN where nothing is known yet. Only kernels read and write it.
     """
 
-    __slots__ = ("_unused", "_waiting", "state")
+    __slots__ = ("_missed", "_patience", "_unused", "_waiting", "state")
 
     def __init__(self, state: Tensor) -> None:
         self.state = state
         self._unused = 0  # calls in a row whose gradient no backward has taken
         self._waiting = None  # the gradient that waits for its backward
+        self._missed, self._patience = (
+            0,
+            1,
+        )  # backwards since none is made in forward; after how many one is
 
     @property
     def may_open(self) -> bool:
         """Whether another call may make its gradient in forward."""
-        return self._unused < MOST_UNUSED and (self._waiting is None or self._waiting() is None)
+        waiting = self._waiting  # once: another thread may clear it meanwhile
+        return self._unused < MOST_UNUSED and (waiting is None or waiting() is None)
 
     def open(self, gradient: Tensor) -> None:
         """A call has made a gradient, or has left room for it."""
@@ -67,9 +76,16 @@ class Expectation:
 
     def close(self, gradient: Tensor | None) -> None:
         """A backward has come, and takes ``gradient`` if it has one."""
-        self._unused = 0
-        if gradient is not None and self._waiting is not None and self._waiting() is gradient:
-            self._waiting = None
+        if gradient is not None:
+            self._unused, self._missed, self._patience = 0, 0, 1
+            waiting = self._waiting
+            if waiting is not None and waiting() is gradient:
+                self._waiting = None
+        elif self._unused >= MOST_UNUSED:
+            self._missed += 1
+            if self._missed >= self._patience:  # one more trial; if nobody takes it, the next comes later
+                self._unused, self._missed = MOST_UNUSED - 1, 0
+                self._patience = min(2 * self._patience, MOST_PATIENCE)
 
 
 _expectations: dict[tuple, Expectation] = {}

@@ -296,7 +296,7 @@ def test_wrong_words_may_follow_the_training_texts_frequencies():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mask_level": "cosine"}, {"mask_level": "antithetic"}, {"mask_level": "stratified"}, {"mask_factor": 0.5},
+        {"mask_factor": 0.5},
         {"replace_factor": 0.5}, {"span_length": 3}, {"replacement": "unigram"}, {"wrong_target": "token"},
     ],
 )  # fmt: skip
@@ -320,6 +320,18 @@ def test_weights_keep_the_recipes_loss_in_the_mean_whatever_levels_are_drawn(rul
     x, _, p_mask = corrupt_by_recipe(tokens, samples, config, split="train", vocab_size=V)
     weights = token_weights(x, p_mask, MASK_ID, config)
     assert weights.double().mean().item() == pytest.approx(1.0, abs=0.06)
+
+
+@pytest.mark.parametrize("rule", ["cosine", "antithetic", "stratified"])
+@pytest.mark.parametrize("recipe", ["specification", "llada"])
+def test_validation_draws_levels_evenly_whatever_training_does(tiny, rule, recipe):
+    from difftrain.data import open_corpus
+    from difftrain.evaluation import make_validation_set
+
+    plain = tiny(recipe=recipe, gradient_accumulation_steps=4)
+    corpus_of = open_corpus(plain.data)
+    other = tiny(recipe=recipe, gradient_accumulation_steps=4, mask_level=rule)
+    assert make_validation_set(corpus_of, other).id == make_validation_set(corpus_of, plain).id
 
 
 def test_a_recipe_that_masks_alone_refuses_what_is_about_wrong_words():

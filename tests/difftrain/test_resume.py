@@ -84,7 +84,9 @@ def test_so_does_one_with_bad_steps_and_spikes_wherever_it_stops(tiny, dtype, mo
 
     def warnings():
         lines = capsys.readouterr().out.splitlines()
-        return [line.split(":")[0] + ":" + line.split(":")[1] for line in lines if " is not applied" in line]
+        return [
+            line.split(":")[0] + ":" + line.split(":")[1] for line in lines if " is not applied" in line
+        ]
 
     assert warnings() == left_out
     state = find_checkpoint(Path(straight.out_dir), "latest").state

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import oracle
-from difftrain_kernels import fused_diffusion_loss, row_blocks
+from difftrain_kernels import fused_diffusion_loss, fused_linear_diffusion_loss, row_blocks
 from term_problems import ALL, SINGLES, batch, check_rows, check_table, expected, options_of
 
 MASK_ID = 6
@@ -209,3 +209,50 @@ def test_sums_of_many_rows_do_not_lose_small_ones():
     _, table = fused_diffusion_loss(logits, y, x, 2, return_cases=True)
     rows = fused_diffusion_loss(logits, y, x, 2, reduction="none")
     assert table.nll.sum().item() == pytest.approx(rows.double().sum().item(), rel=2e-7)
+
+
+@pytest.mark.parametrize("loss_of", ["logits", "linear"])
+def test_no_second_derivative_is_ever_0_in_silence(loss_of):
+    y, x = torch.tensor([1, 2, 4]), torch.tensor([1, 4, 4])
+    head = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+
+    def loss(inputs):
+        if loss_of == "logits":
+            return fused_diffusion_loss(inputs, y, x, 4, 0.25, 0.5)
+        return fused_linear_diffusion_loss(inputs, head, y, x, 4, 0.25, 0.5)
+
+    point = torch.randn(3, 6 if loss_of == "logits" else 5, generator=torch.Generator().manual_seed(1))
+    vector = torch.ones_like(point)
+    for derivative in (
+        lambda: torch.autograd.functional.hvp(loss, point, vector),
+        lambda: torch.autograd.functional.hessian(loss, point),
+        lambda: torch.autograd.functional.jvp(loss, point, vector),
+    ):
+        with pytest.raises(RuntimeError, match="have no second derivative"):
+            derivative()
+    inputs = point.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(inputs), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="have no second derivative"):
+        torch.autograd.grad(gradient.square().sum(), inputs, allow_unused=True)
+    scale = torch.tensor(2.0, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(inputs) * scale, inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="have no second derivative"):
+        torch.autograd.grad(gradient.sum(), scale)
+
+
+def test_what_changes_before_backward_raises_or_counts_as_it_was():
+    y, x = torch.tensor([1, 2, 4]), torch.tensor([1, 4, 4])
+    hidden, head = torch.randn(3, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
+    weights = torch.tensor([1.0, 0.0, 1.0])
+    options = {"reduction": "none", "pk": 0.25, "pm": 0.5}
+    loss = fused_linear_diffusion_loss(hidden, head, y, x, 4, token_weights=weights, **options)
+    weights.copy_(1 - weights)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+    gradients = []
+    for later in (0.7, 3.0):
+        scale = torch.tensor(0.7)
+        loss = fused_linear_diffusion_loss(hidden, head, y, x, 4, logit_scale=scale, **options)
+        scale.fill_(later)
+        gradients.append(torch.autograd.grad(loss.sum(), hidden)[0])
+    assert torch.equal(*gradients)

@@ -454,6 +454,22 @@ def test_losses_without_a_backward_soon_make_no_gradient(traffic, device):
     assert traffic.read()[1] == 4
 
 
+def test_losses_that_are_kept_without_a_backward_beside_others_cost_less_and_less(traffic, device):
+    logits, y, x = problem = problem_of(device)
+    for _ in range(3):
+        gradient_of(problem, 0.5)
+    traffic.read()
+    made = []
+    for _ in range(40):
+        kept = loss_of(logits.clone().requires_grad_(), y, x)
+        made.append(traffic.read()[0] == ["loss and gradient"])
+        gradient_of(problem, 0.5)
+        traffic.read()
+    del kept
+    assert made[0]
+    assert sum(made[20:]) <= 2
+
+
 def test_where_no_gradient_is_wanted_none_is_made_and_nothing_is_learnt(traffic, device):
     logits, y, x = problem_of(device)
     loss_of(logits, y, x)

@@ -28,7 +28,10 @@ def runs(tmp_path_factory, corpus_folder):
 
     made = {}
     for name, changes in {
-        "diffusion": {}, "gpt2": {"mode": "gpt2"}, "mdlm": {"recipe": "mdlm", "softcap": 5.0}
+        "diffusion": {"mask_level": "stratified", "gradient_accumulation_steps": 2},
+        "gpt2": {"mode": "gpt2"},
+        "mdlm": {"recipe": "mdlm", "softcap": 5.0, "mask_level": "cosine"},
+        "editing": {"wrong_target": "token", "replacement": "unigram"},
     }.items():  # fmt: skip
         config = Config(
             out_dir=str(tmp_path_factory.mktemp("runs") / name), data=str(corpus_folder), device="cpu", block_size=16,
@@ -46,7 +49,7 @@ def evaluate_all(folders, rank):
 
 def test_figures_do_not_depend_on_the_batch_or_the_number_of_processes(runs, tmp_path):
     mine, others = run_in_processes(2, partial(evaluate_all, list(runs.values())), tmp_path)
-    assert [(code, out) for code, out, _ in others] == [(0, "")] * 3
+    assert [(code, out) for code, out, _ in others] == [(0, "")] * len(runs)
 
     def numbers(value):
         if isinstance(value, dict):
@@ -155,7 +158,9 @@ def test_the_command_prints_the_same_as_json_and_as_lines(runs):
         (["--errors", "1,200"], "errors must be per cents in (0, 100], got 200"),
         (["--levels", "a"], "invalid list of per cents value"),
         (["--penalties", "1"], "invalid pair PK,PM value"),
-        (["--penalties", "nan,1"], "penalties must be finite and at least 0, got nan,1"),
+        (["--penalties", "nan,1"], "penalties must be in [0, 3.4e+38], got nan,1"),
+        (["--penalties", "1e308,1"], "penalties must be in [0, 3.4e+38], got 1e+308,1"),
+        (["--levels", "15,15"], "levels must differ, got 15,15"),
         (["--estimators", "elbo"], "estimators must be among mdlm, llada, got 'elbo'"),
         (["--draws", "0"], "draws must be at least 1"),
         (["--data", "nothing-here"], "nothing-here"),
@@ -176,3 +181,28 @@ def test_a_text_that_does_not_fit_is_one_line(runs, tmp_path):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=told):
             evaluate_run(runs["diffusion"], EvaluationRequest(**SMALL, data=str(path)))
+
+
+def test_a_run_that_is_trained_to_correct_is_asked_how_many_it_does(runs):
+    from difftrain.data import replace_share
+    from difftrain.evaluation.windows import cut
+
+    record = evaluate_run(runs["editing"], EvaluationRequest(**SMALL, errors=(15.0,), dtype="float64"))
+    checkpoint = find_checkpoint(runs["editing"], "best")
+    tokens, numbers = cut(open_corpus(checkpoint.config.data).val, 16, at_most=9).stack(range(9))
+    keys = {"seed": 0, "split": "val", "vocab_size": checkpoint.vocabulary.vocab_size}
+    x, y = replace_share(tokens, numbers, share=0.15, wrong_target="token", **keys)
+    assert torch.equal(y, tokens)
+    with torch.no_grad():
+        answer = checkpoint.make_model(torch.device("cpu")).double()(x).argmax(2)
+    right = (answer == tokens)[x != tokens].double().mean().item()
+    assert record["repair"]["15"]["corrected"]["value"] == pytest.approx(right)
+    assert "answered right" in "\n".join(lines_of(record))
+
+
+def test_one_window_alone_has_the_spread_of_its_draws(runs, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("red blue")
+    record = evaluate_run(runs["diffusion"], EvaluationRequest(**(SMALL | {"draws": 64}), data=str(text)))
+    for figures in record["likelihood"].values():
+        assert figures["nats_per_token"]["standard_error"] > 0
