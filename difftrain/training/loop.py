@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +182,9 @@ def _loop(run: Run) -> dict[str, Any]:
     record: dict[str, Any] = {}
     health, warnings = Health(config), []
     if run.step:  # what a run that goes on was warned of before is not told again
-        for earlier in read_metrics(run.folder):
-            health.see(earlier)
+        with suppress(UserError):  # a log that is gone
+            for earlier in read_metrics(run.folder):
+                health.see(earlier)
 
     def watch(record: dict[str, Any]) -> None:
         for warning in health.see(record):

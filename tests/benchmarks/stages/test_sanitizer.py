@@ -96,7 +96,7 @@ def test_small_launches_are_checked_and_a_wrong_one_is_named(monkeypatch, device
         whole = getattr(contenders, name)
         monkeypatch.setattr(contenders, name, partial(whole, impl=impl))
     lines = small_launches.check(device, [66], [torch.bfloat16], impl)
-    assert len(lines) == 12
+    assert len(lines) == 13
     assert all(line.endswith(":") for line in lines), lines
     assert sum("stated wrongly" in line for line in lines) == 2
     right = small_launches._with_cases
