@@ -160,7 +160,7 @@ def fused_linear_diffusion_loss(
     Source: the specification's ``diffusion_loss_function``; KERNELS section "Fused linear".
     """
     device_type = getattr(getattr(hidden, "device", None), "type", "cpu")
-    is_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    is_autocast = _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
     hidden, weight, bias = check_linear_arguments(hidden, weight, bias, is_autocast)
     vocab_size = weight.shape[0]
     call = prepare_call(
@@ -218,6 +218,12 @@ def _flat(hidden: Tensor) -> Tensor:
         return hidden.view(-1, hidden.shape[-1])
     except RuntimeError:
         return hidden
+
+
+# torch 2.11 cannot trace it.
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 class _LinearLoss(torch.autograd.Function):
