@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: the interpreter compiles nothing
@@ -192,6 +193,16 @@ def measure(
     return rows
 
 
+def show(rows: list[dict], file: Path | None) -> None:
+    """Print rows of one kind as a table, and write them to the file if there is one."""
+    keys = list(rows[0])
+    widths = [max(len(k), *(len(str(r[k])) for r in rows)) for k in keys]
+    for cells in [keys, *([str(r[k]) for k in keys] for r in rows)]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+    if file:
+        file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--json", type=user_path, help="write the table as a list of objects")
@@ -203,12 +214,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = measure(options.target, options.dtype, options.vocab_size, TERMS[options.terms], options.kernel)
     print(f"torch {torch.__version__}, triton {triton.__version__}")
-    keys = list(rows[0])
-    widths = [max(len(k), *(len(str(r[k])) for r in rows)) for k in keys]
-    for cells in [keys, *([str(r[k]) for k in keys] for r in rows)]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    show(rows, options.json)
 
 
 if __name__ == "__main__":

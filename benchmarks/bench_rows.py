@@ -18,7 +18,6 @@ the least that the row could lie in.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: the interpreter compiles nothing
@@ -27,7 +26,7 @@ import torch
 import triton
 
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
-from bench_codegen import DTYPES, TERMS, launches
+from bench_codegen import DTYPES, TERMS, launches, show
 from difftrain_kernels.terms import PLAIN, Terms
 from measuring.arguments import user_path
 from ptx.device import Launch, emulated
@@ -124,12 +123,7 @@ def main() -> None:
             kernels=options.kernel, capability=options.capability,
         )  # fmt: skip
     print(f"torch {torch.__version__}, triton {triton.__version__}, capability {options.capability}")
-    keys = list(rows[0])
-    widths = [max(len(k), *(len(str(r[k])) for r in rows)) for k in keys]
-    for cells in [keys, *([str(r[k]) for k in keys] for r in rows)]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    show(rows, options.json)
 
 
 if __name__ == "__main__":

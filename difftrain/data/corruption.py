@@ -227,15 +227,20 @@ def _apply(
     wrong_target: str = "mask",
 ) -> tuple[Tensor, Tensor]:
     mask_id, length = vocab_size - 1, tokens.shape[1]
-    order = _shared_in_spans(words[:, :length], words[:, length], span_length).argsort(dim=1, stable=True)
-    place = torch.arange(length, dtype=torch.int64, device=tokens.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, place)  # the inverse permutation
+    rank = ranks_of(_shared_in_spans(words[:, :length], words[:, length], span_length))
     is_masked = rank < n_mask[:, None]
     is_replaced = (rank < (n_mask + n_replace)[:, None]) & ~is_masked
     other = other_words(tokens, words[:, length:], mask_id, counts)
     x = torch.where(is_masked, mask_id, torch.where(is_replaced, other, tokens))
     y = torch.where(is_replaced, mask_id, tokens) if wrong_target == "mask" else tokens
     return x, y
+
+
+def ranks_of(words: Tensor) -> Tensor:
+    """The place of each position of (B, T) in the permutation that its random words give."""
+    order = words.argsort(dim=1, stable=True)
+    place = torch.arange(words.shape[1], dtype=torch.int64, device=words.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)  # the inverse permutation
 
 
 def _shared_in_spans(words: Tensor, offset: Tensor, span_length: int) -> Tensor:

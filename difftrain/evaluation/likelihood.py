@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from difftrain.data.corruption import ranks_of
 from difftrain.data.philox import random_words, uniform
 from difftrain.evaluation.windows import Windows, score_all
 from difftrain.runtime import Runtime
@@ -68,10 +69,7 @@ def _masked(
     if estimator == "mdlm":
         return torch.where(uniform(words[:, 1:]).double() < level[:, None], mask_id, tokens), 1.0 / level
     n_masked = (level * length).ceil().clamp(min=1)
-    order = words[:, 1:].argsort(dim=1, stable=True)
-    place = torch.arange(length, dtype=torch.int64, device="cpu").expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, place)
-    return torch.where(rank < n_masked[:, None], mask_id, tokens), length / n_masked
+    return torch.where(ranks_of(words[:, 1:]) < n_masked[:, None], mask_id, tokens), length / n_masked
 
 
 def score_causal(
