@@ -4,6 +4,7 @@ Takes about 60 minutes for all of them on one GPU. Writes benchmarks/results/<gp
 
     python benchmarks/gpu_session.py                 # every step that the file does not have
     python benchmarks/gpu_session.py --next 9        # of these, what fits into nine minutes
+    python benchmarks/gpu_session.py --most 1.5      # a minute and a half for each at most, cut where it must be
     python benchmarks/gpu_session.py --steps loss    # these alone, if the file does not have them; --again: even then
     python benchmarks/gpu_session.py --list          # every step: what became of it, how long it may take
     python benchmarks/gpu_session.py --rehearse      # all of it on the CPU, tiny, killed now and then
@@ -48,11 +49,19 @@ GRACE = 30.0  # seconds after which a step that did not keep its time is given u
 CUTS = 6  # kills of a rehearsal
 # Tests by what breaks first where the kernels do not fit a device. Of a folder, all that no other step names.
 KERNEL_TESTS = [
-    f"tests/kernels/{name}.py" for name in ("test_triton_kernels", "test_logits_loss", "test_kernel_terms")
-] + ["tests/kernels"]
+    f"tests/kernels/{name}.py"
+    for name in (
+        "test_triton_kernels", "test_logits_loss", "test_kernel_terms", "test_kernel_sums",
+        "test_kernel_rows_in_place", "test_upstream_prediction", "test_positions", "test_weight_sums",
+        "test_grad_accumulation",
+    )
+] + ["tests/kernels"]  # fmt: skip
 COMPILE_TESTS = [f"tests/kernels/{name}.py" for name in ("test_compile", "test_cuda_graphs")]
 LINEAR_TESTS = [f"tests/kernels/{name}.py" for name in ("test_linear_loss", "test_terms_fused")]
-TRAINER_TESTS = ["tests/difftrain", "tests/examples"]
+TRAINER_TESTS = [f"tests/difftrain/{name}.py" for name in ("test_runtime", "test_waits")] + [
+    "tests/difftrain",
+    "tests/examples",
+]
 REHEARSED_TESTS = ["tests/difftrain/test_philox.py"]
 # In a rehearsal.
 TINY_LOSS = [
@@ -169,6 +178,12 @@ def _memory(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     return run_alone(run_memory, seconds)
 
 
+def _host(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    from stages.host_time import run_host
+
+    return run_alone(run_host, seconds)
+
+
 @dataclass(frozen=True)
 class Step:
     """``run(options, seconds)`` gives the record; it should end within ``minutes``, and is given up soon after."""
@@ -191,6 +206,7 @@ STEPS = {
     "training": Step(LONGEST, _training),
     "sizes": Step(LONGEST, _sizes),
     "memory": Step(3, _memory),
+    "host": Step(1, _host),
 }
 
 
@@ -216,7 +232,7 @@ def run_steps(options: argparse.Namespace, facts: dict[str, str], steps: dict[st
     """Do what is to be done and fits into the time; whether all of it is recorded, and as it should be."""
     end = time.monotonic() + 60 * options.next
     for name in to_do(options, facts, steps):
-        left, most = end - time.monotonic(), 60 * steps[name].minutes
+        left, most = end - time.monotonic(), _most(steps[name], options)
         if left < most:
             print(f"{name}: not begun: it may take {most / 60:g} minutes, {max(0, left) / 60:.1f} are left")
             continue
@@ -229,10 +245,15 @@ def run_steps(options: argparse.Namespace, facts: dict[str, str], steps: dict[st
     return all(record and record["ok"] for record in records)
 
 
+def _most(step: Step, options: argparse.Namespace) -> float:
+    """Seconds that a step may take."""
+    return 60 * min(step.minutes, options.most)
+
+
 def _run(name: str, step: Step, options: argparse.Namespace, facts: dict[str, str]) -> dict[str, Any]:
     """A step's record, whatever happens in it."""
     # A rehearsal's machine may be many times slower than one with a GPU.
-    began, seconds = time.perf_counter(), 60 * step.minutes * (20 if is_rehearsed() else 1)
+    began, seconds = time.perf_counter(), _most(step, options) * (20 if is_rehearsed() else 1)
 
     def give_up() -> None:
         late = {"ok": False, "summary": f"hung: given up after {seconds + GRACE:.0f} s"}
@@ -297,18 +318,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="these alone")
     parser.add_argument("--next", type=float, default=600.0, metavar="MINUTES", help="what fits into these")
+    parser.add_argument(
+        "--most", type=float, default=LONGEST, metavar="MINUTES", help="of each step, for a short session"
+    )
     parser.add_argument("--again", action="store_true", help="steps that have a record too")
     parser.add_argument("--list", action="store_true", help="print the steps and end")
     parser.add_argument(
         "--json", type=user_path, metavar="FILE", help="results file [benchmarks/results/<gpu>-<date>.json]"
     )
-    parser.add_argument("--pytest", metavar="ARGUMENTS", help="for pytest, in place of -n 8 where xdist is")
+    parser.add_argument(
+        "--pytest", metavar="ARGUMENTS", help="for pytest, in place of -n CORES - 2 where xdist is"
+    )
     parser.add_argument("--commit", help="what to record where git cannot tell")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes and kills")
     parser.add_argument("--cuts", type=int, default=CUTS, help=f"kills of a rehearsal [{CUTS}]")
     options = parser.parse_args(arguments)
-    if not options.next > 0:
-        parser.error(f"--next must be above 0, got {options.next:g}")
+    for name in ("next", "most"):
+        if not getattr(options, name) > 0:
+            parser.error(f"--{name} must be above 0, got {getattr(options, name):g}")
     return options
 
 

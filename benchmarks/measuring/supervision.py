@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -45,10 +46,11 @@ def run_command(
     *,
     cwd: Path | None = None,
     environment: dict[str, str] | None = None,
+    grace: float = 0.0,
 ) -> tuple[int | None, str]:
     """Exit code (None: ended after ``seconds``, with all that it started), and what it printed until then.
 
-    On Linux it ends with this process too, so that a session that is killed leaves nothing that computes on.
+    One that takes too long is interrupted as by Ctrl-C, and killed ``grace`` seconds later. On Linux it ends with this process too, so that a session that is killed leaves nothing that computes on.
 
     Raises:
         OSError: it could not be started.
@@ -67,11 +69,20 @@ def run_command(
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
+            if grace:
+                _interrupt(process, grace)
         finally:
             if process.poll() is None:
                 _kill_group(process)
         output.seek(0)
         return code, output.read().decode(errors="replace")
+
+
+def _interrupt(process: subprocess.Popen, grace: float) -> None:
+    """Let it say what it has come to."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(grace)
 
 
 def _kill_group(process: subprocess.Popen) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 import time
@@ -20,6 +21,10 @@ LINE = re.compile(
     rf"(?P<name>\S+::.*?) (?P<outcome>{OUTCOMES})(?: .*)?)\s*$"
 )
 
+SUMMARY = re.compile(r"^(?:FAILED|ERROR) (?P<name>\S+?\.py::.*?) - (?P<why>.*)$")
+GRACE = 20.0  # seconds that pytest gets to print its summary
+FREE_CORES = 2  # for the device's own threads, and for whoever waits
+
 
 def read_log(text: str) -> tuple[dict[str, int], list[str]]:
     """How many tests came to each outcome, and the names of those that failed."""
@@ -35,6 +40,11 @@ def read_log(text: str) -> tuple[dict[str, int], list[str]]:
     return dict(counts), failed
 
 
+def read_summary(text: str) -> dict[str, str]:
+    """Why tests failed, by name, as far as pytest came to print its short summary."""
+    return {match["name"]: match["why"] for match in map(SUMMARY.match, text.splitlines()) if match}
+
+
 def run_suite(
     seconds: float, arguments: list[str] | None = None, paths: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -42,24 +52,32 @@ def run_suite(
 
     Args:
         seconds: ends it after this long; what had been tested by then is counted.
-        arguments: for pytest, in place of several processes where pytest-xdist is installed.
+        arguments: for pytest, in place of a process for each core but two where pytest-xdist is installed.
         paths: of tests, from the repository's root; a file that others hold too is left out with ``--ignore=``.
     """
     if arguments is None:
-        arguments = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        processes = max(1, (os.cpu_count() or 1) - FREE_CORES)
+        has_xdist = importlib.util.find_spec("xdist") is not None
+        arguments = ["-p", "xdist.plugin", "-n", str(processes)] if has_xdist else []
     command = [
         sys.executable,
         "-m",
         "pytest",
         "-o",
-        "addopts=--strict-markers -m 'not slow'",
+        "addopts=--strict-markers --import-mode=importlib -m 'not slow'",
+        "-W",
+        "default",  # of versions that nobody has tried; what they warn of is no failure here
         "-v",
+        "-rfE",
         "--color=no",
+        "--tb=short",
         *arguments,
         *paths,
     ]
     began = time.perf_counter()
-    code, text = run_command(command, seconds, cwd=ROOT)
+    # Other plugins that lie there have warnings and options of their own.
+    alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "COLUMNS": "400"}
+    code, text = run_command(command, seconds, cwd=ROOT, environment=alone, grace=GRACE)
     counts, failed = read_log(text)
     took = time.perf_counter() - began
     words = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())) or "no test run"
@@ -69,7 +87,8 @@ def run_suite(
         "summary": f"{words} in {took:.0f} s{ending}",
         "counts": counts,
         "failed": failed,
+        "reasons": read_summary(text),
         "exit_code": code,
         "seconds": took,
-        "last_lines": [] if code == 0 else text.splitlines()[-60:],
+        "last_lines": [] if code == 0 else text.splitlines()[-400:],
     }

@@ -1,11 +1,18 @@
-"""Which tiles suit this device: the model's best few for each V, checked and then timed."""
+"""Which tiles suit this device: the model's best few for each V, checked and then timed.
+
+Checks come first and in several processes, since they compile; what they compile, Triton finds on the disk later.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +27,7 @@ from measuring.timing import Call, quantiles, time_calls
 
 SIZES = (4097, 8192, 16385, 32000, 50257, 50304, 128256, 151936, 262144)
 CANDIDATES = 5  # of each V, the best by the model
-CHECKED_ROWS = 4
+CHECKED_ROWS = 16  # as are the rows that are timed a multiple of 16, which is compiled apart
 LOGITS = 2**28  # of the rows that are timed: 512 MiB in bf16, more than any L2 holds
 DIVISOR = 8.0
 
@@ -47,14 +54,16 @@ def run_sweep(
     }
     entries: list[dict[str, Any]] = []
     left_out = []
+    chosen = [_candidates(vocab_size, dtype, machine) for vocab_size in sizes] if seconds > 0 else []
+    checked = _checked([entry for of_size in chosen for entry in of_size], dtype, device)
     for i, vocab_size in enumerate(sizes):
         left = seconds - (time.monotonic() - began)
         if left <= 0:
             left_out.append(vocab_size)
             continue
-        entries += _sweep_size(
-            vocab_size, dtype, device, machine, logits, left / (len(sizes) - i), times_of
-        )
+        of_size = [entry for entry in checked if entry["vocab_size"] == vocab_size]
+        _time_size(of_size, vocab_size, dtype, device, logits, left / (len(sizes) - i), times_of)
+        entries += of_size
         record |= _judged(entries, left_out)
         if json_path:
             json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -95,29 +104,60 @@ def _total(entry: dict[str, Any]) -> float:
     return entry["ms"]["loss_and_gradient"] + entry["ms"]["loss"] + entry["ms"]["gradient"]
 
 
-def _sweep_size(vocab_size, dtype, device, machine, logits, seconds, times_of) -> list[dict[str, Any]]:
-    n = max(CHECKED_ROWS, logits // vocab_size)
+def _candidates(vocab_size: int, dtype: torch.dtype, machine: tile_model.Machine) -> list[dict[str, Any]]:
+    """Entries without times, the best by the model first."""
+    best = tile_model.tiles_by_merit(vocab_size, dtype.itemsize, machine)[:CANDIDATES]
+    return [
+        {
+            "vocab_size": vocab_size, "rank": rank, "logits": model.logits,
+            **asdict(tiles.streamed_tile(model, dtype.itemsize)),
+            "second_read_hits": tile_model.second_read_hits(model, vocab_size * dtype.itemsize, machine),
+            "ms": {},
+        }
+        for rank, model in enumerate(best)
+    ]  # fmt: skip
+
+
+def _tile_of(entry: dict[str, Any]) -> tiles.Tile:
+    return tiles.Tile(warps=entry["warps"], repeat=entry["repeat"])
+
+
+def _checked(entries: list[dict[str, Any]], dtype: torch.dtype, device: str) -> list[dict[str, Any]]:
+    """The entries with what is wrong of each; in the same order."""
+    check = partial(_wrong_of, dtype=dtype, device=device)
+    processes = min(len(entries), (os.cpu_count() or 1) - 2)
+    if device == "cpu" or processes < 2:
+        wrong = map(check, entries)
+    else:
+        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+        with ProcessPoolExecutor(processes, context) as pool:
+            wrong = list(pool.map(check, entries))
+    return [entry | {"wrong": what} for entry, what in zip(entries, wrong, strict=True)]
+
+
+def _wrong_of(entry: dict[str, Any], dtype: torch.dtype, device: str) -> str:
+    rows, y = _rows(CHECKED_ROWS, entry["vocab_size"], dtype, device)
+    return what_is_wrong(rows, y, _tile_of(entry))
+
+
+def _rows(n: int, vocab_size: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     rows = torch.randn(n, vocab_size, dtype=dtype, device=device, generator=generator)
-    y = torch.randint(0, vocab_size, (n,), device=device, generator=generator)
+    return rows, torch.randint(0, vocab_size, (n,), device=device, generator=generator)
+
+
+def _time_size(entries, vocab_size, dtype, device, logits, seconds, times_of) -> None:
+    """Fill in the times of the entries of one V that are right."""
+    n = max(1, logits // vocab_size // CHECKED_ROWS) * CHECKED_ROWS
+    rows, y = _rows(n, vocab_size, dtype, device)
     out = triton_kernels.empty_gradient_like(rows)
-    best = tile_model.tiles_by_merit(vocab_size, dtype.itemsize, machine)[:CANDIDATES]
-    entries = []
-    for rank, model in enumerate(best):
-        tile = tiles.streamed_tile(model, dtype.itemsize)
-        entry = {
-            "vocab_size": vocab_size, "rank": rank, "logits": model.logits, **asdict(tile),
-            "second_read_hits": tile_model.second_read_hits(model, vocab_size * dtype.itemsize, machine),
-            "wrong": what_is_wrong(rows[:CHECKED_ROWS], y[:CHECKED_ROWS], tile), "ms": {},
-        }  # fmt: skip
+    for entry in entries:
         if not entry["wrong"]:
-            calls = _calls(rows, y, tile, out)
-            budget_ms = 1e3 * seconds / len(best) / len(calls) / 2  # the other half: compiling, warming up
+            calls = _calls(rows, y, _tile_of(entry), out)
+            budget_ms = 1e3 * seconds / len(entries) / len(calls) / 2  # the other half: warming up
             entry["ms"] = {
                 name: quantiles(time_calls([call], budget_ms, times_of))[0] for name, call in calls.items()
             }
-        entries.append(entry)
-    return entries
 
 
 def _calls(rows: Tensor, y: Tensor, tile: tiles.Tile, out: Tensor) -> dict[str, Call]:

@@ -34,6 +34,8 @@ GPT2_SMALL = {
     "dtype": "bfloat16", "device": "cuda",
 }  # fmt: skip
 N_TOKENS = 20_000_000
+FULL_SECONDS = 400.0  # with less, as many fewer steps
+FEWEST_STEPS = 60  # the first records are left out of the speed
 # The first step starts from equal weights on an equal batch: the losses differ by their rounding
 # alone, far below bf16's 0.4 %. Later the runs drift apart as any two bf16 runs do, around one curve.
 FIRST_STEP, WINDOW_MEAN = 1e-3, 1e-2
@@ -136,12 +138,15 @@ def run_training(
     """Train with each implementation in turn.
 
     Args:
-        seconds: for all of them together; one that does not finish is recorded as such.
+        seconds: for all of them together; one that does not finish is recorded as such. With less than
+            FULL_SECONDS they take fewer steps.
         changes: of GPT2_SMALL's options.
         train: how one run is made.
     """
     end = time.monotonic() + seconds
-    options = GPT2_SMALL | (changes or {})
+    # A short session's runs are short.
+    steps = max(FEWEST_STEPS, int(GPT2_SMALL["max_iters"] * min(1.0, seconds / FULL_SECONDS)))
+    options = GPT2_SMALL | {"max_iters": steps, "eval_interval": steps} | (changes or {})
     with tempfile.TemporaryDirectory() as folder:
         data = write_tokens(Path(folder) / "tokens", n_words, n_tokens)
         runs = {impl: _trained(options, impl, data, train, end) for impl in IMPLEMENTATIONS}

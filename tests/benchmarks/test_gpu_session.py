@@ -134,7 +134,7 @@ def test_every_test_of_the_suite_belongs_to_one_step(monkeypatch):
         gpu_session.STEPS[name].run(SimpleNamespace(pytest=None), 1.0)
     left_out = {path.removeprefix("--ignore=") for path in given[0] if path.startswith("--ignore=")}
     assert left_out == {*given[1], *given[2]}
-    assert given[0][3] == "tests/kernels"
+    assert "tests/kernels" in given[0]
     for path in {p for paths in given for p in paths if not p.startswith("-")}:
         assert (suite.ROOT / path).exists(), path
 
