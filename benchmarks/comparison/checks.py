@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from comparison.contenders import NARROW_LOSS, NO_WEIGHTS, Contender, Loss
+from comparison.contenders import Contender, Loss
+from comparison.entries import NARROW_LOSS, NO_WEIGHTS
 from comparison.problems import Problem
 from difftrain_kernels import diffusion_loss_reference
 

@@ -18,14 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comparison.entries import LIBRARY, OURS, TORCH
+from comparison.entries import LIBRARY, NARROW_LOSS, NO_WEIGHTS, OURS, TORCH
 from comparison.plain_kernel import plain_cross_entropy
 from comparison.problems import IGNORE_INDEX, Problem
 from difftrain_kernels import diffusion_loss_reference, fused_diffusion_loss, fused_linear_diffusion_loss
-
-# What a contender may lack.
-NO_WEIGHTS = "no weights"  # it is a plain cross-entropy
-NARROW_LOSS = "loss in the input's dtype"
 
 # (problem, upstream gradient that will come) -> mean loss, 0-d
 Loss = Callable[[Problem, float], Tensor]
@@ -206,7 +202,7 @@ CONTENDERS = (
     Contender("ours, tensor penalties", "logits", OURS, _ours(tensors=True)),
     Contender("plain cross-entropy, our kernel", "logits", OURS, _ours_plain, NO_WEIGHTS),
     Contender("eager reference", "logits", TORCH, _eager),
-    Contender("Liger cross-entropy", "logits", LIBRARY, _liger),
+    Contender("Liger cross-entropy", "logits", LIBRARY, _liger, NARROW_LOSS),
     Contender("QuACK cross-entropy", "logits", LIBRARY, _quack()),
     Contender("QuACK, over the logits", "logits", LIBRARY, _quack(inplace_backward=True)),
     _COMPILED("torch.compile, float penalties", "logits", make=_compiled(tensors=False)),

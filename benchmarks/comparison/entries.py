@@ -14,6 +14,9 @@ MEASURES = {FORWARD: None, BOTH: 1.0, ACCUMULATED: 0.125}
 TIMED = "timed"
 # Whose a contender is.
 OURS, TORCH, LIBRARY = "ours", "torch", "library"
+# What a contender may lack.
+NO_WEIGHTS = "no weights"  # it is a plain cross-entropy
+NARROW_LOSS = "loss in the input's dtype"
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 

@@ -10,8 +10,8 @@ from multiprocessing.connection import Connection
 import torch
 
 from comparison.checks import Judge, failure, fitting_problem, verdict_on
-from comparison.contenders import CONTENDERS, NO_WEIGHTS, Contender, Loss
-from comparison.entries import MEASURES, TIMED, Entry, add_rates
+from comparison.contenders import CONTENDERS, Contender, Loss
+from comparison.entries import MEASURES, NO_WEIGHTS, TIMED, Entry, add_rates
 from comparison.problems import Problem, make_problem
 from measuring import device
 from measuring.supervision import RESTART

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from comparison.entries import ACCUMULATED, BOTH, FORWARD, LIBRARY, OURS, TIMED
+from comparison.entries import ACCUMULATED, BOTH, FORWARD, LIBRARY, NARROW_LOSS, OURS, TIMED
 
 LOSS = "ours"  # forward alone is the same in every mode
 LOSS_AND_GRADIENT = "ours, upstream stated"  # one pass: what the 4NV limit is about
@@ -49,13 +49,21 @@ class Table:
         return self.entry(shape, contender, measure)["ms"]
 
     def best_peer(self, shape: tuple[int, ...], measure: str = BOTH) -> dict[str, Any]:
-        """The fastest that computes the whole loss and is not ours; another library must be among them."""
-        whole = [e for e in self.of_shape(shape) if e["family"] != OURS and not e["lacks"]]
+        """The fastest that computes the whole loss and is not ours; another library must be among them.
+
+        One whose loss is as narrow as the logits passes for whole: it saves nothing by that.
+        """
+        whole = [e for e in self.of_shape(shape) if e["family"] != OURS and is_whole(e)]
         timed = [e for e in whole if e["outcome"] == TIMED and e["measure"] == measure]
         if not any(e["family"] == LIBRARY for e in timed):
             reasons = [f"{e['contender']}: {e['outcome']}" for e in whole if e["family"] == LIBRARY]
             raise NotMeasured("; ".join(reasons) or "no library was compared")
         return min(timed, key=lambda e: e["ms"])
+
+
+def is_whole(entry: dict[str, Any]) -> bool:
+    """Whether it is the loss with its weights."""
+    return entry["lacks"] in ("", NARROW_LOSS)
 
 
 # A figure and a note on what it was taken from.
@@ -135,7 +143,7 @@ def _over_best_peer(table: Table, shape: tuple[int, ...]) -> tuple[float, str]:
     missing = {
         e["contender"]
         for e in table.of_shape(shape)
-        if e["family"] == LIBRARY and not e["lacks"] and e["outcome"] != TIMED
+        if e["family"] == LIBRARY and is_whole(e) and e["outcome"] != TIMED
     }
     note = peer["contender"] + (f"; without {', '.join(sorted(missing))}" if missing else "")
     return peer["ms"] / table.ms(shape, LOSS_AND_GRADIENT), note

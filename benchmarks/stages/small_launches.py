@@ -14,8 +14,8 @@ import torch
 
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from comparison.checks import Judge
-from comparison.contenders import CONTENDERS, NO_WEIGHTS
-from comparison.entries import OURS
+from comparison.contenders import CONTENDERS
+from comparison.entries import NO_WEIGHTS, OURS
 from comparison.problems import Problem, make_problem
 from difftrain_kernels import fused_diffusion_loss
 from measuring import device

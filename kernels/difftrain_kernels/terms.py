@@ -131,4 +131,6 @@ def make_terms(
         rows=rows,
         entropy=entropy,
     )
-    return PLAIN if made == PLAIN else made
+    # A tensor is not compared: torch 2.11 cannot trace that.
+    has_tensors = any(isinstance(t, Tensor) for t in (token_weights, case_weights, logit_scale))
+    return PLAIN if not has_tensors and made == PLAIN else made

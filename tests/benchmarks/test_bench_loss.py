@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 import bench_loss
 from bench_samples import entry_of
-from comparison import contenders, entries, worker
+from comparison import entries, worker
 from comparison.contenders import CONTENDERS
 from reporting.result_files import read_result
 
@@ -36,7 +36,7 @@ def test_the_plan_leaves_compiling_to_the_end_and_keeps_contenders_of_one_judge_
     assert compiled.count(True) == 15
     for shape in bench_loss.LOGITS_SHAPES + bench_loss.LINEAR_SHAPES:
         of_shape = [j for j, late in zip(jobs, compiled, strict=True) if j.shape == shape and not late]
-        lacks = [contenders.NO_WEIGHTS in worker.find_contender(j).lacks for j in of_shape]
+        lacks = [entries.NO_WEIGHTS in worker.find_contender(j).lacks for j in of_shape]
         assert lacks == sorted(lacks)
     only = bench_loss.plan(bench_loss.parse(["--quick", "--only", "Liger", "eager"]))
     names = ["eager reference", "Liger cross-entropy", "eager reference", "Liger fused linear"]

@@ -71,8 +71,11 @@ def assert_same(found, expected):
 
 
 def assert_alike(name, impl, found, expected):
-    """The same bits; but the eager reference of logits is autograd's own, and rounds otherwise."""
-    if (name, impl) != ("logits", "reference"):
+    """The same bits; but the eager reference of logits is autograd's own, and rounds otherwise.
+
+    On CUDA both references do: what they compile to adds in other orders there.
+    """
+    if impl != "reference" or (name != "logits" and not found[0].is_cuda):
         assert_same(found, expected)
         return
     for a, b in zip(found, expected, strict=True):

@@ -237,7 +237,7 @@ def _tanh_kernel(in_ptr, unit_ptr, slope_ptr, terms, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(in_ptr + offsets)
     scaling = scaling_of(terms)
-    tl.store(unit_ptr + offsets, units_of(values, scaling))
+    tl.store(unit_ptr + offsets, units_of(values, scaling, terms))
     tl.store(slope_ptr + offsets, slopes_of(values, scaling))
 
 

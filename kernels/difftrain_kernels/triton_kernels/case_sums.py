@@ -49,7 +49,7 @@ def _case_sums_kernel(
         sums = sums_ptr + block * WIDTH + cell
         tl.store(sums + NLL_SUMS, _sums_of(nll, in_cell), mask=cell < 9)
         tl.store(sums + GAP_SUMS, _sums_of(gap, in_kind), mask=cell < 3)
-        if terms is not None:
+        if WIDTH > WEIGHTED_SUMS:  # Triton 3.6 cannot ask whether a tuple is None
             _store_term_sums(base, n_rows, inside, case, cell, sums, terms)
 
 

@@ -87,7 +87,7 @@ def _small_gradient_kernel(
             values = tl.load(pointers, mask=exists, other=float("-inf")).to(tl.float32)
             scaling = scaling_of(terms)
             target_logit = 0.0
-            if scaling.inner is not None:
+            if terms.softcap is not None:
                 row_ptr = logits_ptr + row_offset(row, spacing)
                 target_logit = tl.load(row_ptr + target, mask=inside & (target >= 0), other=0.0).to(
                     tl.float32

@@ -107,10 +107,10 @@ def _store(pointers, value, is_counted, inside):
 
 
 @triton.jit
-def _gap(top_unit, mask_unit, scaling):
+def _gap(top_unit, mask_unit, scaling, terms):
     """How far [MASK] is below the maximum."""
     gap = top_unit - mask_unit
-    if (scaling.scale is not None) or (scaling.inner is not None):
+    if (terms.logit_scale is not None) or (terms.softcap is not None):
         gap *= scaling.factor * LN2
     return gap
 
@@ -120,7 +120,7 @@ def _times_token_and_scale(value, token_weight, scaling, terms):
     """A factor of the gradient, times what the whole row is multiplied with."""
     if terms.token_weights is not None:
         value *= token_weight
-    if scaling.scale is not None:
+    if terms.logit_scale is not None:
         value *= scaling.scale
     return value
 
@@ -180,7 +180,7 @@ def store_statistics(
 
     _store(base + ROW_LOSS * n_rows, row_loss, is_counted, inside)
     _store(base + NLL * n_rows, nll, is_counted, inside)
-    _store(base + GAP * n_rows, _gap(top_unit, mask_unit, scaling), is_counted, inside)
+    _store(base + GAP * n_rows, _gap(top_unit, mask_unit, scaling, terms), is_counted, inside)
     _store(base + SHIFT * n_rows, shift, is_counted, inside)
     per_total = _times_token_and_scale(of_softmax, token_weight, scaling, terms) * poison / total
     per_total = tl.where(is_counted, per_total, 0.0)
@@ -233,12 +233,12 @@ def store_ignored(case_ptr, statistics_ptr, row, n_rows, N_COLUMNS: tl.constexpr
 @triton.jit
 def gradient_of(logits, shift, factor, uniform, scaling, terms):
     """softmax * scale, before the target's share; ``factor`` is scale / total."""
-    gradient = tl.exp2(exponents_of(units_of(logits, scaling), shift, scaling))
+    gradient = tl.exp2(exponents_of(units_of(logits, scaling, terms), shift, scaling))
     if terms.columns.UNIFORM is None:
         gradient *= factor
     else:
         gradient = tl.fma(gradient, factor, -uniform)
-    if scaling.inner is not None:
+    if terms.softcap is not None:
         gradient *= slopes_of(logits, scaling)
     return gradient
 
@@ -249,6 +249,6 @@ def target_gradient_of(target_logit, rest, factor, target_term, scaling, terms):
     gradient = -rest * factor
     if terms.columns.TARGET_TERM is not None:
         gradient += target_term
-    if scaling.inner is not None:
+    if terms.softcap is not None:
         gradient *= slopes_of(target_logit, scaling)
     return gradient

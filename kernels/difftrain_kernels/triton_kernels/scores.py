@@ -18,12 +18,12 @@ FAINT = tl.constexpr(-1e4)
 
 
 class Scaling(NamedTuple):
-    """A row's way from logits to exponents; None where the terms have no such thing."""
+    """A row's way from logits to exponents. What the terms do not have is 1: Triton 3.6 returns no None."""
 
     factor: Any  # exponent = unit * factor - shift
     floor: Any  # start of a running maximum of logits
-    scale: Any = None  # of the logits
-    inner: Any = None  # unit = tanh(logit * inner)
+    scale: Any  # of the logits
+    inner: Any  # unit = tanh(logit * inner)
 
 
 @triton.jit
@@ -31,17 +31,17 @@ def scaling_of(terms):
     """The scaling of every row."""
     if terms.logit_scale is None:
         if terms.softcap is None:
-            return Scaling(LOG2E, FLOOR, None, None)
+            return Scaling(LOG2E, FLOOR, 1.0, 1.0)
         else:
             cap = tl.cast(terms.softcap, tl.float32)
-            return Scaling(cap * LOG2E, FLOOR, None, 1.0 / cap)
+            return Scaling(cap * LOG2E, FLOOR, 1.0, 1.0 / cap)
     else:
         if terms.SCALE_ON_DEVICE:
             scale = tl.load(terms.logit_scale)
         else:
             scale = tl.cast(terms.logit_scale, tl.float32)
         if terms.softcap is None:
-            return Scaling(scale * LOG2E, 1.0 / tl.maximum(scale, 1.0) * FLOOR, scale, None)
+            return Scaling(scale * LOG2E, 1.0 / tl.maximum(scale, 1.0) * FLOOR, scale, 1.0)
         else:
             cap = tl.cast(terms.softcap, tl.float32)
             return Scaling(cap * LOG2E, FLOOR, scale, scale / cap)
@@ -57,9 +57,9 @@ def _exp_of_twice(a):
 
 
 @triton.jit
-def units_of(logits, scaling):
+def units_of(logits, scaling, terms):
     """Logits in the units of the factor; tanh to a few roundings, of either sign and any size."""
-    if scaling.inner is None:
+    if terms.softcap is None:
         return logits
     else:
         a = logits * scaling.inner
@@ -87,6 +87,6 @@ def exponents_of(units, shift, scaling):
 
 
 @triton.jit
-def shift_of(top, scaling):
+def shift_of(top, scaling, terms):
     """What exponents are relative to, where ``top`` is the largest logit."""
-    return units_of(top, scaling) * scaling.factor
+    return units_of(top, scaling, terms) * scaling.factor

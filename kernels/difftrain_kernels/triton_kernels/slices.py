@@ -181,14 +181,14 @@ def _combine_kernel(
         mask_logit += tl.load(message + MASK_LOGIT * n_rows, mask=inside, other=0.0)
 
     scaling = scaling_of(terms)
-    shift = shift_of(top, scaling)  # where it is not finite, the row is NaN
+    shift = shift_of(top, scaling, terms)  # where it is not finite, the row is NaN
     rest = tl.zeros([ROWS], tl.float32)
     exponent_sum = tl.zeros([ROWS], tl.float32)
     moment = tl.zeros([ROWS], tl.float32)
     message = messages_ptr + row
     for _ in range(0, n_slices):
         slice_top = tl.load(message + TOP * n_rows, mask=inside, other=0.0)
-        move = shift_of(slice_top, scaling) - shift
+        move = shift_of(slice_top, scaling, terms) - shift
         scale = tl.exp2(move)
         slice_rest = tl.load(message + SLICE_REST * n_rows, mask=inside, other=0.0)
         rest += slice_rest * scale
@@ -209,13 +209,13 @@ def _combine_kernel(
     case = kind * 3 + tl.where(says_mask, 0, tl.where(answer == 2.0, 1, 2))
     case = tl.where(is_left_out(y, token_weight, ignore_index, terms), IGNORED, case)
     # A label outside the vocabulary has logit 0 here.
-    target_unit = tl.where(is_label, units_of(target_logit, scaling), float("-inf"))
-    mask_unit = units_of(mask_logit, scaling)
+    target_unit = tl.where(is_label, units_of(target_logit, scaling, terms), float("-inf"))
+    mask_unit = units_of(mask_logit, scaling, terms)
     if terms.FORBID_MASK:
         mask_unit = float("-inf")
     store_statistics(
         case_ptr, statistics_ptr, row, n_rows, inside, kind, case, weight, y, is_label, mask_id, token_weight, pk, pm,
-        target_unit, mask_unit, units_of(top, scaling), shift, rest, exponent_sum, moment, vocab_size, scaling, terms,
+        target_unit, mask_unit, units_of(top, scaling, terms), shift, rest, exponent_sum, moment, vocab_size, scaling, terms,
     )  # fmt: skip
 
 

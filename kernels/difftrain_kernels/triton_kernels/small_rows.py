@@ -48,10 +48,10 @@ def read_small_rows(
     is_nan = values != values
     numbers = tl.where(is_nan, float("-inf"), values)
     top = tl.max(numbers, axis=1)
-    shift = shift_of(tl.maximum(top, scaling.floor), scaling)
-    exponents = exponents_of(units_of(values, scaling), shift[:, None], scaling)
+    shift = shift_of(tl.maximum(top, scaling.floor), scaling, terms)
+    exponents = exponents_of(units_of(values, scaling, terms), shift[:, None], scaling)
     exps = tl.exp2(exponents)
-    if scaling.inner is not None:
+    if terms.softcap is not None:
         exps = tl.where(takes_part, exps, 0.0)  # a cap makes a number of -inf
     exps = tl.where(column == target[:, None], 0.0, exps)
     rest = tl.sum(exps, axis=1)
@@ -86,14 +86,14 @@ def score_small_rows(
     case = kind * 3 + tl.where(says_mask, 0, tl.where(predicted == y, 1, 2))
     case = tl.where(left_out, IGNORED, case)
     target_unit = target_logit  # -inf where there is no target
-    mask_unit = units_of(mask_logit, scaling)
-    if scaling.inner is not None:
-        target_unit = tl.where(is_label, units_of(target_logit, scaling), float("-inf"))
+    mask_unit = units_of(mask_logit, scaling, terms)
+    if terms.softcap is not None:
+        target_unit = tl.where(is_label, units_of(target_logit, scaling, terms), float("-inf"))
     if terms.FORBID_MASK:
         mask_unit = float("-inf")
     per_total, target_term, uniform = store_statistics(
         case_ptr, statistics_ptr, row, n_rows, inside, kind, case, weight, y, is_label, mask_id, token_weight, pk, pm,
-        target_unit, mask_unit, units_of(top, scaling), shift, rest, exponent_sum, moment, vocab_size, scaling, terms,
+        target_unit, mask_unit, units_of(top, scaling, terms), shift, rest, exponent_sum, moment, vocab_size, scaling, terms,
     )  # fmt: skip
     return values, target, target_logit, shift, rest, per_total, target_term, uniform
 

@@ -40,11 +40,11 @@ def _add_block(values, takes_part, block, sums, scaling, terms):
     """One more block in each lane's sums; all of it where ``takes_part`` is None."""
     before = sums.top
     top = tl.maximum(sums.top, tl.max(tl.max(values, axis=2), axis=0))
-    shift = shift_of(top, scaling)
-    exponents = exponents_of(units_of(values, scaling), shift[None, :, None], scaling)
+    shift = shift_of(top, scaling, terms)
+    exponents = exponents_of(units_of(values, scaling, terms), shift[None, :, None], scaling)
     exps = tl.exp2(exponents)
-    sums = _move(sums, top, shift_of(sums.top, scaling) - shift, terms)
-    if (takes_part is not None) and (scaling.inner is not None):
+    sums = _move(sums, top, shift_of(sums.top, scaling, terms) - shift, terms)
+    if (takes_part is not None) and (terms.softcap is not None):
         exps = tl.where(takes_part, exps, 0.0)  # a cap makes a number of -inf
     total = sums.total + tl.sum(tl.sum(exps, axis=2), axis=0)
     exponent_sum, words, moment = sums.exponents, sums.words, sums.moment
@@ -114,13 +114,13 @@ def _scan_singly(
     seen = tl.where(values == sums.top, tl.minimum(block, sums.seen), sums.seen)
     seen = tl.where(values > sums.top, block, seen)
     top = tl.maximum(sums.top, values)
-    shift = shift_of(top, scaling)
-    exponents = exponents_of(units_of(values, scaling), shift, scaling)
+    shift = shift_of(top, scaling, terms)
+    exponents = exponents_of(units_of(values, scaling, terms), shift, scaling)
     exps = tl.exp2(exponents)
-    if scaling.inner is not None:
+    if terms.softcap is not None:
         exps = tl.where(takes_part, exps, 0.0)
     exps = tl.where(column == target, 0.0, exps)
-    sums = _move(sums, top, shift_of(sums.top, scaling) - shift, terms)
+    sums = _move(sums, top, shift_of(sums.top, scaling, terms) - shift, terms)
     exponent_sum, words, moment = sums.exponents, sums.words, sums.moment
     if terms.label_smoothing is not None:
         exponent_sum += tl.where(takes_part, exponents, 0.0)
@@ -181,8 +181,8 @@ def scan_row(
 def on_one_scale(sums, scaling, terms):
     """The row's maximum, its shift, and all lanes' sums relative to it."""
     top = tl.max(sums.top, axis=0)
-    shift = shift_of(top, scaling)
-    return top, shift, _move(sums, top, shift_of(sums.top, scaling) - shift, terms)
+    shift = shift_of(top, scaling, terms)
+    return top, shift, _move(sums, top, shift_of(sums.top, scaling, terms) - shift, terms)
 
 
 @triton.jit
@@ -243,13 +243,13 @@ def score_row(
     # A label -1 that is not ignored must not pass for the prediction that was not needed.
     case = kind * 3 + tl.where(says_mask, 0, tl.where(is_label & (predicted == y), 1, 2))
     # The total counts the target only where there is one.
-    target_unit = tl.where(is_label, units_of(target_logit, scaling), float("-inf"))
-    mask_unit = units_of(mask_logit, scaling)
+    target_unit = tl.where(is_label, units_of(target_logit, scaling, terms), float("-inf"))
+    mask_unit = units_of(mask_logit, scaling, terms)
     if terms.FORBID_MASK:
         mask_unit = float("-inf")
     per_total, target_term, uniform = store_statistics(
         case_ptr, statistics_ptr, row, n_rows, True, kind, case, weight, y, is_label, mask_id, token_weight, pk, pm,
-        target_unit, mask_unit, units_of(top, scaling), shift, rest, exponent_sum, moment, vocab_size, scaling, terms,
+        target_unit, mask_unit, units_of(top, scaling, terms), shift, rest, exponent_sum, moment, vocab_size, scaling, terms,
     )  # fmt: skip
     return target, shift, rest, per_total, target_term, uniform
 
@@ -280,7 +280,7 @@ def write_gradient_row(
     n_full = n_vectors // (REPEAT * LANES)
     dtype = gradient_ptr.dtype.element_ty
     target_logit = 0.0
-    if scaling.inner is not None:
+    if terms.softcap is not None:
         target_logit = tl.load(row_ptr + tl.maximum(target, 0)).to(tl.float32)
     # Every thread must have read what another one is about to overwrite.
     tl.debug_barrier()

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 import oracle
 from bench_samples import UPSTREAMS, composed, logits_contender, objection, problem_of
-from comparison import checks, contenders
+from comparison import checks, contenders, entries
 from comparison.checks import Judge
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about inf and NaN
@@ -109,7 +109,7 @@ def test_a_contender_that_lacks_the_weights_is_held_against_a_plain_cross_entrop
     def plain(problem, _):
         return composed(problem, pk=1.0, pm=1.0)
 
-    assert objection(logits_contender(plain, contenders.NO_WEIGHTS), problem_of("logits")) == ""
+    assert objection(logits_contender(plain, entries.NO_WEIGHTS), problem_of("logits")) == ""
     assert objection(logits_contender(plain), problem_of("logits")).startswith("wrong: ")
 
 

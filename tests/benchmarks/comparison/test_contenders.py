@@ -30,7 +30,7 @@ def test_every_installed_contender_is_right(kind, dtype, impl, monkeypatch):
     for contender in EAGER:
         if contender.kind != kind or contender.family == entries.LIBRARY:
             continue
-        judge = judges[contenders.NO_WEIGHTS in contender.lacks]
+        judge = judges[entries.NO_WEIGHTS in contender.lacks]
         try:
             loss_of = contender.make()
         except ImportError:

@@ -34,7 +34,7 @@ def test_every_shape_is_a_panel_and_every_contender_a_bar_or_a_reason(tmp_path, 
     texts = [text.get_text() for text in ax.texts]
     assert "not installed: No module named 'quack'" in texts
     assert "1.73 ms, 95 %" in texts
-    assert [bar.get_hatch() for bar in ax.patches].count("////") == 1, "one computes less"
+    assert [bar.get_hatch() for bar in ax.patches].count("////") == 2, "two compute less"
     (limit,) = (line for line in ax.get_lines() if line.get_linestyle() == ":")
     assert limit.get_xdata()[0] == pytest.approx(1.648361472)
 
