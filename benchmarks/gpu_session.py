@@ -43,35 +43,14 @@ from reporting.result_files import (
     save_stage,
     shown_stages,
 )
+from stages.suite import COMPILE_TESTS, KERNEL_TESTS, LINEAR_TESTS, TRAINER_TESTS
 
 LONGEST = 8.0  # minutes of a step
 GRACE = 30.0  # seconds after which a step that did not keep its time is given up
 CUTS = 6  # kills of a rehearsal
-# Tests by what breaks first where the kernels do not fit a device. Of a folder, all that no other step names.
-KERNEL_TESTS = [
-    f"tests/kernels/{name}.py"
-    for name in (
-        "test_triton_kernels", "test_logits_loss", "test_kernel_terms", "test_kernel_sums",
-        "test_kernel_rows_in_place", "test_upstream_prediction", "test_positions", "test_weight_sums",
-        "test_grad_accumulation",
-    )
-] + ["tests/kernels"]  # fmt: skip
-COMPILE_TESTS = [f"tests/kernels/{name}.py" for name in ("test_compile", "test_cuda_graphs")]
-LINEAR_TESTS = [f"tests/kernels/{name}.py" for name in ("test_linear_loss", "test_terms_fused")]
-TRAINER_TESTS = [f"tests/difftrain/{name}.py" for name in ("test_runtime", "test_waits")] + [
-    "tests/difftrain",
-    "tests/examples",
-]
 REHEARSED_TESTS = ["tests/difftrain/test_philox.py"]
 # In a rehearsal.
-TINY_LOSS = [
-    "--vocab",
-    "66",
-    "--rows",
-    "8",
-    "--linear",
-    "16,8,40",
-    "--only",
+TINY_LOSS = "--vocab 66 --rows 8 --linear 16,8,40 --only".split() + [
     "upstream stated",
     "1024 tokens",
     "eager",

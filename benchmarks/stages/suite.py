@@ -14,6 +14,21 @@ from typing import Any
 from measuring.checkout import ROOT
 from measuring.supervision import run_command
 
+# Tests by what breaks first where the kernels do not fit a device. Of a folder, all that no other step names.
+KERNEL_TESTS = [
+    f"tests/kernels/{name}.py"
+    for name in (
+        "test_triton_kernels", "test_logits_loss", "test_kernel_terms", "test_kernel_sums",
+        "test_kernel_rows_in_place", "test_upstream_prediction", "test_positions", "test_weight_sums",
+        "test_grad_accumulation",
+    )
+] + ["tests/kernels"]  # fmt: skip
+COMPILE_TESTS = [f"tests/kernels/{name}.py" for name in ("test_compile", "test_cuda_graphs")]
+LINEAR_TESTS = [f"tests/kernels/{name}.py" for name in ("test_linear_loss", "test_terms_fused")]
+TRAINER_TESTS = [f"tests/difftrain/{name}.py" for name in ("test_runtime", "test_waits")] + [
+    "tests/difftrain",
+    "tests/examples",
+]
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 # `tests/a.py::b PASSED [ 3%]`, or from several processes `[gw0] [ 3%] PASSED tests/a.py::b`.
 LINE = re.compile(

@@ -131,6 +131,7 @@ def test_hostile_streamed_rows():
     rows, y, x = hostile_problem(5000, BF16)
     check_launches(rows, y, x, way=WAYS[0])
     check_launches(rows, y, x, way=WAYS[3])
+    check_launches(rows, y, x, Terms(softcap=15.0), way=WAYS[0])
 
 
 @streamed
@@ -191,6 +192,7 @@ def test_hostile_small_rows():
     rows, y, x = hostile_problem(66, BF16)
     check_launches(rows, y, x, way=WAYS[0])
     check_launches(rows, y, x, way=WAYS[3])
+    check_launches(rows, y, x, Terms(softcap=15.0), way=WAYS[0])
 
 
 @small

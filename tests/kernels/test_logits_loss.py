@@ -152,7 +152,8 @@ def test_double_backward_raises(problem, mode):
     leaf = logits.clone().requires_grad_()
     loss = kernel_loss(leaf * 1, y, x, upstream_scale=stated, overwrite_logits=overwrite)
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="have no second derivative"):
+    # On CUDA autograd looks at what was overwritten before it asks for a derivative.
+    with pytest.raises(RuntimeError, match="have no second derivative|modified by an inplace operation"):
         (loss + gradient.float().sum()).backward()
 
 

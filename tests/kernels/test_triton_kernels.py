@@ -455,7 +455,14 @@ def test_any_leading_shape_and_stride_gives_the_same_loss(family, device):
             match="must be separate rows, evenly spaced or in batches, to be overwritten, got shape",
         ):
             fused_diffusion_loss(
-                sideways, y.view(2, 3), x.view(2, 3), 4, 1.0, 1.0, impl="triton", overwrite_logits=True
+                sideways.to(device),
+                y.view(2, 3),
+                x.view(2, 3),
+                4,
+                1.0,
+                1.0,
+                impl="triton",
+                overwrite_logits=True,
             )
 
 

@@ -170,7 +170,8 @@ def test_a_last_micro_batch_of_the_same_class_never_costs_more_than_6_on_average
 # The policy's bound, on the state alone: a backward of one row is what teaches it.
 
 
-MOST_NEEDED = 16  # in place of 256, for the tests' time; the bound's form is the same
+# 16 in place of 256, for the tests' time; the bound's form is the same. Compiled kernels keep the 256 that they have.
+MOST_NEEDED = 256 if torch.cuda.is_available() else 16
 
 
 @pytest.fixture
@@ -212,7 +213,8 @@ def test_whoever_disappoints_every_expectation_gains_little(backward):
         return last[0]
 
     hits, misses = cost(backward, [disappoint] * 65)
-    assert (hits, misses) == (0, 7)  # after 1, 2, 4, 8 and 16 calls, and each further 16
+    # After 1, 2, 4, 8 and 16 calls, and each further 16; or after 32.
+    assert (hits, misses) == (0, 7 if MOST_NEEDED == 16 else 6)
 
 
 @pytest.mark.parametrize("period", [3, 7, 19])

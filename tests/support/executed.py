@@ -89,6 +89,8 @@ def _bits(tensor) -> bytes:
 def _process() -> ProcessPoolExecutor:
     """The process, once a session: it starts in seconds and keeps what it has compiled."""
     interpret = os.environ.pop("TRITON_INTERPRET", None)
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # with a GPU, Triton would assemble for it
     try:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(1, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
@@ -96,6 +98,10 @@ def _process() -> ProcessPoolExecutor:
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
+        if devices is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices
     atexit.register(pool.shutdown, cancel_futures=True)
     return pool
 

@@ -50,7 +50,8 @@ def scaling_of(terms):
 @triton.jit
 def _exp_of_twice(a):
     """exp(2a), and 1 / (1 + exp(2a)) without a division, which costs twice the instructions."""
-    exp = tl.exp2(tl.minimum(a * (2 * LOG2E), 100.0))
+    # A NaN stays one, which a device's minimum would drop.
+    exp = tl.exp2(tl.minimum(a * (2 * LOG2E), 100.0, propagate_nan=tl.PropagateNan.ALL))
     root = tl.rsqrt(1.0 + exp)
     inverse = root * root
     return exp, tl.fma(inverse, tl.fma(-inverse, 1.0 + exp, 1.0), inverse)
