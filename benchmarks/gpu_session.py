@@ -50,11 +50,9 @@ GRACE = 30.0  # seconds after which a step that did not keep its time is given u
 CUTS = 6  # kills of a rehearsal
 REHEARSED_TESTS = ["tests/difftrain/test_philox.py"]
 # In a rehearsal.
-TINY_LOSS = "--vocab 66 --rows 8 --linear 16,8,40 --only".split() + [
-    "upstream stated",
-    "1024 tokens",
-    "eager",
-]
+TINY_LOSS = [
+    "--vocab", "66", "--rows", "8", "--linear", "16,8,40", "--only", "upstream stated", "1024 tokens", "eager",
+]  # fmt: skip
 TINY_TRAINING = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "max_iters": 4, "eval_interval": 4,
     "eval_batch_size": 4, "log_interval": 1, "warmup_iters": 2, "masking_warmup_iters": 4, "dtype": "float32",
