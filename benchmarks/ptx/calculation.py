@@ -36,7 +36,8 @@ class Calculation(Operands):
             return self._decode_pair(base, modifiers, operands, guard, where)
         if base in ("mul", "mad") and kind not in ("f32", "f64"):
             return self._decode_product(base, modifiers, kind, operands, guard)
-        if kind in ("f16", "bf16", "f16x2", "bf16x2") and base not in ("abs", "neg"):
+        is_exact = base in ("abs", "neg") or (kind == "f16" and base in ("min", "max"))
+        if kind in ("f16", "bf16", "f16x2", "bf16x2") and not is_exact:
             raise NotEmulated(where)
         if kind in ("bf16", "f16x2", "bf16x2"):
             mask = {"bf16": 0x8000, "f16x2": 0x80008000, "bf16x2": 0x80008000}[kind]

@@ -75,31 +75,42 @@ def lane_pointers(block_ptr, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: 
 
 
 @triton.jit
+def flat_pointers(block_ptr, REPEAT: tl.constexpr, WIDTH: tl.constexpr):
+    """The same in two dimensions, (REPEAT, WIDTH): of three, Triton 3.6 gives the first to a warp's lanes, which
+    then share their sums by shuffles."""
+    return block_ptr + tl.arange(0, WIDTH)[None, :] + tl.arange(0, REPEAT)[:, None] * WIDTH
+
+
+@triton.jit
 def load_wide(block_ptr, exist, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """A block as (REPEAT, LANES, VECTOR) fp32; -inf where vectors do not exist, None: all do."""
     if block_ptr.dtype.element_ty == tl.bfloat16:
         # Two neighbours in one word: a shift and an AND, where the compiler's own way takes three.
-        words_ptr = block_ptr.to(tl.pointer_type(tl.uint32))
-        pointers = lane_pointers(tl.multiple_of(words_ptr, 16), REPEAT, LANES, VECTOR // 2)
-        words = tl.load(pointers) if exist is None else tl.load(pointers, mask=exist, other=0xFF80FF80)
+        words_ptr = tl.multiple_of(block_ptr.to(tl.pointer_type(tl.uint32)), 16)
+        words = _load_block(words_ptr, exist, 0xFF80FF80, REPEAT, LANES, VECTOR // 2)
         low = (words << 16).to(tl.float32, bitcast=True)
         high = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
         return tl.join(low, high).reshape(REPEAT, LANES, VECTOR)
     else:
-        pointers = lane_pointers(block_ptr, REPEAT, LANES, VECTOR)
-        if exist is None:
-            return tl.load(pointers).to(tl.float32)
-        else:
-            return tl.load(pointers, mask=exist, other=float("-inf")).to(tl.float32)
+        return _load_block(block_ptr, exist, float("-inf"), REPEAT, LANES, VECTOR).to(tl.float32)
+
+
+@triton.jit
+def _load_block(block_ptr, exist, other, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    if exist is None:
+        return tl.load(flat_pointers(block_ptr, REPEAT, LANES * VECTOR)).reshape(REPEAT, LANES, VECTOR)
+    else:
+        return tl.load(lane_pointers(block_ptr, REPEAT, LANES, VECTOR), mask=exist, other=other)
 
 
 @triton.jit
 def store_wide(block_ptr, exist, values, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """A block of (REPEAT, LANES, VECTOR), as :func:`load_wide` reads it."""
     # Streamed out, so that the gradient does not push rows that are still to be read from the cache.
-    pointers = lane_pointers(block_ptr, REPEAT, LANES, VECTOR)
     values = values.to(block_ptr.dtype.element_ty)
     if exist is None:
-        tl.store(pointers, values, cache_modifier=".cs")
+        pointers = flat_pointers(block_ptr, REPEAT, LANES * VECTOR)
+        tl.store(pointers, values.reshape(REPEAT, LANES * VECTOR), cache_modifier=".cs")
     else:
+        pointers = lane_pointers(block_ptr, REPEAT, LANES, VECTOR)
         tl.store(pointers, values, mask=exist, cache_modifier=".cs")

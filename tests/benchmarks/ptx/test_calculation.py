@@ -152,6 +152,12 @@ def test_a_loop_runs_as_often_as_its_argument_says():
     assert (result_of(text, argument=5, seed=1) == THREADS * 5).all()
 
 
+@pytest.mark.parametrize(("operation", "bits_"), [("max.f16", 0x4000), ("min.f16", 0x3C00)])
+def test_half_floats_are_compared_as_numbers(operation, bits_):
+    text = f"mov.b32 {{%rs1, %rs2}}, 0x40003C00; {operation} %rs1, %rs1, %rs2; cvt.u32.u16 %r3, %rs1;"
+    assert (result_of(text) == bits_).all()
+
+
 def test_the_maximum_of_three():
     text = f"max.f32 %r3, {constant(-1.0)}, {constant(NAN)}, {constant(2.0)};"
     assert (result_of(text).view(np.float32) == 2.0).all()
