@@ -44,7 +44,7 @@ def test_whole_rows_stay_within_their_instruction_budget(vocab_size, tmp_path):
     assert rows.keys() == LOOPS.keys()
     for kernel, loops in LOOPS.items():
         assert rows[kernel]["per_logit"] <= factor * loops, rows[kernel]
-        assert rows[kernel]["narrow"] <= 0.02, rows[kernel]
+        assert rows[kernel]["narrow"] <= 0.03, rows[kernel]
 
 
 def test_whole_rows_are_counted_with_what_stands_outside_their_loops(tmp_path):

@@ -68,3 +68,41 @@ def test_instructions_a_logit_are_those_of_the_machine_code():
         == {row["narrow_accesses_in_loops"] for row in rows}
         == {0}
     )
+
+
+def test_the_first_runs_figures_are_those_of_its_file():
+    stages = json.loads((RESULTS / "nvidia-h100-80gb-hbm3-2026-11-28.json").read_text())["stages"]
+    entries = stages["loss"]["entries"] + stages["quick"]["entries"]
+    text = page("docs/gpu.md")
+
+    def row(name, contender, shape):
+        found = {
+            e["measure"]: e
+            for e in reversed(entries)
+            if e["contender"] == contender and e["shape"] == shape and e["ms"]
+        }
+        forward, both = found["forward"], found["forward + backward, upstream 1"]
+        return f"| {name} | {forward['ms']:.3f} | {both['ms']:.3f} | {both['peak_mib']:.0f} MiB |"
+
+    for name, contender, shape in (
+        ("8192 x 50304: ours, the plain call", "ours", [8192, 50304]),
+        ("Liger cross-entropy with the weights composed (loss in bf16)", "Liger cross-entropy", [8192, 50304]),
+        ("torch.compile of the definition, penalties in tensors", "torch.compile, tensor penalties", [8192, 50304]),
+        ("8192 x 128256: ours, the plain call", "ours", [8192, 128256]),
+        ("eager PyTorch", "eager reference", [8192, 50304]),
+        ("eager PyTorch", "eager reference", [8192, 128256]),
+        ("8192 x 768 x 50304: ours, without logits", "ours linear", [8192, 768, 50304]),
+        ("the same, 4096 tokens to a chunk", "ours linear, 4096 tokens", [8192, 768, 50304]),
+        ("cut-cross-entropy (no weights)", "cut-cross-entropy", [8192, 768, 50304]),
+        ("Liger fused linear (no weights)", "Liger fused linear", [8192, 768, 50304]),
+        ("eager PyTorch", "eager reference", [8192, 768, 50304]),
+    ):  # fmt: skip
+        assert row(name, contender, shape) in text
+    counts = stages["kernels"]["counts"]
+    assert f"{counts['passed']:,} passed, {counts['failed']} failed, {counts['error']} were cut" in text
+    runs = stages["training"]["runs"]
+    for name in ("reference", "logits"):
+        assert (
+            f"{runs[name]['tokens_per_second']:,.0f} tokens/s and {runs[name]['peak_memory_mib'] / 1024:.1f} GiB"
+            in text
+        )

@@ -154,7 +154,7 @@ def test_a_loop_runs_as_often_as_its_argument_says():
 
 @pytest.mark.parametrize(("operation", "bits_"), [("max.f16", 0x4000), ("min.f16", 0x3C00)])
 def test_half_floats_are_compared_as_numbers(operation, bits_):
-    text = f"mov.b32 {{%rs1, %rs2}}, 0x40003C00; {operation} %rs1, %rs1, %rs2; cvt.u32.u16 %r3, %rs1;"
+    text = f"mov.b32 %r4, 0x40003C00; mov.b32 {{%rs1, %rs2}}, %r4; {operation} %rs1, %rs1, %rs2; cvt.u32.u16 %r3, %rs1;"
     assert (result_of(text) == bits_).all()
 
 

@@ -25,7 +25,7 @@ def test_a_tiny_training_with_each_loss_is_measured_and_compared(capsys):
         assert [step for step, _ in run["curve"]] == list(range(8))
         assert run["tokens_per_second"] > 0
         assert run["peak_memory_mib"] > 0
-        assert run["agreement"].startswith("agrees: ")
+        assert run["agreement"].startswith("agrees at first: ")
     assert found["ok"]
     assert found["what"] == "8 steps of 64 tokens, 1 layers of width 16, vocabulary 41, float32"
     assert {"max_iters": 8, "dtype": "float32"}.items() <= found["options"].items()
@@ -106,6 +106,11 @@ def test_curves_agree_within_rounding_at_first_and_a_hundredth_later():
     assert not agreement([[s, float("nan")] for s in steps], reference)[0]
     with pytest.raises(ValueError, match="other steps"):
         agreement(reference[1:], reference)
+    short = [reference[0], [10, 4.0]]
+    few = "agrees at first: 0 % apart; too few losses to compare curves"
+    assert agreement([reference[0], [10, 4.2]], short) == (True, few)
+    assert not agreement([[0, 5.1], [10, 4.0]], short)[0]
+    assert not agreement([reference[0], [10, float("nan")]], short)[0]
 
 
 def test_made_up_tokens_are_there_to_be_learned(tmp_path):
