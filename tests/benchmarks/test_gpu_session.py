@@ -90,6 +90,17 @@ def test_only_what_fits_into_the_minutes_is_begun(tmp_path, capsys):
     assert "long: not begun: it may take 8 minutes, 4.0 are left" in capsys.readouterr().out
 
 
+def test_in_a_short_session_no_step_gets_more_than_it_may(tmp_path, capsys):
+    seen = []
+    steps = steps_of(seen, long=8, short=0.5)
+    options = options_of(tmp_path, "--most", "1.5", "--next", "4", steps=steps)
+    assert gpu_session.run_steps(options, FACTS, steps)
+    assert [(name, seconds) for name, _, seconds in seen] == [("long", 90), ("short", 30)]
+    with pytest.raises(SystemExit):
+        gpu_session.parse(["--most", "0"])
+    assert "--most must be above 0, got 0" in capsys.readouterr().err
+
+
 def test_a_step_that_was_cut_twice_comes_after_the_others(tmp_path):
     steps = steps_of([], a=1, b=1, c=1)
     options = options_of(tmp_path, steps=steps)

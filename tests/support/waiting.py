@@ -15,14 +15,18 @@ def wait_until(is_so, what: str) -> None:
 
 
 def popen_whose_time_is_over_when(is_over):
-    """A Popen for which a limit of time is reached as soon as ``is_over()`` is true, and not before."""
+    """A Popen for which a first limit of time is reached as soon as ``is_over()`` is true, and not before."""
 
     class Popen(subprocess.Popen):
+        was_over = False
+
         def wait(self, timeout=None):
-            if timeout is not None:
-                wait_until(lambda: is_over() or self.poll() is not None, "the program hangs or ends")
-                if is_over():
-                    raise subprocess.TimeoutExpired(self.args, timeout)
+            if timeout is None or self.was_over:
+                return super().wait(timeout)
+            wait_until(lambda: is_over() or self.poll() is not None, "the program hangs or ends")
+            self.was_over = is_over()
+            if self.was_over:
+                raise subprocess.TimeoutExpired(self.args, timeout)
             return super().wait()
 
     return Popen

@@ -1,13 +1,14 @@
 """Whatever a worker does, every job gets one answer, in order, and the run ends in time."""
 
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from fake_workers import obey
 from measuring import supervision
-from waiting import PATIENCE, wait_until
+from waiting import PATIENCE, popen_whose_time_is_over_when, wait_until
 
 
 def run(jobs, job_seconds=PATIENCE, seconds=PATIENCE):
@@ -67,3 +68,25 @@ def test_what_is_not_done_when_the_time_is_over_is_said_to_be_not_measured(hangs
     assert [problem for *_, problem in found] == ["", *["not measured: the run's 1 s were over"] * 2]
     with pytest.raises(ProcessLookupError):  # it was ended
         os.kill(int(hangs.read_text()), 0)
+
+
+SAYS_WHAT_IT_CAME_TO = """
+import signal, sys, time
+def say(*_):
+    print("came to 3 of 7", flush=True)
+    {after}
+signal.signal(signal.SIGINT, say)
+open(sys.argv[1], "w").close()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("after", ["sys.exit(2)", "time.sleep(600)"], ids=["and ends", "and runs on"])
+def test_a_command_that_takes_too_long_may_say_what_it_came_to(after, tmp_path, monkeypatch):
+    began = tmp_path / "began"
+    popen = popen_whose_time_is_over_when(began.exists)
+    monkeypatch.setattr(supervision.subprocess, "Popen", popen)
+    program = SAYS_WHAT_IT_CAME_TO.format(after=after)
+    grace = PATIENCE if after == "sys.exit(2)" else 2.0
+    code, text = supervision.run_command([sys.executable, "-c", program, str(began)], 4.0, grace=grace)
+    assert (code, text) == (None, "came to 3 of 7\n")

@@ -28,6 +28,15 @@ def test_a_log_is_counted_line_by_line():
     assert failed == ["tests/test_a.py::test_two[a b-PASSED]", "tests/test_b.py::test_four", "tests/test_b.py::test_five"]  # fmt: skip
 
 
+def test_why_tests_failed_is_read_from_the_summary():
+    summary = "FAILED tests/test_a.py::test_two[a b] - assert 1 == 2 - 3\nERROR tests/test_b.py::test_five - OSError: no\n"
+    assert suite.read_summary(LOG + summary) == {
+        "tests/test_a.py::test_two": "assert 1 == 2",
+        "tests/test_a.py::test_two[a b]": "assert 1 == 2 - 3",
+        "tests/test_b.py::test_five": "OSError: no",
+    }
+
+
 @pytest.fixture
 def small_suite(tmp_path, monkeypatch):
     """A repository of one test file that passes, fails and hangs."""
@@ -47,6 +56,7 @@ def test_a_suite_is_run_without_what_only_repeats_and_its_failures_named(small_s
     assert (found["ok"], found["counts"]) == (False, {"passed": 1, "failed": 1})
     assert found["failed"] == ["test_it.py::test_bad"]
     assert "assert 0" in "\n".join(found["last_lines"])
+    assert found["reasons"] == {"test_it.py::test_bad": "assert 0"}
 
 
 def test_a_suite_that_does_not_finish_is_counted_as_far_as_it_came(small_suite, tmp_path, monkeypatch):
