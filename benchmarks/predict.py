@@ -30,7 +30,6 @@ the gradient in backward (`upstream_prediction=False`, a first call, a compiled 
 
 {predictions.table()}
 
-\\* The rows in flight do not fit in the L2, and every second read is taken to miss it; some will hit.
 \\+ Bytes and launches alone: rows held in registers have no loop whose instructions could be counted.
 
 {predictions.constants()}

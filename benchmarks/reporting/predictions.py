@@ -1,7 +1,8 @@
 """What the loss should take on a device, before anything is measured: a roofline with named constants.
 
-A call takes, for each of its kernels, what its bytes take at a copy's bandwidth or what its instructions
-take at the device's issue rate, whichever is more, and for each of its launches a launch's cost.
+A call takes, for each of its kernels, what its bytes take at the part of a copy's bandwidth that its tile keeps busy,
+or what its instructions take at the device's issue rate, whichever is more, and for each of its launches a launch's
+cost. What second reads of a row move, and that part, are the model's by which tiles are chosen (``tile_model.py``).
 Instructions are those of the machine code (``results/codegen_bf16.json``). Matrix products, and what
 other libraries take, are not predicted.
 """
@@ -12,8 +13,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 
 from comparison.entries import ACCUMULATED, BOTH, FORWARD, OURS, TIMED, Entry, bytes_moved
+from measuring.checkout import ROOT
 from reporting.goals import (
     GOALS,
     LOSS,
@@ -26,7 +29,15 @@ from reporting.goals import (
 )
 from reporting.result_files import FOLDER
 
+# By its path: the package beside it imports torch and Triton, which a report does without.
+_spec = spec_from_file_location(
+    "tile_model", ROOT / "kernels/difftrain_kernels/triton_kernels/tile_model.py"
+)
+tile_model = module_from_spec(_spec)
+_spec.loader.exec_module(tile_model)
+
 COUNTS = FOLDER / "codegen_bf16.json"
+SMALL_VOCAB = 4096  # up to here rows are held whole, and nothing is known of the bandwidth
 SHAPES = [(8192, v) for v in (50304, 50305, 128256, 151936, 262144)] + [(262144, 66)]
 # Microseconds from the end of a kernel to the work of the next where the host is ahead: 3.8 a kernel of 2.9,
 # on a V100. NVIDIA's blog, "Getting Started with CUDA Graphs" (2019).
@@ -34,9 +45,6 @@ LAUNCH_US = 3.8 - 2.9
 # What a copy on the device reaches of the bandwidth on paper: 3.0 of 3.35 TB/s on an H100, 4.3 of 4.8 on an
 # H200, both seen with torch 2.11. Taken for other devices too, where nobody has looked.
 COPY_SHARE = 0.9
-REGISTERS = (
-    65536  # of a multiprocessor, in every one of these; CUDA C++ Programming Guide, compute capabilities
-)
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,11 @@ class Device:
     def copy(self) -> float:
         """Bytes per second of a copy, read and written."""
         return COPY_SHARE * self.gb_per_s * 1e9
+
+    @property
+    def machine(self) -> tile_model.Machine:
+        """As the model of tiles asks for it; registers and shared memory as an H100's."""
+        return tile_model.Machine(self.multiprocessors, int(self.l2), warps=self.threads // 32)
 
     @property
     def issue(self) -> float:
@@ -123,13 +136,13 @@ CALLS = (
 class Prediction:
     """Milliseconds of one call; ``floor`` is what a copy of the least bytes takes.
 
-    ``rereads``: the rows in flight do not fit in the L2, and every second read of a row is taken to miss it.
+    ``rereads``: the share of second reads of a row that are taken to miss the L2.
     ``is_counted``: the machine code's loops are in it, not the bytes alone.
     """
 
     ms: float
     floor: float
-    rereads: bool
+    rereads: float
     is_counted: bool
 
     @property
@@ -149,7 +162,7 @@ def counts_of(kernel: str, device: Device, vocab_size: int) -> dict:
         NotMeasured: it was not compiled for the device.
     """
     is_aligned = vocab_size % 8 == 0
-    names = (f"small_{kernel}",) if vocab_size <= 4096 else (kernel,)
+    names = (f"small_{kernel}",) if vocab_size <= SMALL_VOCAB else (kernel,)
     rows = [r for r in _counts() if r["kernel"] in names and r["target"] == device.target]
     rows = [r for r in rows if r["aligned"] == is_aligned and r["vocab_size"] <= vocab_size] or [
         r for r in rows if r["vocab_size"] == vocab_size
@@ -159,13 +172,6 @@ def counts_of(kernel: str, device: Device, vocab_size: int) -> dict:
     return max(rows, key=lambda r: r["vocab_size"])
 
 
-def rows_in_flight(counts: dict, device: Device) -> int:
-    """How many streamed rows the device works on at once: one to a program."""
-    threads = 32 * counts["warps"]
-    registers = -(-counts["registers"] // 8) * 8  # given out in eights
-    return device.multiprocessors * min(device.threads // threads, REGISTERS // (registers * threads))
-
-
 def predict(call: Call, shape: tuple[int, int], device: Device) -> Prediction:
     """One call in bf16.
 
@@ -173,15 +179,21 @@ def predict(call: Call, shape: tuple[int, int], device: Device) -> Prediction:
         NotMeasured: the machine code for the device was not read.
     """
     n, vocab_size = shape
-    seconds, rereads, is_counted = call.launches * LAUNCH_US * 1e-6, False, True
+    seconds, rereads, is_counted = call.launches * LAUNCH_US * 1e-6, 0.0, True
+    bandwidth = device.copy
+    is_streamed = vocab_size > SMALL_VOCAB
+    if is_streamed:
+        tile = tile_model.tiles_by_merit(vocab_size, 2, device.machine)[0]
+        bandwidth *= tile_model.used_bandwidth(tile, vocab_size, device.machine)
     for kernel, passes in call.kernels:
         counts = counts_of(kernel, device, vocab_size)
         moved = passes * bytes_moved(n, vocab_size, 2, False)
         slots = [counts[key] for key in ("slots_scan", "slots_grad") if counts[key]]
         is_counted &= bool(slots)
-        if len(slots) == 2 and rows_in_flight(counts, device) * 2 * vocab_size > device.l2:
-            rereads, moved = True, moved + bytes_moved(n, vocab_size, 2, False)
-        seconds += max(moved / device.copy, sum(slots) * n * vocab_size / device.issue)
+        if len(slots) == 2:
+            rereads = 1.0 - tile_model.second_read_hits(tile, 2 * vocab_size, device.machine)
+            moved += rereads * bytes_moved(n, vocab_size, 2, False)
+        seconds += max(moved / bandwidth, sum(slots) * n * vocab_size / device.issue)
     floor = bytes_moved(n, vocab_size, 2, call.measures != (FORWARD,)) / device.copy
     return Prediction(1e3 * seconds, 1e3 * floor, rereads, is_counted)
 
@@ -211,7 +223,7 @@ def device_called(name: str) -> Device | None:
 def cell(call: Call, shape: tuple[int, int], device: Device) -> str:
     """``ms (per cent of the floor)``."""
     found = predict(call, shape, device)
-    mark = "*" if found.rereads else "" if found.is_counted else "+"
+    mark = "" if found.is_counted else "+"
     return f"{found.ms:.3f} ({found.percent_of_floor:.0f} %){mark}"
 
 

@@ -71,4 +71,4 @@ def test_the_plain_kernel_compiles_to_the_losss_own_loops_without_the_prediction
         assert figures["spill_instructions"] == figures["narrow_accesses_in_loops"] == 0
         # Not counting the blocks of maxima saves something, yet the loop stays the same one.
         assert 0.9 * ours["slots_scan"] < figures["slots_scan"] < ours["slots_scan"]
-    assert both["slots_grad"] == ours["slots_grad"]
+    assert abs(both["slots_grad"] - ours["slots_grad"]) < 0.1
