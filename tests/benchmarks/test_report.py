@@ -117,9 +117,9 @@ def test_measured_times_stand_beside_the_predicted_ones_of_that_device():
     facts = document["stages"]["loss"]["environment"]
     document["stages"]["loss"]["environment"] = facts | {"device": "NVIDIA H100 80GB HBM3"}
     part = report.page_part(document).split("Measured beside what")[1]
-    # The sample moves 1000 GB/s, the prediction 3015.
+    # The sample moves 1000 GB/s, the prediction 3015 where a tile keeps it busy.
     row = next(line for line in part.splitlines() if line.startswith("| 8192 x 50304 | stated"))
-    assert row.endswith(f"| {1.05 * 1.648361472:.3f} (95 %) | 3.15 |")
+    assert row.endswith(f"| {1.05 * 1.648361472:.3f} (95 %) | 2.39 |")
 
 
 def test_steps_by_tokens_and_memory_by_positions_are_tables():
@@ -162,7 +162,11 @@ def test_the_pages_are_what_the_newest_result_makes():
     for page, part in ((report.PAGE, report.page_part), (report.README, report.readme_part)):
         text = (ROOT / page).read_text(encoding="utf-8")
         assert pages.updated(text, report.BEGIN, report.END, part(document, name)) == text
-    assert (document is not None and "loss" in document["stages"]) == report.PICTURE.exists()
+    try:
+        stages = report.shown_stages(document, name) if document else {}
+    except result_files.ResultError:  # of other kernels
+        stages = {}
+    assert report.PICTURE.exists() == ("loss" in stages)
 
 
 @pytest.fixture
