@@ -38,23 +38,30 @@ def settle_in_blocks(
     """
     length = state.x.shape[1]
     if not 0 <= block_length <= block_size:
-        raise UserError(f"block_length must be at least 0 and at most block_size {block_size}, got {block_length}")
+        raise UserError(
+            f"block_length must be at least 0 and at most block_size {block_size}, got {block_length}"
+        )
     whole = min(length, block_length or (block_size if length <= block_size else max(1, block_size // 2)))
-    blocks = [slice(start, min(start + whole, length)) for start in range(0, length, whole)] if length else []
+    blocks = (
+        [slice(start, min(start + whole, length)) for start in range(0, length, whole)] if length else []
+    )
     to_write = [int((state.x[:, b] == mask_id).sum(1).max()) for b in blocks] if len(state.x) else []
     blocks = [b for b, n in zip(blocks, to_write, strict=True) if n]
     shares = _shares(steps, [n for n in to_write if n])
-    taken = 0
+    taken = first_pass = 0
     for block, share in zip(blocks, shares, strict=True):
         window = _window(state, block, mask_id, block_size)
-        part = State(*(getattr(state, name)[:, window] for name in ("x", "is_open", "is_active", "returns", "since")))
+        part = State(
+            *(getattr(state, name)[:, window] for name in ("x", "is_open", "is_active", "returns", "since"))
+        )
         part.is_active = torch.zeros_like(part.is_open)
         inside = slice(block.start - window.start, block.stop - window.start)
         part.is_active[:, inside] = part.is_open[:, inside]
         taken += settle(
             scores, part, mask_id, policy,
-            steps=share, choice=choice, seed=seed, samples=samples, first_pass=taken,
+            steps=share, choice=choice, seed=seed, samples=samples, first_pass=first_pass,
         )  # fmt: skip
+        first_pass += share  # not what was taken, which hangs on the other texts
         for name in ("x", "returns", "since"):
             getattr(state, name)[:, window] = getattr(part, name)
     return taken
@@ -63,7 +70,9 @@ def settle_in_blocks(
 def _shares(steps: int, to_write: list[int]) -> list[int]:
     """Passes for each block by its words, at least one each, which add up to ``steps``."""
     if steps < len(to_write):
-        raise UserError(f"steps must be at least {len(to_write)}, one for each block of the text, got {steps}")
+        raise UserError(
+            f"steps must be at least {len(to_write)}, one for each block of the text, got {steps}"
+        )
     total, shares, left = sum(to_write), [], steps
     for i, n in enumerate(to_write):
         share = min(max(1, round(left * n / total)), left - (len(to_write) - i - 1))

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +33,10 @@ SCHEDULES = ("linear", "cosine")
 class Fill(Policy):
     """Source: the specification, "Generation"."""
 
+    may_write_mask = True
+
     def decide(self, state: State, seen: Pass, is_masked: Tensor) -> tuple[Tensor, Tensor]:
         return is_masked, torch.zeros_like(is_masked)
-
-    def words(self, seen: Pass) -> Tensor:
-        return seen.may_mask
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,7 @@ class Ordered(Policy):
     def _score(self, seen: Pass) -> Tensor:
         if self.by == "confidence":
             return seen.p
-        words = seen.logits.clone()
-        words.scatter_(1, torch.full_like(seen.word, seen.mask_id)[:, None], -torch.inf)
-        p = words.softmax(-1)
+        p = seen.p_words
         if self.by == "entropy":
             return torch.special.xlogy(p, p).sum(-1)
         best = p.topk(min(2, p.shape[-1]), dim=-1).values
@@ -129,7 +128,7 @@ class Remask(Ordered):
 
 
 @dataclass(frozen=True)
-class Edit(Ordered):
+class Overwrite(Ordered):
     """As confidence, and a word that was written before gives way to one that the model finds more likely.
 
     Attributes:
@@ -146,55 +145,44 @@ class Edit(Ordered):
         return is_masked | (state.is_active & (state.since >= 0) & (state.returns < self.most_returns))
 
     def decide(self, state: State, seen: Pass, is_masked: Tensor) -> tuple[Tensor, Tensor]:
-        may = seen.where & ~is_masked
-        other = seen.spread(seen.word, seen.mask_id) != state.x
-        beats = may & other & (seen.spread(_best_probability(seen), 0.0) > self.threshold)
-        beats &= seen.spread(_best_word(seen), seen.mask_id) == seen.spread(seen.word, seen.mask_id)
-        state.returns = state.returns + beats
+        p, best = seen.p_words.max(-1)
+        beats = seen.where & ~is_masked & (seen.spread(p, 0.0) > self.threshold)
+        best = seen.spread(best, seen.mask_id)
+        beats &= (best != state.x) & (best == seen.spread(seen.word, seen.mask_id))
         return self._best(seen, is_masked) | beats, torch.zeros_like(is_masked)
-
-
-def _word_probabilities(seen: Pass) -> Tensor:
-    words = seen.logits.clone()
-    words[:, seen.mask_id] = -torch.inf
-    return words.softmax(-1)
-
-
-def _best_probability(seen: Pass) -> Tensor:
-    return _word_probabilities(seen).amax(-1)
-
-
-def _best_word(seen: Pass) -> Tensor:
-    return _word_probabilities(seen).argmax(-1)
 
 
 def _probability_of(seen: Pass, x: Tensor) -> Tensor:
     """The probability of the word that stands at each position, (B, T); 1 where none was asked for."""
     own = x[seen.where].clamp(max=seen.logits.shape[-1] - 1)
-    return seen.spread(_word_probabilities(seen).gather(-1, own[:, None]).squeeze(-1), 1.0)
+    return seen.spread(seen.p_words.gather(-1, own[:, None]).squeeze(-1), 1.0)
 
 
-def make_policy(name: str, **options) -> Policy:
+POLICIES = {
+    "fill": Fill,
+    "confidence": Ordered,
+    "margin": partial(Ordered, by="margin"),
+    "entropy": partial(Ordered, by="entropy"),
+    "ancestral": Ancestral,
+    "remask": Remask,
+    "remask_untrained": partial(Remask, is_trained=False),
+    "edit": Overwrite,
+}
+
+
+def make_policy(name: str, **options: Any) -> Policy:
     """A policy by its name in the table above; options are those of its class.
 
     Raises:
         UserError: no such name, schedule, or a threshold out of range.
     """
-    makers = {
-        "fill": Fill,
-        "confidence": Ordered,
-        "margin": lambda **o: Ordered(by="margin", **o),
-        "entropy": lambda **o: Ordered(by="entropy", **o),
-        "ancestral": Ancestral,
-        "remask": Remask,
-        "remask_untrained": lambda **o: Remask(is_trained=False, **o),
-        "edit": Edit,
-    }
-    if name not in makers:
-        raise UserError(f"policy must be one of {', '.join(makers)}, got {name!r}")
+    if name not in POLICIES:
+        raise UserError(f"policy must be one of {', '.join(POLICIES)}, got {name!r}")
     if options.get("schedule", "linear") not in SCHEDULES:
         raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, got {options['schedule']!r}")
+    if not 0 <= options.get("suspect", 0.5) <= 1:
+        raise UserError(f"suspect must be in [0, 1], got {options['suspect']}")
     try:
-        return makers[name](**options)
+        return POLICIES[name](**options)
     except TypeError:
         raise UserError(f"policy {name} does not take {', '.join(options)}") from None

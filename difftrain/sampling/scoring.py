@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from difftrain.config import Config
+from difftrain.errors import UserError
 from difftrain.loss import bend_rows, head_weight
-from difftrain.runtime import Runtime
 
 
 class ModelScores:
@@ -18,15 +18,23 @@ class ModelScores:
         head_rows: positions that were sent through the head so far.
     """
 
-    def __init__(self, model: nn.Module, config: Config, mask_id: int, runtime: Runtime):
-        self.model, self.config, self.mask_id, self.runtime = model, config, mask_id, runtime
+    def __init__(self, module: nn.Module, config: Config, mask_id: int):
+        self.module, self.config, self.mask_id = module, config, mask_id
         self.passes = self.head_rows = 0
 
+    @torch.no_grad()
     def __call__(self, x: Tensor, where: Tensor) -> Tensor:
-        """Logits (n, V) of the positions ``where`` (B, T) of ids x (B, T)."""
+        """Logits (n, V) fp32 of the positions ``where`` (B, T) of ids x (B, T), as the loss sees them.
+
+        Raises:
+            UserError: some are not finite.
+        """
         self.passes += 1
-        with torch.no_grad(), self.runtime.autocast():
-            hidden = self.model(x, return_hidden=True)[where]
-            self.head_rows += len(hidden)
-            logits = torch.nn.functional.linear(hidden, head_weight(self.model))
+        hidden = self.module(x, return_hidden=True)[where]
+        self.head_rows += len(hidden)
+        logits = torch.nn.functional.linear(hidden, head_weight(self.module)).float()
+        if not bool(logits.isfinite().all()):
+            raise UserError(
+                "the model gives NaN or infinity: its checkpoint is broken, or its numbers overflow"
+            )
         return bend_rows(logits, self.mask_id, self.config)

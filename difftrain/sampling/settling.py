@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from difftrain.errors import UserError
 from difftrain.progress import progress
-from difftrain.sampling.choosing import Choice, draw, probabilities, random_numbers
+from difftrain.sampling.choosing import Choice, choose, random_numbers, recent_words
 
 Scores = Callable[[Tensor, Tensor], Tensor]
 """From ids (B, T) and which positions are asked for (B, T) bool to their logits (n, V), in row order."""
@@ -24,7 +25,7 @@ class State:
         x: (B, T) int64.
         is_open: (B, T) bool, positions that may be written; the others are given and never change.
         is_active: (B, T) bool, those among them that this part of the work is about.
-        returns: (B, T) int64, how often each was sent back to [MASK].
+        returns: (B, T) int64, how often each was sent back to [MASK] or overwritten.
         since: (B, T) int64, the pass in which its word was written; -1 before.
     """
 
@@ -52,8 +53,7 @@ class Pass:
         logits: (n, V), with [MASK] at its place.
         word: (n,) int64, a word drawn for each, never [MASK].
         p: (n,) fp32, the probability with which it was drawn.
-        p_mask: (n,) fp32, the probability of [MASK] among all words.
-        may_mask: (n,) int64, the same draw with [MASK] among the words.
+        may_mask: (n,) int64, the same draw with [MASK] among the words, for a policy that may write it.
         chance: (n,) fp32 in [0, 1), another random number of each position.
     """
 
@@ -64,13 +64,18 @@ class Pass:
     logits: Tensor
     word: Tensor
     p: Tensor
-    p_mask: Tensor
     may_mask: Tensor
     chance: Tensor
 
-    @property
-    def is_last(self) -> bool:
-        return self.step == self.steps - 1
+    @cached_property
+    def p_mask(self) -> Tensor:
+        """The probability of [MASK] among all words, (n,) fp32."""
+        return self.logits.softmax(-1)[:, self.mask_id]
+
+    @cached_property
+    def p_words(self) -> Tensor:
+        """The probability of each word among those that are not [MASK], (n, V) fp32, at temperature 1."""
+        return without_mask(self.logits, self.mask_id).softmax(-1)
 
     def spread(self, values: Tensor, fill: float) -> Tensor:
         """Values (n,) at their positions (B, T), ``fill`` elsewhere."""
@@ -78,8 +83,21 @@ class Pass:
         return whole.masked_scatter_(self.where, values)
 
 
+def without_mask(logits: Tensor, mask_id: int) -> Tensor:
+    """A copy of logits (n, V) that never answers [MASK]."""
+    words = logits.clone()
+    words[:, mask_id] = -torch.inf
+    return words
+
+
 class Policy:
-    """What is written in a pass. A policy is a function of the state and the pass alone."""
+    """What is written in a pass. A policy is a function of the state and the pass alone.
+
+    Attributes:
+        may_write_mask: whether a drawn [MASK] counts, as a word that is not written yet.
+    """
+
+    may_write_mask = False
 
     def asks_for(self, state: State, is_masked: Tensor) -> Tensor:
         """Which positions need logits; by default those that are [MASK]."""
@@ -88,10 +106,6 @@ class Policy:
     def decide(self, state: State, seen: Pass, is_masked: Tensor) -> tuple[Tensor, Tensor]:
         """The positions that get their drawn word, and those that go back to [MASK]: (B, T) bool each."""
         raise NotImplementedError
-
-    def words(self, seen: Pass) -> Tensor:
-        """What is written, (n,) int64."""
-        return seen.word
 
 
 @torch.no_grad()
@@ -109,6 +123,8 @@ def settle(
 ) -> int:
     """Write every active [MASK] of the state in at most ``steps`` passes, the last of which fills what is left.
 
+    A text that has no [MASK] left is done, whatever the others of the batch still need.
+
     Args:
         scores: counts as one pass of the model a call.
         samples: (B,) int64, the index of each text: its random numbers depend on it and the seed alone.
@@ -118,48 +134,39 @@ def settle(
         The passes taken.
 
     Raises:
-        UserError: ``steps`` is 0 where something is to be written, or the model gives NaN.
+        UserError: ``steps`` is 0 where something is to be written.
     """
-    if steps < 1:
-        if bool(((state.x == mask_id) & state.is_active).any()):
-            raise UserError(f"steps must be at least 1, got {steps}")
-        return 0
     for step in progress(range(steps), what="sampling", unit="pass"):
         is_masked = (state.x == mask_id) & state.is_active
-        if not is_masked.any():
+        is_unsettled = is_masked.any(1, keepdim=True)
+        if not is_unsettled.any():
             return step
-        where = is_masked if step == steps - 1 else policy.asks_for(state, is_masked)
-        seen = _look(scores, state.x, where, mask_id, step, steps, choice, seed, samples, first_pass)
-        if seen.is_last:
+        is_last = step == steps - 1
+        where = is_masked if is_last else policy.asks_for(state, is_masked) & is_unsettled
+        seen = _look(scores, state, where, mask_id, policy, step, steps, choice, seed, samples, first_pass)
+        if is_last:
             fills, goes_back, words = is_masked, torch.zeros_like(is_masked), seen.word
         else:
             fills, goes_back = policy.decide(state, seen, is_masked)
-            words = policy.words(seen)
+            words = seen.may_mask if policy.may_write_mask else seen.word
         x = torch.where(fills, seen.spread(words, mask_id), state.x)
         state.x = torch.where(goes_back, mask_id, x)
-        state.returns = state.returns + goes_back
+        state.returns = state.returns + (goes_back | (fills & ~is_masked))
         state.since = torch.where(fills & (state.x != mask_id), first_pass + step, state.since)
+    if steps < 1 and bool(((state.x == mask_id) & state.is_active).any()):
+        raise UserError(f"steps must be at least 1, got {steps}")
     return steps
 
 
 def _look(
-    scores: Scores, x: Tensor, where: Tensor, mask_id: int, step: int, steps: int, choice: Choice, seed: int,
-    samples: Tensor, first_pass: int,
+    scores: Scores, state: State, where: Tensor, mask_id: int, policy: Policy, step: int, steps: int, choice: Choice,
+    seed: int, samples: Tensor, first_pass: int,
 ) -> Pass:  # fmt: skip
+    x = state.x
     logits = scores(x, where).float()
-    if bool(logits.isnan().any()):
-        raise UserError("the model gives NaN: its checkpoint is broken, or its numbers overflow")
     u, chance = random_numbers(seed, samples, first_pass + step, 2 * x.shape[1]).chunk(2, dim=1)
+    recent = recent_words(x, where, mask_id) if choice.repetition > 1 else None
     u, chance = u[where], chance[where]
-    p_mask = logits.softmax(-1)[:, mask_id]
-    words = logits.clone()
-    words[:, mask_id] = -torch.inf
-    if choice.temperature == 0:
-        p, word = words.softmax(-1).max(-1)
-        may_mask = logits.argmax(-1)
-    else:
-        q = probabilities(words, choice)
-        word = draw(q, u)
-        p = q.gather(-1, word[:, None]).squeeze(-1)
-        may_mask = draw(probabilities(logits, choice), u)
-    return Pass(step, steps, mask_id, where, logits, word, p, p_mask, may_mask, chance)
+    word, p = choose(without_mask(logits, mask_id), choice, u, recent)
+    may_mask = choose(logits, choice, u, recent)[0] if policy.may_write_mask else word
+    return Pass(step, steps, mask_id, where, logits, word, p, may_mask, chance)
