@@ -26,10 +26,13 @@ PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPL
         "data/levels", "data/replacement", "training/verdict",
     )
 )  # fmt: skip
-BLOCKS, CHOOSING, POLICIES, SCORING, SETTLING, WRITING_TEXTS = (
+BLOCKS, CHOOSING, POLICIES, SCORING, SETTLING, WRITING_TEXTS, REPAIRING, MARKING, LOADED = (
     f"difftrain/sampling/{name}.py"
-    for name in ("blocks", "choosing", "policies", "scoring", "settling", "writing")
-)
+    for name in (
+        "blocks", "choosing", "policies", "scoring", "settling", "writing", "repairing", "marking", "loaded",
+    )
+)  # fmt: skip
+REPAIR_COMMAND = "difftrain/cli/repair.py"
 HEALTH, LINES, SESSIONS = (f"difftrain/reporting/{name}.py" for name in ("health", "lines", "sessions"))
 DRAWING, PICTURES, REPORT_TEXTS, REPORT, RUNS, WATCH, PROGRESS = (
     f"difftrain/{name}.py"
@@ -87,12 +90,16 @@ STAGES = {
     CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS, DEFAULTS),
     MODEL: (["tests/difftrain/test_model.py"], DEFAULTS),
     CAUSAL: (["tests/difftrain/test_sample.py"],),
-    BLOCKS: (["tests/difftrain/test_sample.py"],),
+    BLOCKS: (["tests/difftrain/sampling/test_blocks.py"], ["tests/difftrain/test_sample.py"]),
     CHOOSING: (SETTLING_TESTS, ["tests/difftrain/test_sample.py"]),
     POLICIES: (SETTLING_TESTS, DEFAULTS),
     SCORING: (["tests/difftrain/test_sample.py"],),
     SETTLING: (SETTLING_TESTS,),
-    WRITING_TEXTS: (["tests/difftrain/test_sample.py"],),
+    WRITING_TEXTS: (["tests/difftrain/sampling/test_loaded.py"], ["tests/difftrain/test_sample.py"]),
+    REPAIRING: (["tests/difftrain/sampling/test_repairing.py"],),
+    MARKING: (["tests/difftrain/sampling/test_repairing.py"],),
+    LOADED: (["tests/difftrain/sampling/test_loaded.py"],),
+    REPAIR_COMMAND: (["tests/difftrain/test_repair.py"],),
     EVALUATE: (["tests/difftrain/evaluation/test_validation_set.py"], DEFAULTS),
     WINDOWS: (
         ["tests/difftrain/evaluation/test_windows.py"],
@@ -325,6 +332,17 @@ MUTANTS = [
     (SETTLING, "a text that is done goes on with its batch", "policy.asks_for(state, is_masked) & is_unsettled", "policy.asks_for(state, is_masked)"),
     (WRITING_TEXTS, "a model that was never taught is asked for its suspects", 'if name == "remask" and not config.has_penalties:', "if False:"),
     (WRITING_TEXTS, "fill takes as many passes as the others", '+ (name == "fill")', "+ 0"),
+    (REPAIRING, "a window decides on its edge", "(a + size + b) // 2 for a, b", "a + size for a, b"),
+    (REPAIRING, "those least suspected are changed", "argsort(descending=True, stable=True)", "argsort(stable=True)"),
+    (REPAIRING, "a word is written in sight of the wrong one", "masked = x.masked_fill(suspects, mask_id)", "masked = x"),
+    (REPAIRING, "unknown characters are written over", "suspects = is_known & (", "suspects = ("),
+    (REPAIRING, "places leave out what is unknown", "if before <= i < place}", "if False}"),
+    (MARKING, "a line is numbered by its end", "number + 1 + n_ends", "number + 1"),
+    (MARKING, "words are marked in part", "start -= 1", "break"),
+    (LOADED, "a checkpoint's softcap is forgotten", "return logits_of(ids.to(self._writer.device)).to(ids.device)", "return self.module(ids)"),
+    (LOADED, "a path is taken as it stands", "Path(expand_path(os.fspath(run_or_folder)))", "Path(run_or_folder)"),
+    (REPAIR_COMMAND, "a check that found something is a success", "int(args.check and bool(repaired.edits))", "0"),
+    (REPAIR_COMMAND, "line ends are changed", 'read_bytes(), "keep")', 'read_bytes(), "universal")'),
     (QUESTIONS, "a driver that hangs ends the question", "except (OSError, subprocess.TimeoutExpired):", "except OSError:"),
     (MODEL, "weights follow the default dtype", 'where = {"device": device, "dtype": torch.float32}', 'where = {"device": device}'),
     (MODEL, "weights follow the default device", 'where = {"device": device, "dtype": torch.float32}', 'where = {"dtype": torch.float32}'),

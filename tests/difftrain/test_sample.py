@@ -117,6 +117,12 @@ def test_causal_sampling_draws_by_the_seed_and_the_samples_index_alone():
     assert not torch.equal(go_on(model, [[1]], 30, 8, samples=(2,), seed=1, temperature=1.0), three[2:])
 
 
+def test_causal_sampling_draws_every_token_anew():
+    even = lambda x: torch.tensor([0.0, 0.0, 0.0, 0.0, -50.0]).expand(1, x.shape[1], -1)  # noqa: E731
+    words = go_on(even, [[1]], 201, 8, temperature=1.0)[0, 1:]
+    assert words.bincount(minlength=4).min() > 25
+
+
 def test_repetition_counts_words_before_a_place_and_not_its_own_or_later_ones(monkeypatch):
     monkeypatch.setattr(choosing, "REPETITION_WINDOW", 2)
     even = fixed([[1.0, 0.5, 0.0, -9.0, -9.0]] * 4)
@@ -252,6 +258,7 @@ def test_held_out_refuses_a_folder_without_metrics_before_it_fills_and_needs_no_
             {"prompt": "red green red green"},
             "fewer tokens than the text's 16, got 19; give a greater length",
         ),
+        ({"prompt": "red green red gr"}, "fewer tokens than the text's 16, got 16; give a greater length"),
         ({"length": 170, "steps": 20}, "steps must be at least 22, one for each block of the text, got 20"),
         ({"block_length": 17}, "block_length must be at least 0 and at most block_size 16, got 17"),
         ({"infill": "red"}, "at least four underscores"),

@@ -125,7 +125,7 @@ TRAINER = {
         "errors", "progress", "config", "data", "evaluation", "reporting", "runtime", "sampling", "training", "shtab",
     },
     "hf_kernel": {"errors", "config"},
-    "__init__": {"errors", "config", "schedule", "difftrain_kernels"},
+    "__init__": {"errors", "config", "schedule", "sampling", "difftrain_kernels"},
     "__main__": {"cli"},
 }  # fmt: skip
 
