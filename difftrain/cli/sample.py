@@ -69,6 +69,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--repetition", type=float, default=1.0, metavar="X",
         help="divides the odds of words that stand within 32 places before [1]",
     )  # fmt: skip
+    parser.add_argument(
+        "--show", action="store_true", help="show on the terminal how the first text settles, pass by pass"
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write how it settles as a page on its own"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the held-out piece [0]")
     parser.add_argument(
         "--checkpoint", default="best", metavar="WHICH", help="best, latest or a step [best]"
@@ -78,11 +84,21 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from difftrain.progress import quiet
+    from difftrain.sampling.showing import Frames, Terminal, mask_sign, write_page
     from difftrain.sampling.texts import SampleRequest, keep_sample, sample_run
 
     names = {field.name for field in dataclasses.fields(SampleRequest)}
     request = SampleRequest(**{name: value for name, value in vars(args).items() if name in names})
-    sample = sample_run(args.run, request)
+    watch: Frames | None = None
+    if args.show and sys.stdout.isatty():
+        watch = Terminal(mask_sign())
+    elif args.html:
+        watch = Frames("\u2591")
+    with quiet(args.quiet or isinstance(watch, Terminal)):
+        sample = sample_run(args.run, request, watch)
+    if isinstance(watch, Terminal):
+        watch.clear()
     try:
         print(sample.text, flush=True)
     finally:  # kept even where nobody reads on, and a failure to keep it loses nothing that was shown
@@ -90,3 +106,5 @@ def _run(args: argparse.Namespace) -> None:
             keep_sample(args.run, sample)
         except OSError as error:
             print(f"difftrain: warning: no copy of the text is kept: {error}", file=sys.stderr)
+    if args.html:
+        write_page(watch.frames, args.html, f"{args.run.name}, step {sample.step}")

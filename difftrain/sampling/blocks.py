@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,7 @@ def settle_in_blocks(
     choice: Choice,
     seed: int,
     samples: Tensor,
+    on_pass: Callable[[Tensor], None] | None = None,
 ) -> int:
     """Write every [MASK] of texts of any length in at most ``steps`` passes, and give the passes taken.
 
@@ -32,6 +36,7 @@ def settle_in_blocks(
     Args:
         block_size: tokens the model takes at once.
         block_length: tokens a block; 0: as above.
+        on_pass: is given x (B, T) after each pass, the whole of it.
 
     Raises:
         UserError: fewer passes than blocks; those of :func:`settle`.
@@ -60,11 +65,18 @@ def settle_in_blocks(
         taken += settle(
             scores, part, mask_id, policy,
             steps=share, choice=choice, seed=seed, samples=samples, first_pass=first_pass,
+            on_pass=on_pass and partial(_tell_whole, on_pass, state.x, window),
         )  # fmt: skip
         first_pass += share  # not what was taken, which hangs on the other texts
         for name in ("x", "returns", "since"):
             getattr(state, name)[:, window] = getattr(part, name)
     return taken
+
+
+def _tell_whole(on_pass: Callable[[Tensor], None], x: Tensor, window: slice, part: Tensor) -> None:
+    x = x.clone()
+    x[:, window] = part
+    on_pass(x)
 
 
 def _shares(steps: int, to_write: list[int]) -> list[int]:

@@ -96,7 +96,7 @@ def repair(writer: Writer, text: str, request: RepairRequest) -> Repair:
     x = torch.tensor(ids, dtype=torch.int64, device=writer.device)
     is_known = x != vocabulary.mask_id
     suspicion = 1.0 - _own_probabilities(writer, x, is_known)
-    suspects = is_known & (suspicion >= request.suspect)
+    suspects = suspicion >= request.suspect
     if request.max_changes is not None:
         order = suspicion.masked_fill(~suspects, -1.0).argsort(descending=True, stable=True)
         suspects[order[request.max_changes :]] = False

@@ -120,6 +120,7 @@ def settle(
     seed: int,
     samples: Tensor,
     first_pass: int = 0,
+    on_pass: Callable[[Tensor], None] | None = None,
 ) -> int:
     """Write every active [MASK] of the state in at most ``steps`` passes, the last of which fills what is left.
 
@@ -129,6 +130,7 @@ def settle(
         scores: counts as one pass of the model a call.
         samples: (B,) int64, the index of each text: its random numbers depend on it and the seed alone.
         first_pass: how many passes this text has had before, of which the random numbers are others.
+        on_pass: is given x (B, T) after each pass.
 
     Returns:
         The passes taken.
@@ -153,6 +155,8 @@ def settle(
         state.x = torch.where(goes_back, mask_id, x)
         state.returns = state.returns + (goes_back | (fills & ~is_masked))
         state.since = torch.where(fills & (state.x != mask_id), first_pass + step, state.since)
+        if on_pass:
+            on_pass(state.x)
     if steps < 1 and bool(((state.x == mask_id) & state.is_active).any()):
         raise UserError(f"steps must be at least 1, got {steps}")
     return steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from difftrain.reporting.lines import summary_line
 from difftrain.reporting.log import read_metrics
 from difftrain.runtime import resolve_device
 from difftrain.sampling.choosing import Choice
+from difftrain.sampling.showing import mask_sign
 from difftrain.sampling.writing import How, Writer
 
+Watch = Callable[[list[int], Vocabulary], None]
 GAP = re.compile("_{4,}")  # in an infill text, this many underscores are as many [MASK]s
 HELD_OUT_WINDOWS = 5  # what --held_out shows, in block_size tokens
 
@@ -73,8 +75,11 @@ class Sample:
     step: int
 
 
-def sample_run(run_dir: Path, request: SampleRequest) -> Sample:
+def sample_run(run_dir: Path, request: SampleRequest, watch: Watch | None = None) -> Sample:
     """Write text with a run's model; nothing is stored.
+
+    Args:
+        watch: is given the first text before the first pass and after each, as ids, and the vocabulary.
 
     Raises:
         UserError: not a run folder, no such checkpoint, or a text that does not fit the model.
@@ -82,28 +87,30 @@ def sample_run(run_dir: Path, request: SampleRequest) -> Sample:
     checkpoint = find_checkpoint(run_dir, request.checkpoint)
     if checkpoint.config.mode == "gpt2" and request.held_out:
         raise _no_gaps()
+    if checkpoint.config.mode == "gpt2" and watch:
+        raise UserError("a run in gpt2 mode writes from left to right: there is nothing to see settle")
     vocabulary = checkpoint.vocabulary
     writer = Writer(checkpoint.make_model(resolve_device(request.device)), vocabulary, checkpoint.config)
     if request.held_out:
         evaluations = [r for r in read_metrics(run_dir) if r["kind"] == "eval"]
         tokens, x = _held_out(checkpoint, request)
-        filled = writer.fill(x, request.how())
+        filled = writer.fill(x, request.how(), _first(watch, vocabulary))
         is_masked = x == vocabulary.mask_id
         n_right = int((filled == tokens)[is_masked].sum())
-        texts = (vocabulary.decode(t.flatten().tolist(), mask=_mask_sign()) for t in (tokens, x, filled))
+        texts = (vocabulary.decode(t.flatten().tolist(), mask=mask_sign()) for t in (tokens, x, filled))
         titles = ("original", f"masked ({100 * request.share:.0f} %)", "restored")
         parts = [f"--- {title}\n{text}" for title, text in zip(titles, texts, strict=True)]
         parts.append(f"--- {n_right} of {int(is_masked.sum())} masked tokens restored exactly")
         at_step = [r for r in evaluations if r["step"] == checkpoint.step] or evaluations
         parts += [summary_line(record) for record in at_step[-1:]]
         return Sample("\n".join(parts), checkpoint.step)
-    texts = write_texts(writer, request)
+    texts = write_texts(writer, request, watch)
     if len(texts) > 1:
         texts = [f"--- {i + 1}\n{text}" for i, text in enumerate(texts)]
     return Sample("\n".join(texts), checkpoint.step)
 
 
-def write_texts(writer: Writer, request: SampleRequest) -> list[str]:
+def write_texts(writer: Writer, request: SampleRequest, watch: Watch | None = None) -> list[str]:
     """``num_samples`` texts from nothing, from a prompt or with gaps; each begins with or holds what was given.
 
     Raises:
@@ -117,8 +124,12 @@ def write_texts(writer: Writer, request: SampleRequest) -> list[str]:
     if is_causal:
         written = writer.continue_causal(x, request.length or writer.config.block_size, request.how())
     else:
-        written = writer.fill(x, request.how())
+        written = writer.fill(x, request.how(), _first(watch, writer.vocabulary))
     return [writer.vocabulary.decode(row) for row in written.tolist()]
+
+
+def _first(watch: Watch | None, vocabulary: Vocabulary) -> Callable[[Tensor], None] | None:
+    return watch and (lambda x: watch(x[0].tolist(), vocabulary))
 
 
 def _no_gaps() -> UserError:
@@ -174,15 +185,6 @@ def _held_out(checkpoint: Checkpoint, request: SampleRequest) -> tuple[Tensor, T
         share=request.share,
     )
     return tokens, x
-
-
-def _mask_sign() -> str:
-    """What stands for [MASK] on the terminal: a shade where it can be shown, else a hash."""
-    try:
-        "\u2591".encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return "#"
-    return "\u2591"
 
 
 def encode_template(text: str, vocabulary: Vocabulary) -> list[int]:

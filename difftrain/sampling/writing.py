@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -80,10 +81,13 @@ class Writer:
         """The model as the samplers call it, its passes counted from now on."""
         return ModelScores(self.module, self.config, self.vocabulary.mask_id)
 
-    def fill(self, x: Tensor, how: How) -> Tensor:
+    def fill(self, x: Tensor, how: How, on_pass: Callable[[Tensor], None] | None = None) -> Tensor:
         """Texts x (B, T) int64 with every [MASK] written, on x's device; other positions stay. Not modified.
 
         Text i depends on x[i], the seed and i alone, up to the rounding of matrix products.
+
+        Args:
+            on_pass: is given x before the first pass and after each.
 
         Raises:
             UserError: the policy needs another model, or more steps; or the model's numbers are not finite.
@@ -97,10 +101,12 @@ class Writer:
             )
         steps = how.steps or STEPS * -(-x.shape[1] // config.block_size) + (name == "fill")
         state = State.of(x.to(self.device), mask_id)
+        if on_pass:
+            on_pass(state.x)
         settle_in_blocks(
             self.scores, state, mask_id, make_policy(name, **how.policy_options()),
             steps=steps, block_size=config.block_size, block_length=how.block_length or 0,
-            choice=how.choice, seed=how.seed, samples=self._indices(x),
+            choice=how.choice, seed=how.seed, samples=self._indices(x), on_pass=on_pass,
         )  # fmt: skip
         return state.x.to(x.device)
 

@@ -26,10 +26,11 @@ PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPL
         "data/levels", "data/replacement", "training/verdict",
     )
 )  # fmt: skip
-BLOCKS, CHOOSING, POLICIES, SCORING, SETTLING, WRITING_TEXTS, REPAIRING, MARKING, LOADED = (
+BLOCKS, CHOOSING, POLICIES, SCORING, SETTLING, WRITING_TEXTS, REPAIRING, MARKING, LOADED, SHOWING = (
     f"difftrain/sampling/{name}.py"
     for name in (
         "blocks", "choosing", "policies", "scoring", "settling", "writing", "repairing", "marking", "loaded",
+        "showing",
     )
 )  # fmt: skip
 REPAIR_COMMAND = "difftrain/cli/repair.py"
@@ -99,6 +100,7 @@ STAGES = {
     REPAIRING: (["tests/difftrain/sampling/test_repairing.py"],),
     MARKING: (["tests/difftrain/sampling/test_repairing.py"],),
     LOADED: (["tests/difftrain/sampling/test_loaded.py"],),
+    SHOWING: (["tests/difftrain/sampling/test_showing.py"],),
     REPAIR_COMMAND: (["tests/difftrain/test_repair.py"],),
     EVALUATE: (["tests/difftrain/evaluation/test_validation_set.py"], DEFAULTS),
     WINDOWS: (
@@ -335,7 +337,7 @@ MUTANTS = [
     (REPAIRING, "a window decides on its edge", "(a + size + b) // 2 for a, b", "a + size for a, b"),
     (REPAIRING, "those least suspected are changed", "argsort(descending=True, stable=True)", "argsort(stable=True)"),
     (REPAIRING, "a word is written in sight of the wrong one", "masked = x.masked_fill(suspects, mask_id)", "masked = x"),
-    (REPAIRING, "unknown characters are written over", "suspects = is_known & (", "suspects = ("),
+    (REPAIRING, "unknown characters are written over", "_own_probabilities(writer, x, is_known)", "_own_probabilities(writer, x, is_known | True)"),
     (REPAIRING, "places leave out what is unknown", "if before <= i < place}", "if False}"),
     (MARKING, "a line is numbered by its end", "number + 1 + n_ends", "number + 1"),
     (MARKING, "words are marked in part", "start -= 1", "break"),
@@ -343,6 +345,10 @@ MUTANTS = [
     (LOADED, "a path is taken as it stands", "Path(expand_path(os.fspath(run_or_folder)))", "Path(run_or_folder)"),
     (REPAIR_COMMAND, "a check that found something is a success", "int(args.check and bool(repaired.edits))", "0"),
     (REPAIR_COMMAND, "line ends are changed", 'read_bytes(), "keep")', 'read_bytes(), "universal")'),
+    (SHOWING, "a word sent back looks as if never written", "return MASKED if was_masked else BACK", "return MASKED"),
+    (SHOWING, "a text ends the page's script", '.replace("<", "\\u003c")', ""),
+    (SHOWING, "a frame taller than the terminal runs away", "[-(size.lines - 1) :]", ""),
+    (BLOCKS, "a block is shown alone", "    x[:, window] = part\n    on_pass(x)", "    on_pass(part)"),
     (QUESTIONS, "a driver that hangs ends the question", "except (OSError, subprocess.TimeoutExpired):", "except OSError:"),
     (MODEL, "weights follow the default dtype", 'where = {"device": device, "dtype": torch.float32}', 'where = {"device": device}'),
     (MODEL, "weights follow the default device", 'where = {"device": device, "dtype": torch.float32}', 'where = {"dtype": torch.float32}'),
