@@ -346,7 +346,7 @@ MUTANTS = [
     (REPAIR_COMMAND, "a check that found something is a success", "int(args.check and bool(repaired.edits))", "0"),
     (REPAIR_COMMAND, "line ends are changed", 'read_bytes(), "keep")', 'read_bytes(), "universal")'),
     (SHOWING, "a word sent back looks as if never written", "return MASKED if was_masked else BACK", "return MASKED"),
-    (SHOWING, "a text ends the page's script", '.replace("<", "\\u003c")', ""),
+    (SHOWING, "a text ends the page's script", '.replace("<", "\\\\u003c")', ""),
     (SHOWING, "a frame taller than the terminal runs away", "[-(size.lines - 1) :]", ""),
     (BLOCKS, "a block is shown alone", "    x[:, window] = part\n    on_pass(x)", "    on_pass(part)"),
     (QUESTIONS, "a driver that hangs ends the question", "except (OSError, subprocess.TimeoutExpired):", "except OSError:"),
