@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from difftrain.config import Config
     from difftrain.errors import UserError
+    from difftrain.sampling.loaded import load
     from difftrain.schedule import PenaltyTensors, learning_rate, masking_penalties
     from difftrain_kernels import (
         CaseTable,
@@ -33,6 +34,7 @@ __all__ = [
     "fused_diffusion_loss",
     "fused_linear_diffusion_loss",
     "learning_rate",
+    "load",
     "masking_penalties",
     "recipes",
     "vocab_parallel_diffusion_loss",
@@ -48,6 +50,7 @@ _HOMES = {
     "fused_diffusion_loss": "difftrain_kernels",
     "fused_linear_diffusion_loss": "difftrain_kernels",
     "learning_rate": "difftrain.schedule",
+    "load": "difftrain.sampling.loaded",
     "masking_penalties": "difftrain.schedule",
     "recipes": "difftrain_kernels",
     "vocab_parallel_diffusion_loss": "difftrain_kernels",

@@ -71,7 +71,7 @@ def loss_terms(config: Config) -> dict[str, Any]:
 
 def bent_logits(model: nn.Module, mask_id: int, config: Config) -> Callable[[Tensor], Tensor]:
     """The model as the loss sees it, ids (B, T) to logits (B, T, V): capped, and [MASK] at -inf if forbidden."""
-    terms = Terms(softcap=config.softcap or None, forbid_mask=config.forbids_mask)
+    terms = _bending(config)
     if terms == PLAIN:
         return model
 
@@ -80,6 +80,16 @@ def bent_logits(model: nn.Module, mask_id: int, config: Config) -> Callable[[Ten
         return bend(logits.flatten(0, 1), terms, mask_id).view_as(logits)
 
     return logits_of
+
+
+def bend_rows(logits: Tensor, mask_id: int, config: Config) -> Tensor:
+    """Logits (N, V) as the loss sees them; the argument itself where the configuration changes nothing."""
+    terms = _bending(config)
+    return logits if terms == PLAIN else bend(logits, terms, mask_id)
+
+
+def _bending(config: Config) -> Terms:
+    return Terms(softcap=config.softcap or None, forbid_mask=config.forbids_mask)
 
 
 def model_loss(

@@ -177,6 +177,11 @@ def find_checkpoint(run_dir: Path, which: str) -> Checkpoint:
     return open_checkpoint(home / name)
 
 
+def open_run_or_checkpoint(folder: Path, which: str) -> Checkpoint:
+    """The checkpoint that a folder is, or that one of its run which is named as for :func:`find_checkpoint`."""
+    return open_checkpoint(folder) if (folder / DIGESTS).is_file() else find_checkpoint(folder, which)
+
+
 def find_newest_good(run_dir: Path) -> tuple[Checkpoint, list[str]]:
     """The newest unharmed checkpoint of a run, and why each newer one was passed over."""
     problems: list[str] = []

@@ -1,4 +1,4 @@
-"""The command line: ``difftrain train | watch | report | evaluate | plot | sample | prepare``, a file a command."""
+"""The command line: ``difftrain train | watch | report | evaluate | plot | sample | repair | prepare``, a file a command."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from difftrain.cli import evaluate, plot, prepare, report, sample, train, watch
+from difftrain.cli import evaluate, plot, prepare, repair, report, sample, train, watch
 from difftrain.cli.questions import Completion, Version
 from difftrain.config.paths import expand_path
 from difftrain.errors import DISK_FULL, FailedElsewhere, OutputClosed, UserError, near_matches
 from difftrain.progress import quiet
 
-COMMANDS = (train, watch, report, evaluate, plot, sample, prepare)
+COMMANDS = (train, watch, report, evaluate, plot, sample, repair, prepare)
 PIPE_CLOSED = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -38,14 +38,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 failed, 2 the user's mistake, 141 nobody reads on."""
+    """Run one command; returns the exit code: 0 done, 1 failed (or a check found something), 2 the user's mistake, 141 nobody reads on."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model may write what the terminal cannot show
     try:
         try:
             args = _parse(sys.argv[1:] if argv is None else list(argv))
             with quiet(getattr(args, "quiet", False)):
-                args.command(args)
+                code = args.command(args) or 0
         except SystemExit:  # a help or the version was shown
             _flush()
             raise
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ != "TrainingFailed":
             raise
         return _complain(str(error), 1)
-    return 0
+    return code
 
 
 def _complain(message: str, code: int) -> int:

@@ -27,14 +27,31 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--share", type=float, default=0.15, help="share masked with --held_out [0.15]")
     parser.add_argument(
-        "--length",
-        type=int,
-        default=0,
-        metavar="N",
-        help="tokens a text; beyond block_size in gpt2 mode alone [block_size]",
-    )
+        "--length", type=int, metavar="N",
+        help="tokens a text; beyond block_size the model sees a part of it at a time [block_size]",
+    )  # fmt: skip
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts, in one batch [1]")
-    parser.add_argument("--max_steps", type=int, default=64, metavar="N", help="passes of the model [64]")
+    parser.add_argument(
+        "--policy", default="", metavar="NAME",
+        help="fill, confidence, margin, entropy, ancestral, remask, remask_untrained or edit "
+        "[fill; confidence where the recipe is llada or mdlm]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=int, metavar="N",
+        help="passes of the model for a text, the last of which fills what is left "
+        "[64 a block_size of text; with fill one more]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--schedule", metavar="NAME", help="words a pass, best first: linear or cosine [linear]"
+    )
+    parser.add_argument(
+        "--suspect", type=float, metavar="P",
+        help="with policy remask: the probability of [MASK] above which a word goes back [0.5]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--block_length", type=int, metavar="N",
+        help="tokens that are written before the next ones are begun [all; half of block_size in longer texts]",
+    )  # fmt: skip
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="divides the logits; 0: greedy [0.8]"
     )
@@ -42,9 +59,21 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--top_k", type=int, default=0, metavar="N", help="sample among the best N; 0: all [0]"
     )
     parser.add_argument(
-        "--by_confidence",
-        action="store_true",
-        help="fill the most certain positions first, as recipes llada and mdlm always do",
+        "--top_p", type=float, default=1.0, metavar="P", help="among the best that hold this share [1]"
+    )
+    parser.add_argument(
+        "--min_p", type=float, default=0.0, metavar="P",
+        help="among those at least this share as likely as the best [0]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repetition", type=float, default=1.0, metavar="X",
+        help="divides the odds of words that stand within 32 places before [1]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--show", action="store_true", help="show on the terminal how the first text settles, pass by pass"
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write how it settles as a page on its own"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the held-out piece [0]")
     parser.add_argument(
@@ -55,11 +84,21 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from difftrain.progress import quiet
+    from difftrain.sampling.showing import Frames, Terminal, mask_sign, write_page
     from difftrain.sampling.texts import SampleRequest, keep_sample, sample_run
 
     names = {field.name for field in dataclasses.fields(SampleRequest)}
     request = SampleRequest(**{name: value for name, value in vars(args).items() if name in names})
-    sample = sample_run(args.run, request)
+    watch: Frames | None = None
+    if args.show and sys.stdout.isatty():
+        watch = Terminal(mask_sign())
+    elif args.html:
+        watch = Frames("\u2591")
+    with quiet(args.quiet or isinstance(watch, Terminal)):
+        sample = sample_run(args.run, request, watch)
+    if isinstance(watch, Terminal):
+        watch.clear()
     try:
         print(sample.text, flush=True)
     finally:  # kept even where nobody reads on, and a failure to keep it loses nothing that was shown
@@ -67,3 +106,5 @@ def _run(args: argparse.Namespace) -> None:
             keep_sample(args.run, sample)
         except OSError as error:
             print(f"difftrain: warning: no copy of the text is kept: {error}", file=sys.stderr)
+    if args.html:
+        write_page(watch.frames, args.html, f"{args.run.name}, step {sample.step}")

@@ -32,6 +32,10 @@ class Vocabulary:
         """Ids of a text; raises UserError for text outside the vocabulary."""
         raise NotImplementedError
 
+    def encode_known(self, text: str) -> tuple[list[int], dict[int, str]]:
+        """Ids of a text with [MASK] for what is outside the vocabulary, and that by its place among the ids."""
+        return self.encode(text), {}
+
     def decode_words(self, ids: list[int]) -> str:
         """Text of ids without [MASK]."""
         raise NotImplementedError
@@ -89,6 +93,10 @@ class Characters(Vocabulary):
         if unknown:
             raise UserError(f"characters outside the vocabulary: {' '.join(map(repr, unknown))}")
         return [self._ids[character] for character in text]
+
+    def encode_known(self, text: str) -> tuple[list[int], dict[int, str]]:
+        ids = [self._ids.get(character, self.mask_id) for character in text]
+        return ids, {i: character for i, character in enumerate(text) if character not in self._ids}
 
     def decode_words(self, ids: list[int]) -> str:
         return "".join(self.characters[i] for i in ids)

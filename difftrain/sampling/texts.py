@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,14 @@ from difftrain.checkpoints.reading import Checkpoint, find_checkpoint, open_held
 from difftrain.data import mask_share
 from difftrain.data.vocabulary import Vocabulary
 from difftrain.errors import UserError
-from difftrain.loss import bent_logits
 from difftrain.reporting.lines import summary_line
 from difftrain.reporting.log import read_metrics
 from difftrain.runtime import resolve_device
-from difftrain.sampling.fill import continue_causal, fill
+from difftrain.sampling.choosing import Choice
+from difftrain.sampling.showing import mask_sign
+from difftrain.sampling.writing import How, Writer
 
+Watch = Callable[[list[int], Vocabulary], None]
 GAP = re.compile("_{4,}")  # in an infill text, this many underscores are as many [MASK]s
 HELD_OUT_WINDOWS = 5  # what --held_out shows, in block_size tokens
 
@@ -32,24 +34,37 @@ class SampleRequest:
     infill: str | None = None
     held_out: bool = False
     share: float = 0.15
-    length: int = 0
+    length: int | None = None
     num_samples: int = 1
-    max_steps: int = 64
+    policy: str = ""
+    steps: int | None = None
+    schedule: str | None = None
+    suspect: float | None = None
+    block_length: int | None = None
     temperature: float = 0.8
     top_k: int = 0
-    by_confidence: bool = False
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition: float = 1.0
     seed: int = 0
     checkpoint: str = "best"
     device: str = "auto"
     allow_changed_data: bool = False
 
     def __post_init__(self) -> None:
-        lowest = {"length": 0, "num_samples": 1, "max_steps": 1, "temperature": 0, "top_k": 0, "seed": 0}
-        for name, low in lowest.items():
-            if not low <= getattr(self, name) < 2**31:
-                raise UserError(f"{name} must be at least {low} and below 2^31, got {getattr(self, name)}")
+        for name in ("length", "num_samples"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < 2**31:
+                raise UserError(f"{name} must be at least 1 and below 2^31, got {value}")
         if not 0 < self.share <= 1:
             raise UserError(f"share must be in (0, 1], got {self.share}")
+        self.how()
+
+    def how(self) -> How:
+        """How the texts are written; raises UserError where a number is out of its range."""
+        choice = Choice(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition)
+        names = ("policy", "steps", "schedule", "suspect", "block_length", "seed")
+        return How(choice=choice, **{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -60,52 +75,65 @@ class Sample:
     step: int
 
 
-def sample_run(run_dir: Path, request: SampleRequest) -> Sample:
+def sample_run(run_dir: Path, request: SampleRequest, watch: Watch | None = None) -> Sample:
     """Write text with a run's model; nothing is stored.
+
+    Args:
+        watch: is given the first text before the first pass and after each, as ids, and the vocabulary.
 
     Raises:
         UserError: not a run folder, no such checkpoint, or a text that does not fit the model.
     """
     checkpoint = find_checkpoint(run_dir, request.checkpoint)
-    if checkpoint.config.mode == "gpt2" and (request.infill is not None or request.held_out):
-        raise UserError(f"{run_dir} was trained in gpt2 mode, which cannot fill gaps; give a prompt")
-    device = resolve_device(request.device)
-    vocabulary, config = checkpoint.vocabulary, checkpoint.config
-    logits_of = bent_logits(checkpoint.make_model(device), vocabulary.mask_id, config)
-    generator = torch.Generator(device).manual_seed(request.seed)
-    options = {"temperature": request.temperature, "top_k": request.top_k, "generator": generator}
-    # A model that never answers [MASK] would fill all of a text in one pass.
-    filling = {
-        "max_steps": request.max_steps,
-        "by_confidence": request.by_confidence or not config.has_penalties,
-    }
-
+    if checkpoint.config.mode == "gpt2" and request.held_out:
+        raise _no_gaps()
+    if checkpoint.config.mode == "gpt2" and watch:
+        raise UserError("a run in gpt2 mode writes from left to right: there is nothing to see settle")
+    vocabulary = checkpoint.vocabulary
+    writer = Writer(checkpoint.make_model(resolve_device(request.device)), vocabulary, checkpoint.config)
     if request.held_out:
         evaluations = [r for r in read_metrics(run_dir) if r["kind"] == "eval"]
         tokens, x = _held_out(checkpoint, request)
-        filled = fill(logits_of, x.to(device), vocabulary.mask_id, **filling, **options).cpu()
+        filled = writer.fill(x, request.how(), _first(watch, vocabulary))
         is_masked = x == vocabulary.mask_id
         n_right = int((filled == tokens)[is_masked].sum())
-        texts = (vocabulary.decode(t.flatten().tolist(), mask=_mask_sign()) for t in (tokens, x, filled))
+        texts = (vocabulary.decode(t.flatten().tolist(), mask=mask_sign()) for t in (tokens, x, filled))
         titles = ("original", f"masked ({100 * request.share:.0f} %)", "restored")
         parts = [f"--- {title}\n{text}" for title, text in zip(titles, texts, strict=True)]
         parts.append(f"--- {n_right} of {int(is_masked.sum())} masked tokens restored exactly")
         at_step = [r for r in evaluations if r["step"] == checkpoint.step] or evaluations
         parts += [summary_line(record) for record in at_step[-1:]]
         return Sample("\n".join(parts), checkpoint.step)
-
-    ids = _start(checkpoint, request)
-    x = torch.tensor(ids, dtype=torch.int64, device=device).expand(request.num_samples, -1)
-    if config.mode == "gpt2":
-        block_size = config.block_size
-        length = request.length or block_size
-        filled = continue_causal(logits_of, x, length, vocabulary.mask_id, block_size=block_size, **options)
-    else:
-        filled = fill(logits_of, x, vocabulary.mask_id, **filling, **options)
-    texts = [vocabulary.decode(row) for row in filled.tolist()]
+    texts = write_texts(writer, request, watch)
     if len(texts) > 1:
         texts = [f"--- {i + 1}\n{text}" for i, text in enumerate(texts)]
     return Sample("\n".join(texts), checkpoint.step)
+
+
+def write_texts(writer: Writer, request: SampleRequest, watch: Watch | None = None) -> list[str]:
+    """``num_samples`` texts from nothing, from a prompt or with gaps; each begins with or holds what was given.
+
+    Raises:
+        UserError: a text that does not fit the model, or characters outside its vocabulary.
+    """
+    is_causal = writer.config.mode == "gpt2"
+    if is_causal and request.infill is not None:
+        raise _no_gaps()
+    ids = torch.tensor([_start(writer, request)], dtype=torch.int64, device="cpu")
+    x = ids.expand(request.num_samples, -1)
+    if is_causal:
+        written = writer.continue_causal(x, request.length or writer.config.block_size, request.how())
+    else:
+        written = writer.fill(x, request.how(), _first(watch, writer.vocabulary))
+    return [writer.vocabulary.decode(row) for row in written.tolist()]
+
+
+def _first(watch: Watch | None, vocabulary: Vocabulary) -> Callable[[Tensor], None] | None:
+    return watch and (lambda x: watch(x[0].tolist(), vocabulary))
+
+
+def _no_gaps() -> UserError:
+    return UserError("this run was trained in gpt2 mode, which cannot fill gaps; give a prompt")
 
 
 def keep_sample(run_dir: Path, sample: Sample) -> Path:
@@ -120,27 +148,18 @@ def keep_sample(run_dir: Path, sample: Sample) -> Path:
     return path
 
 
-def _start(checkpoint: Checkpoint, request: SampleRequest) -> list[int]:
+def _start(writer: Writer, request: SampleRequest) -> list[int]:
     """Ids that sampling starts from, [MASK] where the model is to write."""
-    vocabulary, block_size = checkpoint.vocabulary, checkpoint.config.block_size
+    vocabulary = writer.vocabulary
     if request.infill is not None:
-        ids = encode_template(request.infill, vocabulary)
-        if len(ids) > block_size:
-            raise UserError(
-                f"the infill text must have at most block_size {block_size} tokens, got {len(ids)}"
-            )
-        return ids
-    length = request.length or block_size
+        return encode_template(request.infill, vocabulary)
+    length = request.length or writer.config.block_size
     prompt = vocabulary.encode(request.prompt)
-    is_causal = checkpoint.config.mode == "gpt2"
-    if length > block_size and not is_causal:
-        raise UserError(f"length must be at most block_size {block_size}, got {length}")
     if len(prompt) >= length:
-        remedy = "; give a greater length" if is_causal else ""
         raise UserError(
-            f"the prompt must have fewer tokens than the text's {length}, got {len(prompt)}{remedy}"
+            f"the prompt must have fewer tokens than the text's {length}, got {len(prompt)}; give a greater length"
         )
-    if is_causal:
+    if writer.config.mode == "gpt2":
         # Left to right there must be something to start from: a newline, as nanoGPT has it, or any word.
         try:
             return prompt or vocabulary.encode("\n")
@@ -166,15 +185,6 @@ def _held_out(checkpoint: Checkpoint, request: SampleRequest) -> tuple[Tensor, T
         share=request.share,
     )
     return tokens, x
-
-
-def _mask_sign() -> str:
-    """What stands for [MASK] on the terminal: a shade where it can be shown, else a hash."""
-    try:
-        "\u2591".encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return "#"
-    return "\u2591"
 
 
 def encode_template(text: str, vocabulary: Vocabulary) -> list[int]:

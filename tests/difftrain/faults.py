@@ -16,16 +16,24 @@ PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPL
     )
 )  # fmt: skip
 (
-    BUDGET, CONSOLE, ERRORS, FILL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX, WINDOWS, LIKELIHOOD, ANSWERS, OF_RUN,
+    BUDGET, CONSOLE, ERRORS, CAUSAL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX, WINDOWS, LIKELIHOOD, ANSWERS, OF_RUN,
     LEVELS, REPLACEMENT, VERDICT,
 ) = (
     f"difftrain/{name}.py"
     for name in (
-        "training/budget", "training/console", "errors", "sampling/fill", "cli/sample", "cli/questions", "model",
+        "training/budget", "training/console", "errors", "sampling/causal", "cli/sample", "cli/questions", "model",
         "data/philox", "evaluation/windows", "evaluation/likelihood", "evaluation/answers", "evaluation/of_run",
         "data/levels", "data/replacement", "training/verdict",
     )
 )  # fmt: skip
+BLOCKS, CHOOSING, POLICIES, SCORING, SETTLING, WRITING_TEXTS, REPAIRING, MARKING, LOADED, SHOWING = (
+    f"difftrain/sampling/{name}.py"
+    for name in (
+        "blocks", "choosing", "policies", "scoring", "settling", "writing", "repairing", "marking", "loaded",
+        "showing",
+    )
+)  # fmt: skip
+REPAIR_COMMAND = "difftrain/cli/repair.py"
 HEALTH, LINES, SESSIONS = (f"difftrain/reporting/{name}.py" for name in ("health", "lines", "sessions"))
 DRAWING, PICTURES, REPORT_TEXTS, REPORT, RUNS, WATCH, PROGRESS = (
     f"difftrain/{name}.py"
@@ -35,6 +43,7 @@ DRAWING, PICTURES, REPORT_TEXTS, REPORT, RUNS, WATCH, PROGRESS = (
     )
 )  # fmt: skip
 REPORT_TESTS = ["tests/difftrain/test_report.py"]
+SETTLING_TESTS = ["tests/difftrain/sampling/test_settling.py"]
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
 BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
 DEFAULTS = ["tests/difftrain/test_defaults.py"]
@@ -81,7 +90,18 @@ STAGES = {
     SCHEDULE: (["tests/difftrain/test_schedule.py"], DEFAULTS),
     CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS, DEFAULTS),
     MODEL: (["tests/difftrain/test_model.py"], DEFAULTS),
-    FILL: (["tests/difftrain/test_sample.py"], DEFAULTS),
+    CAUSAL: (["tests/difftrain/test_sample.py"],),
+    BLOCKS: (["tests/difftrain/sampling/test_blocks.py"], ["tests/difftrain/test_sample.py"]),
+    CHOOSING: (SETTLING_TESTS, ["tests/difftrain/test_sample.py"]),
+    POLICIES: (SETTLING_TESTS, DEFAULTS),
+    SCORING: (["tests/difftrain/test_sample.py"],),
+    SETTLING: (SETTLING_TESTS,),
+    WRITING_TEXTS: (["tests/difftrain/sampling/test_loaded.py"], ["tests/difftrain/test_sample.py"]),
+    REPAIRING: (["tests/difftrain/sampling/test_repairing.py"],),
+    MARKING: (["tests/difftrain/sampling/test_repairing.py"],),
+    LOADED: (["tests/difftrain/sampling/test_loaded.py"],),
+    SHOWING: (["tests/difftrain/sampling/test_showing.py"],),
+    REPAIR_COMMAND: (["tests/difftrain/test_repair.py"],),
     EVALUATE: (["tests/difftrain/evaluation/test_validation_set.py"], DEFAULTS),
     WINDOWS: (
         ["tests/difftrain/evaluation/test_windows.py"],
@@ -264,8 +284,8 @@ MUTANTS = [
     (LOOP, "a finished run that is resumed is written to", "    if run.step < run.config.max_iters:  # a", "    if True:  # a"),
     (RUN_FOLDER, "an overwritten run keeps its sessions", "    FILE, SESSIONS, ", "    FILE, "),
     (RUN_FOLDER, "a run goes on under another recipe", ', "recipe")', ")"),
-    (SAMPLING, "all of a text in one pass", " or not config.has_penalties", ""),
-    (SAMPLING, "a text is sampled from the bare logits", "bent_logits(checkpoint.make_model(device), vocabulary.mask_id, config)", "checkpoint.make_model(device)"),
+    (WRITING_TEXTS, "all of a text in one pass", '("fill" if config.has_penalties else "confidence")', '"fill"'),
+    (SCORING, "a text is sampled from the bare logits", "return bend_rows(logits, self.mask_id, self.config)", "return logits"),
     (CORRUPTION, "more is corrupted than allowed", "u_replace * (max_corruption - mask_rate)", "u_replace * max_corruption"),
     (BUDGET, "every process goes by its own clock", "runtime.sum_over_processes(seconds * runtime.is_main)", "seconds"),
     (BUDGET, "evaluations cost nothing", " - evaluations * evaluation_seconds\n", "\n"),
@@ -293,14 +313,45 @@ MUTANTS = [
     (SAMPLE_COMMAND, "a text is lost that cannot be kept", "except OSError as error:", "except ZeroDivisionError as error:"),
     (SAMPLE_COMMAND, "a text that nobody reads is not kept", "    finally:", "    except ZeroDivisionError:"),
     (ERRORS, "a missing extra is an accident", "except ImportError:", "except ZeroDivisionError:"),
-    (FILL, "the context outgrows block_size", "x[:, -block_size:]", "x"),
-    (FILL, "the context stays at the beginning", "x[:, -block_size:]", "x[:, :block_size]"),
+    (CAUSAL, "the context outgrows block_size", "x[:, -block_size:]", "x"),
+    (CAUSAL, "the context stays at the beginning", "x[:, -block_size:]", "x[:, :block_size]"),
     (SAMPLING, "a text's name may be taken", '.txt").exists():', '.txt").exists() and False:'),
-    (SAMPLING, "gpt2 stops at block_size", "if length > block_size and not is_causal:", "if length > block_size:"),
+    (SAMPLING, "a prompt may fill the whole text", "if len(prompt) >= length:", "if len(prompt) > length:"),
+    (CAUSAL, "every token of a text has the same number", "random_numbers(seed, samples, x.shape[1], 1)", "random_numbers(seed, samples, 0, 1)"),
+    (BLOCKS, "random numbers hang on the other texts", "first_pass += share", "first_pass = taken"),
+    (BLOCKS, "blocks take more passes than there are", "left - (len(to_write) - i - 1)", "left + i"),
+    (BLOCKS, "the window leaves out what is written", "start = max(0, block.stop + n_after - block_size)", "start = block.start"),
+    (CHOOSING, "a word of no probability is drawn", "(ends <= place[:, None])", "(ends < place[:, None])"),
+    (CHOOSING, "samples share their numbers", "samples + (step << 31)", "samples * 0 + (step << 31)"),
+    (CHOOSING, "a word is repeated by its own place", "[:, : x.shape[1]][where]", "[:, 1:][where]"),
+    (POLICIES, "a share is divided in the default dtype", "-(-left // (steps - step))", "(left / (steps - step)).ceil().long()"),
+    (POLICIES, "ancestral sampling reveals too much", "< 1.0 / (seen.steps - seen.step)", "< 2.0 / (seen.steps - seen.step)"),
+    (POLICIES, "remasking has no end", "& (state.returns < self.most_returns)\n\n    def decide", "\n\n    def decide"),
+    (POLICIES, "what was given may go back", "return state.is_active & (state.since >= 0)", "return (state.x >= 0)"),
+    (SCORING, "all positions go through the head", "return_hidden=True)[where]", "return_hidden=True).flatten(0, 1)"),
+    (SCORING, "numbers that are not finite are drawn from", "if not bool(logits.isfinite().all()):", "if False:"),
+    (SETTLING, "the last pass comes after the budget", "is_last = step == steps - 1", "is_last = step == steps"),
+    (SETTLING, "a text that is done goes on with its batch", "policy.asks_for(state, is_masked) & is_unsettled", "policy.asks_for(state, is_masked)"),
+    (WRITING_TEXTS, "a model that was never taught is asked for its suspects", 'if name == "remask" and not config.has_penalties:', "if False:"),
+    (WRITING_TEXTS, "fill takes as many passes as the others", '+ (name == "fill")', "+ 0"),
+    (REPAIRING, "a window decides on its edge", "(a + size + b) // 2 for a, b", "a + size for a, b"),
+    (REPAIRING, "those least suspected are changed", "argsort(descending=True, stable=True)", "argsort(stable=True)"),
+    (REPAIRING, "a word is written in sight of the wrong one", "masked = x.masked_fill(suspects, mask_id)", "masked = x"),
+    (REPAIRING, "unknown characters are written over", "_own_probabilities(writer, x, is_known)", "_own_probabilities(writer, x, is_known | True)"),
+    (REPAIRING, "places leave out what is unknown", "if before <= i < place}", "if False}"),
+    (MARKING, "a line is numbered by its end", "number + 1 + n_ends", "number + 1"),
+    (MARKING, "words are marked in part", "start -= 1", "break"),
+    (LOADED, "a checkpoint's softcap is forgotten", "return logits_of(ids.to(self._writer.device)).to(ids.device)", "return self.module(ids)"),
+    (LOADED, "a path is taken as it stands", "Path(expand_path(os.fspath(run_or_folder)))", "Path(run_or_folder)"),
+    (REPAIR_COMMAND, "a check that found something is a success", "int(args.check and bool(repaired.edits))", "0"),
+    (REPAIR_COMMAND, "line ends are changed", 'read_bytes(), "keep")', 'read_bytes(), "universal")'),
+    (SHOWING, "a word sent back looks as if never written", "return MASKED if was_masked else BACK", "return MASKED"),
+    (SHOWING, "a text ends the page's script", '.replace("<", "\\\\u003c")', ""),
+    (SHOWING, "a frame taller than the terminal runs away", "[-(size.lines - 1) :]", ""),
+    (BLOCKS, "a block is shown alone", "    x[:, window] = part\n    on_pass(x)", "    on_pass(part)"),
     (QUESTIONS, "a driver that hangs ends the question", "except (OSError, subprocess.TimeoutExpired):", "except OSError:"),
     (MODEL, "weights follow the default dtype", 'where = {"device": device, "dtype": torch.float32}', 'where = {"device": device}'),
     (MODEL, "weights follow the default device", 'where = {"device": device, "dtype": torch.float32}', 'where = {"dtype": torch.float32}'),
-    (FILL, "a share is divided in the default dtype", "-(-left // (max_steps - step))", "(left / (max_steps - step)).ceil().long()"),
     (SCHEDULE, "tensors of inference mode cannot be set", "with torch.inference_mode(False):", "if True:"),
     (READING, "moments are read onto the default device", 'warnings.catch_warnings(), torch.device("cpu"):', "warnings.catch_warnings():"),
     (CORPUS, "samples follow the default device", 'dtype=torch.int64, device="cpu")', "dtype=torch.int64)"),

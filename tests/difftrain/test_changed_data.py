@@ -240,7 +240,7 @@ def test_the_command_refuses_in_one_line_and_has_the_option_it_names(config, fol
 
 def test_a_held_out_text_comes_from_the_runs_own_data(config, folder, capsys):
     run = config.out_dir
-    request = SampleRequest(held_out=True, device="cpu", max_steps=2, checkpoint="latest")
+    request = SampleRequest(held_out=True, device="cpu", steps=2, checkpoint="latest")
     original = sample_run(Path(run), request).text.split("\n")[1]
     swap("train.bin", False)(folder)  # nothing of it is shown
     assert sample_run(Path(run), request).text.split("\n")[1] == original
@@ -253,4 +253,4 @@ def test_a_held_out_text_comes_from_the_runs_own_data(config, folder, capsys):
         "not be held out; --allow_changed_data takes it nevertheless\n"
     )
     assert main([*argv, "--allow_changed_data"]) == 0
-    assert main(["sample", run, "--device", "cpu", "--max_steps", "1"]) == 0  # no data is read
+    assert main(["sample", run, "--device", "cpu", "--steps", "1"]) == 0  # no data is read

@@ -43,7 +43,7 @@ def test_train_plot_and_sample_work_on_one_run(words, tmp_path, capsys):
     assert main(["plot", str(run)]) == 0
     assert (run / "plots" / "curves.png").exists()
     capsys.readouterr()
-    assert main(["sample", str(run), "--device", "cpu", "--max_steps", "2", "--prompt", "red"]) == 0
+    assert main(["sample", str(run), "--device", "cpu", "--steps", "2", "--prompt", "red"]) == 0
     assert capsys.readouterr().out.startswith("red")
     assert main(["train", "--resume", "--out_dir", str(run), "--max_iters", "4"]) == 0
     assert "steps 3 to 4" in capsys.readouterr().out

@@ -12,9 +12,10 @@ from difftrain.evaluation import evaluate, make_validation_set
 from difftrain.model import Transformer
 from difftrain.reporting.log import read_metrics
 from difftrain.runtime import Runtime
-from difftrain.sampling.fill import fill
+from difftrain.sampling.choosing import Choice
 from difftrain.schedule import PenaltyTensors
 from difftrain.training.loop import train
+from specified_fill import settled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HERE = Runtime(torch.device("cpu"), torch.float32, rank=0, world_size=1)
@@ -94,5 +95,5 @@ def test_a_sampler_fills_its_share_of_each_step_under_any_defaults(changed):
 
     x = torch.full((1, 257), MASK_ID)
     with changed():
-        filled = fill(model, x, MASK_ID, max_steps=2, temperature=0, by_confidence=True)
+        filled = settled(model, x, MASK_ID, "confidence", 2, Choice(temperature=0))[0].x
     assert torch.bincount(filled[0]).tolist() == [129, 128]  # 128.5 is no number of bf16

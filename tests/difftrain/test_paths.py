@@ -120,7 +120,7 @@ def test_every_command_expands_its_paths(tiny, home, capsys):
     assert main(["train", "--config", "$PLACE/c.toml", "--out_dir", "~/run"]) == 0
     assert main(["plot", "~/run", "--out", "$PLACE/curves.png"]) == 0
     assert (home / "curves.png").exists()
-    assert main(["sample", "$PLACE/run", "--device", "cpu", "--max_steps", "1"]) == 0
+    assert main(["sample", "$PLACE/run", "--device", "cpu", "--steps", "1"]) == 0
     assert list((home / "run" / "samples").iterdir())
     assert main(["prepare", "~/fox.txt"]) == 0
     assert list((home / "cache").glob("fox-*"))

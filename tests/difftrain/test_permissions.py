@@ -34,7 +34,7 @@ def test_all_that_is_written_follows_the_umask(tiny, tmp_path, umask, monkeypatc
     drop_records_after(run, 3, is_evaluated=False)
     assert main([*argv, "--resume", "--max_iters=5"]) == 0
     assert main(["plot", str(run)]) == 0
-    assert main(["sample", str(run), "--held_out", "--device", "cpu", "--max_steps=1"]) == 0
+    assert main(["sample", str(run), "--held_out", "--device", "cpu", "--steps=1"]) == 0
     written = list(place.rglob("*"))
     names = {path.name for path in written}
     assert names >= {

@@ -10,9 +10,11 @@ from difftrain.cli import main
 from difftrain.data import preparing
 from difftrain.progress import is_shown, progress, quiet
 from difftrain.reporting.page.writing import write_report
-from difftrain.sampling.fill import continue_causal, fill
+from difftrain.sampling.causal import continue_causal
+from difftrain.sampling.choosing import Choice
 from difftrain.training.loop import train
 from made_records import make_run
+from specified_fill import scores_of, settled
 
 
 class Terminal(io.StringIO):
@@ -62,10 +64,12 @@ def logits_of(x):
 def test_sampling_preparing_reading_and_the_report_show_bars(tmp_path, monkeypatch):
     with on_terminal(monkeypatch) as terminal:
         x = torch.full((1, 6), 3, dtype=torch.int64, device="cpu")
-        fill(logits_of, x, 3, max_steps=2, by_confidence=True)
+        settled(logits_of, x, 3, "confidence", 2, Choice())
         assert "sampling" in terminal.getvalue()
         assert "pass" in terminal.getvalue()
-        continue_causal(logits_of, x[:, :1], 4, 3, block_size=2)
+        samples = torch.zeros(1, dtype=torch.int64, device="cpu")
+        how = {"choice": Choice(), "seed": 0, "samples": samples}
+        continue_causal(scores_of(logits_of), x[:, :1], 4, 3, block_size=2, **how)
         assert "token" in terminal.getvalue()
         (tmp_path / "texts").mkdir()
         for i in range(12):

@@ -105,7 +105,7 @@ def test_bash_completes_commands_presets_options_and_their_words(completed):
     assert completed("train", "--learning") == ["--learning_rate"]
     assert completed("train", "--mode", "") == ["diffusion", "gpt2"]
     assert completed("train", "--decay_lr", "f") == ["false"]
-    assert completed("sample", "--by") == ["--by_confidence"]
+    assert completed("sample", "--pol") == ["--policy"]
 
 
 def test_bash_completes_run_folders_and_configuration_files(completed, tmp_path):

@@ -281,7 +281,7 @@ def test_the_options_work_on_the_command_line_and_are_saved(tiny, tmp_path, caps
     assert {name: saved[name] for name in expected} == expected
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert [json.loads(line)["cases"]["masked"]["gap"] for line in text.splitlines()] == [None] * 3
-    assert main(["sample", str(tmp_path / "run"), "--max_steps", "4", "--device", "cpu"]) == 0
+    assert main(["sample", str(tmp_path / "run"), "--steps", "4", "--device", "cpu"]) == 0
     capsys.readouterr()
     assert main(["train", "--config", str(tmp_path / "c.toml"), "--forbid_mask", "true"]) == 2
     err = capsys.readouterr().err

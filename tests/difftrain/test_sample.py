@@ -1,18 +1,33 @@
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.data.vocabulary import Characters
 from difftrain.errors import UserError
-from difftrain.loss import bent_logits
+from difftrain.loss import bend_rows, bent_logits
+from difftrain.model import Transformer
 from difftrain.reporting.log import FILE
-from difftrain.sampling import texts as texts_module
-from difftrain.sampling.fill import continue_causal, fill
-from difftrain.sampling.texts import Sample, SampleRequest, encode_template, keep_sample, sample_run
+from difftrain.sampling import choosing
+from difftrain.sampling.causal import continue_causal
+from difftrain.sampling.choosing import Choice
+from difftrain.sampling.policies import POLICIES
+from difftrain.sampling.scoring import ModelScores
+from difftrain.sampling.texts import (
+    Sample,
+    SampleRequest,
+    encode_template,
+    keep_sample,
+    sample_run,
+    write_texts,
+)
+from difftrain.sampling.writing import Writer
 from difftrain.training.loop import train
+from specified_fill import scores_of, settled
 
 MASK_ID = 4
 
@@ -32,9 +47,13 @@ def one_hot(*best, high=50.0):
     return [[high if v == b else 0.0 for v in range(5)] for b in best]
 
 
+def fill(model, x, steps=65, policy="fill", **choice):
+    return settled(model, x, MASK_ID, policy, steps, Choice(**choice))[0].x
+
+
 def test_fill_replaces_masks_and_nothing_else():
     x = torch.tensor([[MASK_ID, 1, MASK_ID, 3]])
-    filled = fill(fixed(one_hot(0, 0, 2, 0)), x, MASK_ID, temperature=0)
+    filled = fill(fixed(one_hot(0, 0, 2, 0)), x, temperature=0)
     assert filled.tolist() == [[0, 1, 2, 3]]
     assert x.tolist() == [[MASK_ID, 1, MASK_ID, 3]]
 
@@ -42,14 +61,14 @@ def test_fill_replaces_masks_and_nothing_else():
 def test_a_sampled_mask_stays_until_the_last_pass_which_forbids_it():
     model = fixed([[0.0, 1.0, 2.0, 0.0, 9.0], [5.0, 0.0, 0.0, 0.0, 1.0]])
     x = torch.full((1, 2), MASK_ID)
-    filled = fill(model, x, MASK_ID, max_steps=3, temperature=0)
+    filled = fill(model, x, steps=4, temperature=0)
     assert filled.tolist() == [[2, 0]]
     assert model.passes == 4
 
 
 def test_fill_stops_when_nothing_is_masked():
     model = fixed(one_hot(0, 1))
-    fill(model, torch.full((1, 2), MASK_ID), MASK_ID, max_steps=50, temperature=0)
+    fill(model, torch.full((1, 2), MASK_ID), steps=50, temperature=0)
     assert model.passes == 1
 
 
@@ -64,9 +83,7 @@ def test_by_confidence_fills_a_fixed_share_a_pass_best_first():
         logits[0, :, MASK_ID] = 99.0  # forbidden throughout
         return logits
 
-    filled = fill(
-        model, torch.full((1, 4), MASK_ID), MASK_ID, max_steps=2, temperature=0, by_confidence=True
-    )
+    filled = fill(model, torch.full((1, 4), MASK_ID), steps=2, temperature=0, policy="confidence")
     assert filled.tolist() == [[1, 1, 1, 1]]
     assert [s[0].tolist() for s in seen] == [[4, 4, 4, 4], [4, 1, 1, 4]]
 
@@ -74,16 +91,45 @@ def test_by_confidence_fills_a_fixed_share_a_pass_best_first():
 def test_temperature_and_top_k_shape_the_distribution():
     logits = [[0.0, 1.0, 2.0, 3.0, -9.0]]
     x = torch.full((4000, 1), MASK_ID)
-    generator = torch.Generator().manual_seed(0)
     draws = {}
     for name, options in {"plain": {}, "cold": {"temperature": 0.5}, "top": {"top_k": 2}}.items():
-        filled = fill(fixed(logits), x, MASK_ID, generator=generator, **options)
+        filled = fill(fixed(logits), x, **options)
         draws[name] = torch.bincount(filled.flatten(), minlength=5)[:4] / 4000
     scores = torch.arange(4.0)
     torch.testing.assert_close(draws["plain"], scores.softmax(0), atol=0.03, rtol=0)
     torch.testing.assert_close(draws["cold"], (2 * scores).softmax(0), atol=0.03, rtol=0)
     assert draws["top"][:2].sum() == 0
     torch.testing.assert_close(draws["top"][2:], torch.tensor([2.0, 3.0]).softmax(0), atol=0.03, rtol=0)
+
+
+def go_on(model, start, length, block_size, seed=0, samples=(0,), **choice):
+    return continue_causal(
+        scores_of(model), torch.tensor(start), length, MASK_ID, block_size=block_size,
+        choice=Choice(**({"temperature": 0} | choice)), seed=seed, samples=torch.tensor(samples),
+    )  # fmt: skip
+
+
+def test_causal_sampling_draws_by_the_seed_and_the_samples_index_alone():
+    model = lambda x: torch.sin(x.sum(1)[:, None, None] + torch.arange(5.0)).expand(-1, x.shape[1], -1)  # noqa: E731
+    three = go_on(model, [[1]] * 3, 30, 8, samples=(0, 1, 2), temperature=1.0)
+    assert len(three.unique(dim=0)) == 3
+    assert torch.equal(go_on(model, [[1]], 30, 8, samples=(2,), temperature=1.0), three[2:])
+    assert not torch.equal(go_on(model, [[1]], 30, 8, samples=(2,), seed=1, temperature=1.0), three[2:])
+
+
+def test_causal_sampling_draws_every_token_anew():
+    even = lambda x: torch.tensor([0.0, 0.0, 0.0, 0.0, -50.0]).expand(1, x.shape[1], -1)  # noqa: E731
+    words = go_on(even, [[1]], 201, 8, temperature=1.0)[0, 1:]
+    assert words.bincount(minlength=4).min() > 25
+
+
+def test_repetition_counts_words_before_a_place_and_not_its_own_or_later_ones(monkeypatch):
+    monkeypatch.setattr(choosing, "REPETITION_WINDOW", 2)
+    even = fixed([[1.0, 0.5, 0.0, -9.0, -9.0]] * 4)
+    x = torch.tensor([[MASK_ID, 0, MASK_ID, MASK_ID]])
+    assert fill(even, x, temperature=0, repetition=3.0).tolist() == [[0, 0, 1, 1]]  # all at once
+    one = lambda x: torch.tensor([1.0, 0.5, 0.0, -9.0, -9.0]).expand(1, x.shape[1], -1)  # noqa: E731
+    assert go_on(one, [[0]], 6, 8, repetition=3.0).tolist() == [[0, 1, 2, 0, 1, 2]]
 
 
 def test_causal_sampling_appends_and_never_writes_mask():
@@ -93,7 +139,7 @@ def test_causal_sampling_appends_and_never_writes_mask():
         logits[..., MASK_ID] = 99.0
         return logits
 
-    out = continue_causal(successor, torch.tensor([[2]]), 5, MASK_ID, block_size=8, temperature=0)
+    out = go_on(successor, [[2]], 5, block_size=8)
     assert out.tolist() == [[2, 3, 0, 1, 2]]
 
 
@@ -106,7 +152,7 @@ def test_causal_sampling_beyond_block_size_sees_the_last_block_size_tokens():
         logits[:, -1, len(seen) % 4] = 9.0
         return logits
 
-    out = continue_causal(model, torch.tensor([[3, 3]]), 7, MASK_ID, block_size=3, temperature=0)
+    out = go_on(model, [[3, 3]], 7, block_size=3)
     assert out.tolist() == [[3, 3, 1, 2, 3, 0, 1]]
     assert seen == [[3, 3], [3, 3, 1], [3, 1, 2], [1, 2, 3], [2, 3, 0]]
 
@@ -134,7 +180,7 @@ def trained(tmp_path_factory, corpus_folder):
     return Path(config.out_dir)
 
 
-REQUEST = SampleRequest(device="cpu", max_steps=4)
+REQUEST = SampleRequest(device="cpu", steps=5)
 
 
 def write(run_dir, **changes):
@@ -199,7 +245,7 @@ def test_held_out_refuses_a_folder_without_metrics_before_it_fills_and_needs_no_
     (run / FILE).write_text('{"kind": "train", "step": 0}\n')
     assert write(run, held_out=True).splitlines()[-1].endswith("masked tokens restored exactly")
     (run / FILE).unlink()
-    monkeypatch.setattr(texts_module, "fill", lambda *_, **__: pytest.fail("minutes of work for nothing"))
+    monkeypatch.setattr(Writer, "fill", lambda *_: pytest.fail("minutes of work for nothing"))
     with pytest.raises(UserError, match="has no metrics.jsonl"):
         write(run, held_out=True)
 
@@ -208,10 +254,14 @@ def test_held_out_refuses_a_folder_without_metrics_before_it_fills_and_needs_no_
     ("changes", "message"),
     [
         ({"prompt": "red Qz"}, "characters outside the vocabulary: 'Q' 'z'"),
-        ({"prompt": "red green red green"}, "fewer tokens than the text's 16, got 19"),
-        ({"length": 17}, "length must be at most block_size 16, got 17"),
+        (
+            {"prompt": "red green red green"},
+            "fewer tokens than the text's 16, got 19; give a greater length",
+        ),
+        ({"prompt": "red green red gr"}, "fewer tokens than the text's 16, got 16; give a greater length"),
+        ({"length": 170, "steps": 20}, "steps must be at least 22, one for each block of the text, got 20"),
+        ({"block_length": 17}, "block_length must be at least 0 and at most block_size 16, got 17"),
         ({"infill": "red"}, "at least four underscores"),
-        ({"infill": "____" * 5}, "at most block_size 16 tokens, got 20"),
         ({"checkpoint": "3"}, "no checkpoint '3'; steps there: 0, 40"),
         ({"device": "tpu9"}, "device"),
     ],
@@ -224,10 +274,13 @@ def test_what_does_not_fit_is_named(trained, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be at least 0 .*, got -1.0"),
-        ({"temperature": float("nan")}, "temperature must be at least 0 .*, got nan"),
+        ({"temperature": -1.0}, "temperature must be finite and at least 0, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be finite and at least 0, got nan"),
         ({"num_samples": 0}, "num_samples must be at least 1 .*, got 0"),
-        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"steps": 0}, "steps must be at least 1 .*, got 0"),
+        ({"length": 0}, "length must be at least 1 .*, got 0"),
+        ({"policy": "magic"}, "policy must be one of fill, confidence"),
+        ({"policy": "fill", "suspect": 0.3}, "policy fill does not take suspect"),
         ({"share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
     ],
 )
@@ -240,45 +293,43 @@ def test_numbers_out_of_range_are_named(changes, message):
 def test_a_gpt2_run_continues_a_prompt_beyond_block_size_and_refuses_gaps(tiny, position):
     config = tiny(mode="gpt2", max_iters=2, position=position)
     train(config)
-    text = write(Path(config.out_dir), prompt="red")
+    text = write(Path(config.out_dir), steps=None, prompt="red")
     assert text.startswith("red")
     assert len(text) == 16
-    longer = write(Path(config.out_dir), prompt="red", length=40)
+    longer = write(Path(config.out_dir), steps=None, prompt="red", length=40)
     assert longer.startswith(text)
     assert len(longer) == 40
-    assert len(write(Path(config.out_dir), prompt="red green red green", length=21)) == 21
+    assert len(write(Path(config.out_dir), steps=None, prompt="red green red green", length=21)) == 21
     with pytest.raises(UserError, match="fewer tokens than the text's 16, got 19; give a greater length"):
-        write(Path(config.out_dir), prompt="red green red green")
+        write(Path(config.out_dir), steps=None, prompt="red green red green")
     with pytest.raises(UserError, match="gpt2 mode, which cannot fill gaps"):
-        write(Path(config.out_dir), held_out=True)
+        write(Path(config.out_dir), steps=None, held_out=True)
 
 
-def test_sampling_sees_the_logits_that_the_loss_does(tiny, monkeypatch):
+def test_sampling_sees_the_logits_that_the_loss_does(tiny):
     """With the softcap, and without [MASK]: at temperature 0 as well, and in the probabilities drawn from."""
-    drawn, real = [], torch.multinomial
-    monkeypatch.setattr(
-        torch, "multinomial", lambda p, *a, **o: (drawn.append(p.clone()), real(p, *a, **o))[1]
-    )
     config = tiny(recipe="mdlm", softcap=2.0, max_iters=1)
-    model = fixed([[1.0, 3.0, 2.9, -1.0, 99.0]])
-    logits_of = bent_logits(model, MASK_ID, config)
+    bent = lambda logits: lambda x: bend_rows(fixed(logits)(x)[0], MASK_ID, config)[None]  # noqa: E731
     x = torch.full((1, 1), MASK_ID)
-    assert fill(model, x, MASK_ID, temperature=0).tolist() == [[1]]
-    assert model.passes == 65, "[MASK], the most probable, was answered in all passes but the last"
-    model.passes = 0
-    assert fill(logits_of, x, MASK_ID, temperature=0).tolist() == [[1]]
-    assert model.passes == 1
-    fill(logits_of, x, MASK_ID, temperature=0.5)
+    logits = [[1.0, 3.0, 2.9, -1.0, 99.0]]
+    state, scores = settled(fixed(logits), x, MASK_ID, "fill", 65, Choice(temperature=0))
+    assert state.x.tolist() == [[1]]
+    assert scores.passes == 65, "[MASK], the most probable, was answered in all passes but the last"
+    state, scores = settled(bent(logits), x, MASK_ID, "fill", 65, Choice(temperature=0))
+    assert state.x.tolist() == [[1]]
+    assert scores.passes == 1
     capped = 2.0 * torch.tanh(torch.tensor([1.0, 3.0, 2.9, -1.0]) / 2.0)
     expected = torch.cat(((capped / 0.5).softmax(0), torch.zeros(1)))
-    torch.testing.assert_close(drawn[-1], expected[None])
+    torch.testing.assert_close(
+        choosing.probabilities(bent(logits)(x)[0], Choice(temperature=0.5))[0], expected
+    )
     # Where the cap makes them alike, the order of filling by confidence changes too.
     two = [[60.0, 0.0, 0.0, 0.0, 0.0], [5.0, -9.0, -9.0, -9.0, 0.0]]
     orders = []
-    for logits in (fixed(two), bent_logits(fixed(two), MASK_ID, config)):
+    for logits_of in (fixed(two), bent(two)):
         seen = []
-        watched = lambda x, f=logits, seen=seen: (seen.append(x.clone()), f(x))[1]  # noqa: E731
-        fill(watched, torch.full((1, 2), MASK_ID), MASK_ID, max_steps=2, temperature=0, by_confidence=True)
+        watched = lambda x, f=logits_of, seen=seen: (seen.append(x.clone()), f(x))[1]  # noqa: E731
+        fill(watched, torch.full((1, 2), MASK_ID), steps=2, temperature=0, policy="confidence")
         orders.append((seen[1] != MASK_ID).int().tolist())
     assert orders == [[[1, 0]], [[0, 1]]]
 
@@ -290,28 +341,93 @@ def test_a_model_without_terms_is_asked_as_it_is(tiny):
         assert bent_logits(model, MASK_ID, tiny(**changes)) is not model
 
 
+def calls_of(monkeypatch):
+    """The ids of each call of a model from now on."""
+    calls, real = [], Transformer.forward
+    monkeypatch.setattr(
+        Transformer, "forward", lambda self, x, **how: (calls.append(x.clone()), real(self, x, **how))[1]
+    )
+    return calls
+
+
 def test_a_run_that_never_answers_mask_fills_its_steps_share_in_each_pass(tiny, monkeypatch):
     config = tiny(recipe="mdlm", softcap=3.0, max_iters=2)
     train(config)
-    calls, real = [], texts_module.fill
-
-    def spy(logits_of, x, mask_id, **options):
-        calls.append((logits_of(x), options))
-        return real(logits_of, x, mask_id, **options)
-
-    monkeypatch.setattr(texts_module, "fill", spy)
-    for changes in ({}, {"held_out": True}):
+    calls = calls_of(monkeypatch)
+    for changes, n_masked in (
+        ({}, [16, 12, 9, 6, 3]),
+        ({"held_out": True, "share": 1.0}, [80, 60, 45, 30, 15]),
+    ):
         write(Path(config.out_dir), **changes)
-        logits, options = calls.pop()
-        assert options["by_confidence"]
-        assert logits[..., -1].eq(-torch.inf).all()
-        assert logits[..., :-1].abs().max() < 3.0
+        assert [int((x == x.max()).sum()) for x in calls] == n_masked
+        calls.clear()
+    with pytest.raises(UserError, match="policy remask needs a model .* recipe mdlm does not"):
+        write(Path(config.out_dir), policy="remask")
+    writer = Writer(
+        find_checkpoint(Path(config.out_dir), "best").make_model(torch.device("cpu")), None, config
+    )
+    scores = ModelScores(writer.module, config, writer.module.head.weight.shape[0] - 1)
+    x = torch.zeros(1, 4, dtype=torch.int64)
+    logits = scores(x, x == 0)
+    assert logits[..., -1].eq(-torch.inf).all()
+    assert logits[..., :-1].abs().max() < 3.0
+    torch.testing.assert_close(logits[2:3], scores(x, torch.tensor([[False, False, True, False]])))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_steps_are_the_calls_of_the_model_for_every_policy(trained, monkeypatch, policy, steps):
+    calls = calls_of(monkeypatch)
+    text = write(trained, policy=policy, steps=steps, prompt="red ", num_samples=3)
+    assert "_" not in text
+    if policy in ("fill", "ancestral"):  # may have written all before
+        assert 1 <= len(calls) <= steps
+    else:
+        assert len(calls) == steps
+    calls.clear()
+    write(trained, policy=policy, steps=14, length=50)
+    assert len(calls) <= 14
+    assert policy in ("fill", "ancestral") or len(calls) == 14
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_text_is_the_same_alone_and_among_others_of_any_length(trained, policy):
+    for length in (12, 40):
+        options = {"policy": policy, "steps": 8, "length": length, "prompt": "red ", "temperature": 1.0}
+        many = write(trained, num_samples=4, **options)
+        assert many.startswith("--- 1\n" + write(trained, **options) + "\n--- 2\n")
+
+
+def test_a_text_of_any_length_keeps_its_prompt_and_the_text_around_its_gaps(trained):
+    prompt = "red green blue white black grey "
+    text = write(trained, prompt=prompt, length=100, steps=20)
+    assert len(text) == 100
+    assert text.startswith(prompt)
+    template = "red ____een " * 5 + "green"
+    text = write(trained, infill=template, steps=20)
+    assert len(text) == len(template)
+    assert all(t in ("_", c) for t, c in zip(template, text, strict=True))
+
+
+def test_a_model_whose_numbers_are_not_finite_is_named(trained):
+    checkpoint = find_checkpoint(trained, "best")
+    module = checkpoint.make_model(torch.device("cpu"))
+    with torch.no_grad():
+        module.norm.weight[0] = math.nan
+    with pytest.raises(UserError, match="the model gives NaN or infinity: its checkpoint is broken"):
+        write_texts(Writer(module, checkpoint.vocabulary, checkpoint.config), REQUEST)
+
+
+def test_a_gpt2_run_has_no_use_for_a_policy_or_steps(tiny):
+    config = tiny(mode="gpt2", max_iters=1)
+    train(config)
+    for name, value in {"policy": "fill", "steps": 3, "block_length": 2}.items():
+        with pytest.raises(UserError, match=f"a pass a token, and takes no {name}"):
+            write(Path(config.out_dir), **{"steps": None, name: value})
 
 
 def test_a_temperature_near_zero_is_greedy_and_does_not_overflow():
-    filled = fill(
-        fixed([[0.0, 1.0, 2.0, 3.0, -9.0]]), torch.full((50, 1), MASK_ID), MASK_ID, temperature=1e-40
-    )
+    filled = fill(fixed([[0.0, 1.0, 2.0, 3.0, -9.0]]), torch.full((50, 1), MASK_ID), temperature=1e-40)
     assert (filled == 3).all()
 
 
@@ -326,7 +442,7 @@ def test_a_run_on_ids_without_text_can_still_write(tiny, tmp_path, mode):
     (folder / "meta.json").write_text('{"vocab_size": 9}')
     config = tiny(data=str(folder), mode=mode, max_iters=1)
     train(config)
-    assert write(Path(config.out_dir)).count("<") == 16
+    assert write(Path(config.out_dir), steps=None).count("<") == 16
     with pytest.raises(UserError, match="text cannot be encoded"):
         write(Path(config.out_dir), prompt="a")
 

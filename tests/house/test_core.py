@@ -103,7 +103,8 @@ def test_every_command_runs(tmp_path):
         "report": ["report", run],
         "plot": ["plot", run],
         "evaluate": ["evaluate", run, "--windows", 4, "--draws", 1, "--device", "cpu"],
-        "sample": ["sample", run, "--prompt", "red ", "--max_steps", 2, "--device", "cpu"],
+        "repair": ["repair", run, text, "--check", "--suspect", 1, "--device", "cpu"],
+        "sample": ["sample", run, "--prompt", "red ", "--steps", 2, "--device", "cpu"],
     }
     assert set(commands) == {module.__name__.split(".")[-1] for module in COMMANDS}
     written = {}

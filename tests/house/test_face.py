@@ -28,6 +28,7 @@ FACE = sorted(
         "UserError",
         "__version__",
         "learning_rate",
+        "load",
         "masking_penalties",
     ]
 )

@@ -114,7 +114,9 @@ TRAINER = {
         "errors", "progress", "config", "schedule", "data", "runtime", "loss", "checkpoints", "difftrain_kernels",
         "numpy", "torch",
     },
-    "sampling": {"errors", "progress", "config", "data", "runtime", "loss", "reporting", "checkpoints", "torch"},
+    "sampling": {
+        "errors", "progress", "config", "data", "model", "runtime", "loss", "reporting", "checkpoints", "torch",
+    },
     "training": {
         "errors", "progress", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",
         "reporting", "checkpoints", "difftrain_kernels", "torch", "tqdm",
@@ -123,7 +125,7 @@ TRAINER = {
         "errors", "progress", "config", "data", "evaluation", "reporting", "runtime", "sampling", "training", "shtab",
     },
     "hf_kernel": {"errors", "config"},
-    "__init__": {"errors", "config", "schedule", "difftrain_kernels"},
+    "__init__": {"errors", "config", "schedule", "sampling", "difftrain_kernels"},
     "__main__": {"cli"},
 }  # fmt: skip
 

@@ -1,0 +1,105 @@
+"""``difftrain repair``: a text's wrong words found, and written anew."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "repair",
+        help="find and replace the wrong words of a text",
+        description="Find the words of a text that a trained model thinks wrong, write them anew, and print the "
+        "repaired text.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument("file", metavar="FILE", help="a text, or - for standard input")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
+        "--diff", action="store_true", help="print the changed lines alone, changed words marked"
+    )
+    shown.add_argument(
+        "--json", action="store_true", help="print the text and its edits as one JSON object"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing, name what is suspected; exit code 1 if anything is",
+    )
+    parser.add_argument(
+        "--suspect", type=float, default=0.5, metavar="P",
+        help="take a word for wrong from this probability on [0.5]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_changes", type=int, metavar="N", help="at most N words, the most suspected first [all]"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=8, metavar="N", help="passes that write a window's words anew [8]"
+    )
+    parser.add_argument(
+        "--keep_unknown", action="store_true", help="leave characters outside the vocabulary as they are"
+    )
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="WHICH", help="best, latest or a step [best]"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
+    parser.set_defaults(command=_run, parser=parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from difftrain.errors import UserError
+    from difftrain.sampling.loaded import load
+    from difftrain.sampling.marking import diff_lines, place_lines, to_json
+    from difftrain.sampling.repairing import RepairRequest
+
+    if args.diff and args.check:
+        raise UserError("--diff shows what was changed, and --check changes nothing")
+    names = [field.name for field in dataclasses.fields(RepairRequest)]
+    options = {name: getattr(args, name) for name in names}
+    RepairRequest(**options)  # before a model is loaded
+    name, text = _read(args.file)
+    repaired = load(args.run, args.checkpoint, args.device).repair(text, **options)
+    if args.json:
+        _write(to_json(repaired) + "\n")
+    elif args.check:
+        _write("".join(f"{line}\n" for line in place_lines(name, repaired)))
+    elif args.diff:
+        is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        _write("".join(f"{line}\n" for line in diff_lines(text, repaired, is_coloured=is_coloured)))
+    else:
+        _write(repaired.text)
+    return int(args.check and bool(repaired.edits))
+
+
+def _read(file: str) -> tuple[str, str]:
+    """What a text is called, and the text as it is; raises UserError where it is none."""
+    from difftrain.config.paths import expand_path
+    from difftrain.data.texts import NotText, decode_text
+    from difftrain.errors import UserError
+
+    if file == "-" and sys.stdin is None:
+        raise UserError("standard input is closed; give a file")
+    name = "standard input" if file == "-" else expand_path(file)
+    try:
+        text = decode_text(sys.stdin.buffer.read() if file == "-" else Path(name).read_bytes(), "keep")
+    except NotText as what:
+        raise UserError(f"{name} cannot be repaired: it is {what}") from None
+    if not text:
+        raise UserError(f"{name} is empty")
+    return name, text
+
+
+def _write(text: str) -> None:
+    """A text to standard output as it is, whatever encoding and line ends that has."""
+    sys.stdout.flush()
+    binary = getattr(sys.stdout, "buffer", None)
+    if binary:
+        binary.write(text.encode("utf-8", "surrogatepass"))
+        binary.flush()
+    else:
+        sys.stdout.write(text)

@@ -1,0 +1,215 @@
+"""Repairing a text: which of its words the model thinks wrong, and what it would write there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from difftrain.data.vocabulary import Vocabulary
+from difftrain.errors import UserError
+from difftrain.progress import progress
+from difftrain.sampling.choosing import Choice
+from difftrain.sampling.policies import make_policy
+from difftrain.sampling.settling import State, settle
+from difftrain.sampling.writing import Writer
+
+LOGITS = 2**24  # numbers that one pass of the model makes at most
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A word that the model thinks wrong.
+
+    Attributes:
+        position: its first character in the text it was found in, counted from 0.
+        line, column: the same place, counted from 1.
+        old: the word.
+        suspicion: how much of the probability at its place the model gives to all but this word.
+        new: what it was replaced by; None where it was only marked.
+        probability: what the model gives to the new word in the repaired text.
+    """
+
+    position: int
+    line: int
+    column: int
+    old: str
+    suspicion: float
+    new: str | None = None
+    probability: float | None = None
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A repaired text, and what was changed in it, by position; where it was only checked, what was marked."""
+
+    text: str
+    edits: tuple[Edit, ...]
+
+
+@dataclass(frozen=True)
+class RepairRequest:
+    """How a text is repaired; the fields are options of ``difftrain repair``.
+
+    Attributes:
+        suspect: the suspicion from which on a word is taken for wrong.
+        max_changes: so many words at most, those under the greatest suspicion; None: all.
+        steps: passes of the model in which the words of one window are written anew.
+        keep_unknown: leave characters that the vocabulary does not hold as they are; the model sees [MASK] there.
+        check: only mark.
+    """
+
+    suspect: float = 0.5
+    max_changes: int | None = None
+    steps: int = 8
+    keep_unknown: bool = False
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.suspect <= 1:
+            raise UserError(f"suspect must be in (0, 1], got {self.suspect}")
+        if self.max_changes is not None and not 0 <= self.max_changes < 2**31:
+            raise UserError(f"max_changes must be at least 0 and below 2^31, got {self.max_changes}")
+        if not 1 <= self.steps < 2**31:
+            raise UserError(f"steps must be at least 1 and below 2^31, got {self.steps}")
+
+
+def repair(writer: Writer, text: str, request: RepairRequest) -> Repair:
+    """Mark the words of a text that the model thinks wrong, and write them anew in sight of the others.
+
+    The text may have any length: windows of what the model takes overlap by half, and each decides on its middle.
+    Nothing is drawn: the same text gives the same result.
+
+    Raises:
+        UserError: the model was not taught to find wrong words, or the text is not made of its words.
+    """
+    config, vocabulary = writer.config, writer.vocabulary
+    if not config.has_penalties:
+        what = "gpt2 mode" if config.mode == "gpt2" else f"recipe {config.recipe}"
+        raise UserError(
+            f"repair needs a model that was taught to find wrong words, which {what} does not do"
+        )
+    ids, unknown = _encode(text, vocabulary, keep_unknown=request.keep_unknown)
+    x = torch.tensor(ids, dtype=torch.int64, device=writer.device)
+    is_known = x != vocabulary.mask_id
+    suspicion = 1.0 - _own_probabilities(writer, x, is_known)
+    suspects = suspicion >= request.suspect
+    if request.max_changes is not None:
+        order = suspicion.masked_fill(~suspects, -1.0).argsort(descending=True, stable=True)
+        suspects[order[request.max_changes :]] = False
+    written = x if request.check else _write_anew(writer, x, suspects, request.steps)
+    changed = suspects if request.check else written != x
+    edits = _edits(text, ids, changed, suspicion, vocabulary, unknown)
+    if not request.check and edits:
+        p = _own_probabilities(writer, written, changed)[changed].tolist()
+        words = [vocabulary.decode_words([i]) for i in written[changed].tolist()]
+        edits = [replace(e, new=new, probability=p) for e, new, p in zip(edits, words, p, strict=True)]
+    return Repair(_decode(written.tolist(), vocabulary, unknown), tuple(edits))
+
+
+def _encode(text: str, vocabulary: Vocabulary, *, keep_unknown: bool) -> tuple[list[int], dict[int, str]]:
+    """Ids of a text, [MASK] for characters that are not in the vocabulary, and these by their place among the ids."""
+    ids, unknown = vocabulary.encode_known(text) if keep_unknown else (vocabulary.encode(text), {})
+    if _decode(ids, vocabulary, unknown) != text:
+        raise UserError(
+            "the run's tokenizer does not give this text back as it is, so it cannot be repaired"
+        )
+    return ids, unknown
+
+
+def _decode(ids: list[int], vocabulary: Vocabulary, unknown: dict[int, str]) -> str:
+    parts, begin = [], 0
+    for place, character in unknown.items():
+        parts += [vocabulary.decode_words(ids[begin:place]), character]
+        begin = place + 1
+    return "".join((*parts, vocabulary.decode_words(ids[begin:])))
+
+
+def cut_windows(length: int, block_size: int) -> list[tuple[slice, slice]]:
+    """Windows that cover ``length`` tokens and overlap by half, and the part of the text that each decides on.
+
+    All windows are equally long, and the parts lie side by side.
+    """
+    size = min(length, block_size)
+    starts = [*range(0, length - size, max(1, size // 2)), length - size] if length else []
+    ends = [(a + size + b) // 2 for a, b in pairwise(starts)]  # amid each overlap
+    bounds = [0, *ends, length]
+    return [
+        (slice(start, start + size), slice(*own))
+        for start, own in zip(starts, pairwise(bounds), strict=False)
+    ]
+
+
+def _batches(writer: Writer, is_asked: Tensor) -> Iterator[tuple[list[slice], Tensor]]:
+    """Windows in which something is asked for, (b) of them at a time, and what each is to decide on: (b, T) bool."""
+    windows = cut_windows(len(is_asked), writer.config.block_size)
+    asked = is_asked.tolist()
+    windows = [(window, own) for window, own in windows if any(asked[own])]
+    size = max(1, LOGITS // (writer.config.block_size * writer.vocabulary.vocab_size))
+    for i in progress(range(0, len(windows), size), what="reading", unit="pass"):
+        batch = windows[i : i + size]
+        where = torch.zeros(
+            len(batch), len(is_asked[batch[0][0]]), dtype=torch.bool, device=is_asked.device
+        )
+        for row, (window, own) in zip(where, batch, strict=True):
+            inside = slice(own.start - window.start, own.stop - window.start)
+            row[inside] = is_asked[own]
+        yield [window for window, _ in batch], where
+
+
+def _own_probabilities(writer: Writer, x: Tensor, is_asked: Tensor) -> Tensor:
+    """The probability of the word that stands at each place of x (T,) that is asked for; 1 elsewhere."""
+    scores = writer.scores
+    p = torch.ones(len(x), dtype=torch.float32, device=x.device)
+    for windows, where in _batches(writer, is_asked):
+        ids = torch.stack([x[w] for w in windows])
+        own = scores(ids, where).softmax(-1).gather(-1, ids[where][:, None]).squeeze(-1)
+        for window, row, values in zip(windows, where, own.split(where.sum(1).tolist()), strict=True):
+            p[window][row] = values
+    return p
+
+
+def _write_anew(writer: Writer, x: Tensor, suspects: Tensor, steps: int) -> Tensor:
+    """The text with its suspects written anew, most certain first, each in sight of the window around it."""
+    mask_id = writer.vocabulary.mask_id
+    masked = x.masked_fill(suspects, mask_id)
+    written = x.clone()
+    for windows, where in _batches(writer, suspects):
+        state = State.of(torch.stack([masked[w] for w in windows]), mask_id, where)
+        settle(
+            writer.scores, state, mask_id, make_policy("confidence"),
+            steps=steps, choice=Choice(temperature=0.0), seed=0,
+            samples=torch.arange(len(windows), dtype=torch.int64, device=x.device),
+        )  # fmt: skip
+        for window, row, ids in zip(windows, where, state.x, strict=True):
+            written[window][row] = ids[row]
+    return written
+
+
+def _edits(
+    text: str,
+    ids: list[int],
+    changed: Tensor,
+    suspicion: Tensor,
+    vocabulary: Vocabulary,
+    unknown: dict[int, str],
+) -> list[Edit]:
+    edits, position, before = [], 0, 0
+    for place in changed.nonzero().flatten().tolist():
+        between = {i - before: c for i, c in unknown.items() if before <= i < place}
+        position += len(_decode(ids[before:place], vocabulary, between))
+        before = place
+        line_start = text.rfind("\n", 0, position) + 1
+        edits.append(
+            Edit(
+                position,
+                text.count("\n", 0, position) + 1,
+                position - line_start + 1,
+                vocabulary.decode_words([ids[place]]),
+                suspicion[place].item(),
+            )
+        )
+    return edits

@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+import difftrain
+from difftrain.errors import UserError
+from difftrain.sampling.policies import POLICIES
+from difftrain.training.loop import train
+from ring_model import ring
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, corpus_folder):
+    from difftrain.config import Config
+
+    config = Config(
+        out_dir=str(tmp_path_factory.mktemp("loaded") / "run"), data=str(corpus_folder), device="cpu",
+        block_size=16, batch_size=8, n_layer=1, n_head=2, n_embd=16, max_iters=2, eval_interval=1, eval_iters=2,
+        eval_batch_size=2, warmup_iters=1, softcap=3.0, keep_checkpoints=3,
+    )  # fmt: skip
+    train(config)
+    return Path(config.out_dir)
+
+
+def test_a_run_a_checkpoint_by_name_and_its_folder_are_loaded(run, monkeypatch):
+    latest = difftrain.load(run, "latest", device="cpu")
+    assert (latest.step, latest.config.block_size, latest.module.training) == (2, 16, False)
+    assert difftrain.load(str(run), checkpoint="1", device="cpu").step == 1
+    folder = difftrain.load(run / "checkpoints" / "step-00000002", device="cpu")
+    for name, weight in latest.module.state_dict().items():
+        assert torch.equal(weight, folder.module.state_dict()[name])
+    monkeypatch.setenv("PLACE", str(run.parent))
+    assert difftrain.load("$PLACE/run", device="cpu").tokenizer == latest.tokenizer
+    with pytest.raises(UserError, match="is not a run folder"):
+        difftrain.load(run / "checkpoints")
+    with pytest.raises(UserError, match="has no checkpoint '9'; steps there: 0, 1, 2"):
+        difftrain.load(run, "9")
+
+
+def test_logits_are_those_of_the_loss(run):
+    model = difftrain.load(run, device="cpu")
+    ids = torch.tensor([model.tokenizer.encode("red gr"), [model.tokenizer.mask_id] * 6])
+    logits = model.logits(ids)
+    assert logits.shape == (2, 6, model.tokenizer.vocab_size)
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits, 3.0 * torch.tanh(model.module(ids) / 3.0).detach())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_steps_are_calls_of_the_module_the_prompt_stays_and_one_text_is_the_first_of_many(policy):
+    model = ring(letters="abcdefgh")
+    for length in (12, 40):
+        texts = []
+        for n in (1, 5):
+            before = model.module.calls
+            texts.append(model.sample(n, length=length, steps=9, policy=policy, prompt="hgf", seed=3))
+            assert 1 <= model.module.calls - before <= 9
+            assert policy in ("fill", "ancestral") or model.module.calls - before == 9
+        one, five = texts
+        assert [len(text) for text in five] == [length] * 5
+        assert all(text.startswith("hgf") for text in five)
+        assert len(set(five)) == 5
+        assert one == five[:1]
+
+
+def test_without_steps_a_block_size_takes_64_and_fill_one_more():
+    model = ring(block_size=200)
+    model.module.forward = lambda x, return_hidden: torch.tensor([0.0] * 5 + [9.0]).expand(*x.shape, 6)
+    for policy, length, n in (("", 200, 65), ("margin", 200, 64), ("fill", 201, 129)):
+        calls, real = [], model.module.forward
+        model.module.forward = lambda x, c=calls, r=real, **how: (c.append(1), r(x, **how))[1]
+        model.sample(policy=policy, length=length, temperature=0)
+        assert len(calls) == n
+        model.module.forward = real
+
+
+def test_samples_and_repairs_print_nothing_and_keep_types(run, capfd):
+    model = difftrain.load(run, device="cpu")
+    capfd.readouterr()
+    assert [type(t) for t in model.sample(2, length=9, infill=None, steps=2)] == [str, str]
+    assert len(model.sample(infill="red ____", steps=2)[0]) == 8
+    repaired = model.repair("red green")
+    assert type(repaired.text) is str
+    assert type(repaired.edits) is tuple
+    assert model.repair("").text == ""
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"n": 0}, "num_samples must be at least 1"),
+        ({"length": 0}, "length must be at least 1"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"policy": "magic"}, "policy must be one of"),
+        ({"prompt": "abcde" * 4}, "the prompt must have fewer tokens than the text's 16, got 20"),
+        ({"infill": "abc"}, "an infill text must have a gap"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(options, told):
+    with pytest.raises(UserError, match=told):
+        ring().sample(**options)

@@ -1,0 +1,130 @@
+import io
+import json
+import re
+
+import pytest
+
+from difftrain.cli import main
+from difftrain.data.vocabulary import Characters
+from difftrain.sampling import showing
+from difftrain.sampling.showing import Frames, Terminal, coloured_lines, write_page
+
+WORDS = Characters(tuple("ab<\n"))
+M = WORDS.mask_id
+PASSES = [[0, M, M, M], [0, 1, 2, M], [0, 1, M, 3], [0, 0, 1, 3]]
+
+
+def shown(watch, passes=PASSES):
+    for ids in passes:
+        watch(ids, WORDS)
+    return watch
+
+
+def test_each_pass_tells_what_was_written_and_what_was_sent_back():
+    assert shown(Frames("#")).frames == [
+        [("a", "settled"), ("###", "masked")],
+        [("a", "settled"), ("b<", "fresh"), ("#", "masked")],
+        [("ab", "settled"), ("#", "back"), ("\n", "fresh")],
+        [("a", "settled"), ("ab", "fresh"), ("\n", "settled")],
+    ]
+
+
+def test_lines_keep_their_width_and_a_control_character_moves_nothing():
+    frame = [("abcdefg\nhi", "settled"), ("\tj\x1bk", "fresh")]
+    lines = list(coloured_lines(frame, 5))
+    bare = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in lines]
+    assert bare == ["abcde", "fg", "hi   ", " j\N{REPLACEMENT CHARACTER}k"]
+    assert lines[3] == "\x1b[1;92m j\N{REPLACEMENT CHARACTER}k\x1b[0m"
+
+
+def test_frames_on_a_terminal_are_drawn_over_one_another_and_go(monkeypatch, capsys):
+    monkeypatch.setattr(showing, "DELAY", 0.0)
+    shown(Terminal("#")).clear()
+    out = capsys.readouterr().out
+    drawn = out.split("\x1b[J")
+    assert [re.findall(r"\x1b\[(\d+)A", frame) for frame in drawn] == [[], ["1"], ["1"], ["2"], ["2"], []]
+    assert "\x1b[91m#\x1b[0m" in drawn[2]
+    assert "\x1b[2m###\x1b[0m" in drawn[0]
+
+
+def test_more_lines_than_the_terminal_has_show_their_end(monkeypatch, capsys):
+    monkeypatch.setattr(showing, "DELAY", 0.0)
+    monkeypatch.setenv("LINES", "4")
+    monkeypatch.setenv("COLUMNS", "40")
+    shown(Terminal("#"), [[3, 3, 3, 3, 3, 0]] * 2)
+    assert re.findall(r"\x1b\[(\d+)A", capsys.readouterr().out) == ["3"]
+
+
+def test_a_page_holds_every_frame_whatever_its_words(tmp_path):
+    frames = [[("</script><b>&\u2591", "fresh")]]
+    write_page(frames, tmp_path / "a.html", "a < b")
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert page.count("</script>") == 1
+    assert "<title>a &lt; b</title>" in page
+    assert "http" not in page
+    (data,) = re.findall(r"^const frames = (.*);$", page, re.MULTILINE)
+    assert [[tuple(run) for run in frame] for frame in json.loads(data)] == frames
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, corpus_folder):
+    from difftrain.config import Config
+    from difftrain.training.loop import train
+
+    config = Config(
+        out_dir=str(tmp_path_factory.mktemp("showing") / "run"), data=str(corpus_folder), device="cpu",
+        block_size=16, batch_size=8, n_layer=1, n_head=2, n_embd=16, max_iters=1, eval_iters=2, eval_batch_size=2,
+    )  # fmt: skip
+    train(config)
+    return config.out_dir
+
+
+class Screen(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def test_the_command_shows_on_a_terminal_alone_and_writes_its_page(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(showing, "DELAY", 0.0)
+    capsys.readouterr()
+    words = ["sample", run, "--device", "cpu", "--policy", "confidence", "--steps", "4", "--prompt", "red "]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    page = tmp_path / "page.html"
+    assert main([*words, "--show", "--html", str(page)]) == 0
+    assert capsys.readouterr().out == text
+    (data,) = re.findall(r"^const frames = (.*);$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    frames = json.loads(data)
+    assert len(frames) == 1 + 4
+    assert "".join(words for words, _ in frames[-1]) == text.removesuffix("\n")
+    screen = Screen()
+    monkeypatch.setattr("sys.stdout", screen)
+    assert main([*words, "--show", "--html", str(page)]) == 0
+    assert screen.getvalue().count("\x1b[J") == 1 + 4 + 1
+    assert screen.getvalue().endswith("\x1b[J" + text)
+    assert (
+        json.loads(re.findall(r"^const frames = (.*);$", page.read_text(encoding="utf-8"), re.MULTILINE)[0])
+        == frames
+    )
+
+
+def test_a_text_of_several_blocks_is_seen_whole(run, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert (
+        main(["sample", run, "--device", "cpu", "--length", "40", "--steps", "9", "--html", str(page)]) == 0
+    )
+    (data,) = re.findall(r"^const frames = (.*);$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {sum(len(words) for words, _ in frame) for frame in json.loads(data)} == {40}
+
+
+def test_gpt2_mode_has_nothing_to_show(tiny, tmp_path, capsys):
+    from difftrain.training.loop import train
+
+    train(tiny(mode="gpt2", max_iters=1))
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert main(["sample", str(tmp_path / "run"), "--device", "cpu", "--html", str(page)]) == 2
+    assert "there is nothing to see settle" in capsys.readouterr().err
+    assert not page.exists()
