@@ -115,12 +115,14 @@ TRAINER = {
         "numpy", "torch",
     },
     "sampling": {"errors", "progress", "config", "data", "runtime", "loss", "reporting", "checkpoints", "torch"},
+    "exchange": {"errors", "config", "data", "model", "loss", "reporting", "checkpoints", "torch", "transformers"},
     "training": {
         "errors", "progress", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",
         "reporting", "checkpoints", "difftrain_kernels", "torch", "tqdm",
     },
     "cli": {
-        "errors", "progress", "config", "data", "evaluation", "reporting", "runtime", "sampling", "training", "shtab",
+        "errors", "progress", "config", "data", "evaluation", "exchange", "reporting", "runtime", "sampling",
+        "training", "shtab",
     },
     "hf_kernel": {"errors", "config"},
     "__init__": {"errors", "config", "schedule", "difftrain_kernels"},
