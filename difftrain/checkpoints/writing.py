@@ -61,7 +61,7 @@ def save_checkpoint(
         best_step: the step whose checkpoint the pointer ``best`` is to name; None leaves it as it is.
     """
     with writing_aside(run_dir, step) as aside:
-        with _as_os_error():
+        with as_os_error():
             save_file(optimizer, aside / OPTIMIZER / "optimizer.safetensors")
         return complete_checkpoint(aside, weights, state, config, vocabulary, best_step=best_step)
 
@@ -86,7 +86,7 @@ def write_shards(aside: Path, optimizer: dict[str, Tensor]) -> None:
 
     writer = checkpoint.HuggingFaceStorageWriter(str(aside / OPTIMIZER), save_distributed=True)
     try:
-        with _as_os_error():
+        with as_os_error():
             checkpoint.save(optimizer, storage_writer=writer)
     except checkpoint.CheckpointException as error:
         reason = str(error).strip().splitlines()[-1]
@@ -109,7 +109,7 @@ def complete_checkpoint(
         "config": dataclasses.asdict(config),
         "vocabulary": vocabulary.to_meta(),
     }
-    with _as_os_error():
+    with as_os_error():
         save_file(weights, aside / WEIGHTS)
     (aside / CONFIG).write_text(json.dumps(description), encoding="utf-8")
     (aside / STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -120,13 +120,13 @@ def complete_checkpoint(
         json.dumps({file: digest_of(aside / file) for file in files}), encoding="utf-8"
     )
     for path in (*(aside / file for file in files), aside / DIGESTS, aside / OPTIMIZER, aside):
-        _flush(path)
+        flush(path)
     open_checkpoint(aside)
     folder = home / name
     if folder.exists():  # a fallback run comes by this step again
         folder.rename(home / f".old-{name}")
     aside.rename(folder)
-    _flush(home)
+    flush(home)
     _point(home, "latest", name)
     point_to_best(home, best_step)
     kept = {read_pointer(home, "best"), read_pointer(home, "latest")}
@@ -148,9 +148,9 @@ def point_to_best(home: Path, step: int | None) -> None:
 def _point(home: Path, name: str, target: str) -> None:
     aside = home / f".writing-{name}"
     aside.write_text(pointer_text(target), encoding="utf-8")
-    _flush(aside)
+    flush(aside)
     aside.replace(home / name)
-    _flush(home)
+    flush(home)
 
 
 def remove_leftovers(run_dir: Path) -> None:
@@ -168,7 +168,8 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file or a folder on the disk before anything that is done next."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         # Some file systems refuse to flush a folder; the rename is still atomic there.
@@ -179,7 +180,7 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _as_os_error() -> Iterator[None]:
+def as_os_error() -> Iterator[None]:
     """Let a writer that hides the system's error in its own text fail with that error."""
     try:
         yield

@@ -44,7 +44,7 @@ def read_folder(folder: Path, say: Callable[[str], None] | None = None) -> Corpu
     """
     meta: dict[str, Any] = {}
     if (folder / "meta.json").exists():
-        meta = _read_json(folder / "meta.json")
+        meta = read_json(folder / "meta.json")
         vocabulary = from_meta(meta, str(folder / "meta.json"))
     elif (folder / "meta.pkl").exists():
         meta = read_plain_pickle(folder / "meta.pkl")
@@ -76,7 +76,8 @@ def _check_size(path: Path, dtype: str) -> None:
         raise UserError(f"{path} is no file of {dtype}: its size is {path.stat().st_size} bytes")
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; raises UserError where it is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -221,7 +221,7 @@ def test_everything_is_flushed_before_the_name_appears(run, monkeypatch):
     home = run_dir / "checkpoints"
     flushed = []
     monkeypatch.setattr(
-        writing, "_flush", lambda path: flushed.append((path.name, (home / "step-00000001").exists()))
+        writing, "flush", lambda path: flushed.append((path.name, (home / "step-00000001").exists()))
     )
     save(1)
     before = [name for name, is_there in flushed if not is_there]
@@ -234,14 +234,14 @@ def test_everything_is_flushed_before_the_name_appears(run, monkeypatch):
 def test_a_checkpoint_that_does_not_read_back_never_appears(run, monkeypatch):
     run_dir, save = run
     save(1)
-    real = writing._flush
+    real = writing.flush
 
     def harms(path):
         if path.name == folder_names.STATE:
             path.write_bytes(path.read_bytes()[:-1])
         real(path)
 
-    monkeypatch.setattr(writing, "_flush", harms)
+    monkeypatch.setattr(writing, "flush", harms)
     with pytest.raises(UserError, match=r"state.json is damaged"):
         save(2)
     assert names(run_dir) == ["latest", "step-00000001"]

@@ -94,7 +94,9 @@ def test_every_kernel_is_launched_and_right(launched, device):
 def test_every_command_runs(tmp_path):
     text, run = tmp_path / "text.txt", tmp_path / "run"
     text.write_text("red green blue white black\n" * 100)
-    model = "--n_layer 1 --n_head 1 --n_embd 8 --block_size 16 --batch_size 4 --device cpu"
+    model = (
+        "--n_layer 1 --n_head 1 --n_embd 8 --block_size 16 --batch_size 4 --device cpu --position learned"
+    )
     steps = "--max_iters 3 --eval_iters 2 --eval_batch_size 2 --log_interval 1"
     commands = {
         "prepare": ["prepare", text, "--out", tmp_path / "tokens"],
@@ -105,8 +107,10 @@ def test_every_command_runs(tmp_path):
         "evaluate": ["evaluate", run, "--windows", 4, "--draws", 1, "--device", "cpu"],
         "repair": ["repair", run, text, "--check", "--suspect", 1, "--device", "cpu"],
         "sample": ["sample", run, "--prompt", "red ", "--steps", 2, "--device", "cpu"],
+        "export": ["export", "nanogpt", run, "--out", tmp_path / "ckpt.pt"],
+        "import": ["import", "nanogpt", tmp_path / "ckpt.pt", "--out", tmp_path / "again"],
     }
-    assert set(commands) == {module.__name__.split(".")[-1] for module in COMMANDS}
+    assert set(commands) == {module.__name__.split(".")[-1].rstrip("_") for module in COMMANDS}
     written = {}
     for name, words in commands.items():
         code, written[name], err = obey(words)
@@ -117,6 +121,7 @@ def test_every_command_runs(tmp_path):
     assert (run / "report.html").stat().st_size > 0
     assert "finished, 3 steps are done" in written["watch"]
     assert written["sample"].startswith("red ")
+    assert "[MASK] keeps its id" in written["import"]
 
 
 def test_the_core_is_not_empty_and_stands_in_this_room():

@@ -117,12 +117,14 @@ TRAINER = {
     "sampling": {
         "errors", "progress", "config", "data", "model", "runtime", "loss", "reporting", "checkpoints", "torch",
     },
+    "exchange": {"errors", "config", "data", "model", "loss", "reporting", "checkpoints", "torch", "transformers"},
     "training": {
         "errors", "progress", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",
         "reporting", "checkpoints", "difftrain_kernels", "torch", "tqdm",
     },
     "cli": {
-        "errors", "progress", "config", "data", "evaluation", "reporting", "runtime", "sampling", "training", "shtab",
+        "errors", "progress", "config", "data", "evaluation", "exchange", "reporting", "runtime", "sampling",
+        "training", "shtab",
     },
     "hf_kernel": {"errors", "config"},
     "__init__": {"errors", "config", "schedule", "sampling", "difftrain_kernels"},

@@ -1,0 +1,29 @@
+"""``difftrain export``: a run's model for another program."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a run's model for another program",
+        description="Write a run's model as nanoGPT's ckpt.pt. docs/exchange.md says what is kept.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("format", choices=("nanogpt",), help="for which program")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument("--out", required=True, metavar="PATH", type=Path, help="the file to make")
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="WHICH", help="best, latest or a step [best]"
+    )
+    parser.set_defaults(command=_run, parser=parser)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from difftrain.exchange.to_nanogpt import export_nanogpt
+
+    for line in export_nanogpt(args.run, args.out, which=args.checkpoint):
+        print(line)

@@ -1,0 +1,1 @@
+"""Exchange: other programs' checkpoints as runs, and runs as their checkpoints."""

@@ -1,0 +1,90 @@
+import errno
+import os
+import resource
+import signal
+
+import pytest
+import torch
+
+import nanogpt
+from difftrain.errors import UserError
+from difftrain.exchange import appearing as appearing_module
+from difftrain.exchange.appearing import appearing
+from difftrain.exchange.from_nanogpt import import_nanogpt
+from launch import obey
+
+
+def test_nothing_has_the_name_before_all_is_written_and_flushed(tmp_path, monkeypatch):
+    flushed = []
+    target = tmp_path / "new" / "folder"
+    monkeypatch.setattr(
+        appearing_module, "flush", lambda path: flushed.append((path.name, target.exists()))
+    )
+    with appearing(target) as aside:
+        aside.mkdir()
+        (aside / "file").write_text("whole")
+        assert not target.exists()
+    assert (target / "file").read_text() == "whole"
+    assert flushed == [("file", False), (aside.name, False), ("new", True)]
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_an_error_leaves_nothing(tmp_path, is_folder):
+
+    def write():
+        with appearing(tmp_path / "name") as aside:
+            if is_folder:
+                aside.mkdir()
+            (aside / "half" if is_folder else aside).write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_stays(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(UserError, match="exists already"), appearing(tmp_path / name):
+            pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.fixture
+def full_disk():
+    """Within it a file cannot grow beyond so many bytes, as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [16, 6000, 9000])
+def test_a_full_disk_says_so_and_leaves_nothing(tmp_path, full_disk, size):
+    model, args = nanogpt.gpt()
+    torch.save(nanogpt.checkpoint_of(model, args), tmp_path / "ckpt.pt")
+    import_nanogpt(tmp_path / "ckpt.pt", tmp_path / "run")
+    commands = {
+        "nanogpt": ["export", "nanogpt", tmp_path / "run", "--out", tmp_path / "out"],
+        "import": ["import", "nanogpt", tmp_path / "ckpt.pt", "--out", tmp_path / "out"],
+    }
+    for words in commands.values():
+        full_disk(size)
+        try:
+            code, _, err = obey(words)
+        finally:
+            full_disk(resource.RLIM_INFINITY)
+        assert code == 1, err
+        assert err.count("\n") == 1
+        assert "the disk is full or a quota is reached" in err
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "run"]
+
+
+def test_a_system_error_keeps_its_number(tmp_path):
+    with pytest.raises(OSError, match="No space") as caught, appearing(tmp_path / "name"):
+        raise RuntimeError(f"write failed: Errno {errno.ENOSPC}: {os.strerror(errno.ENOSPC)}")
+    assert caught.value.errno == errno.ENOSPC
