@@ -18,7 +18,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
-    parser.add_argument("file", metavar="FILE", help="a text, or - for standard input")
+    parser.add_argument("file", metavar="FILE", type=Path, help="a text, or - for standard input")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument(
         "--diff", action="store_true", help="print the changed lines alone, changed words marked"
@@ -76,17 +76,17 @@ def _run(args: argparse.Namespace) -> int:
     return int(args.check and bool(repaired.edits))
 
 
-def _read(file: str) -> tuple[str, str]:
+def _read(file: Path) -> tuple[str, str]:
     """What a text is called, and the text as it is; raises UserError where it is none."""
-    from difftrain.config.paths import expand_path
     from difftrain.data.texts import NotText, decode_text
     from difftrain.errors import UserError
 
-    if file == "-" and sys.stdin is None:
+    is_piped = str(file) == "-"
+    if is_piped and sys.stdin is None:
         raise UserError("standard input is closed; give a file")
-    name = "standard input" if file == "-" else expand_path(file)
+    name = "standard input" if is_piped else str(file)
     try:
-        text = decode_text(sys.stdin.buffer.read() if file == "-" else Path(name).read_bytes(), "keep")
+        text = decode_text(sys.stdin.buffer.read() if is_piped else file.read_bytes(), "keep")
     except NotText as what:
         raise UserError(f"{name} cannot be repaired: it is {what}") from None
     if not text:
