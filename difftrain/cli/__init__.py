@@ -1,4 +1,4 @@
-"""The command line: ``difftrain train | watch | report | evaluate | plot | sample | prepare``, a file a command."""
+"""The command line: ``difftrain train | schedule | watch | report | evaluate | plot | sample | prepare``, a file a command."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from difftrain.cli import evaluate, plot, prepare, report, sample, train, watch
+from difftrain.cli import evaluate, plot, prepare, report, sample, schedule, train, watch
 from difftrain.cli.questions import Completion, Version
 from difftrain.config.paths import expand_path
 from difftrain.errors import DISK_FULL, FailedElsewhere, OutputClosed, UserError, near_matches
 from difftrain.progress import quiet
 
-COMMANDS = (train, watch, report, evaluate, plot, sample, prepare)
+COMMANDS = (train, schedule, watch, report, evaluate, plot, sample, prepare)
 PIPE_CLOSED = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
