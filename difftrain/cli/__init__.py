@@ -1,4 +1,4 @@
-"""The command line: ``difftrain train | watch | report | evaluate | plot | sample | repair | prepare | import | export``."""
+"""The command line: ``difftrain train | schedule | watch | report | evaluate | plot | sample | ...``, a file a command."""
 
 from __future__ import annotations
 
@@ -10,13 +10,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from difftrain.cli import evaluate, export, import_, plot, prepare, repair, report, sample, train, watch
+from difftrain.cli import (
+    evaluate,
+    export,
+    import_,
+    plot,
+    prepare,
+    repair,
+    report,
+    sample,
+    schedule,
+    train,
+    watch,
+)
 from difftrain.cli.questions import Completion, Version
 from difftrain.config.paths import expand_path
 from difftrain.errors import DISK_FULL, FailedElsewhere, OutputClosed, UserError, near_matches
 from difftrain.progress import quiet
 
-COMMANDS = (train, watch, report, evaluate, plot, sample, repair, prepare, import_, export)
+COMMANDS = (train, schedule, watch, report, evaluate, plot, sample, repair, prepare, import_, export)
 PIPE_CLOSED = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 

@@ -34,6 +34,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--allow_changed_data", action="store_true", help="resume though the data is not what it was"
     )
+    add_options(parser)
+    parser.set_defaults(command=_run, parser=parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Every option of the configuration; one that is not given does not stand among the arguments."""
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:
             group = parser.add_argument_group(GROUPS[field.name])
@@ -45,12 +51,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             default=argparse.SUPPRESS,
             help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"),
         )
-    parser.set_defaults(command=_run, parser=parser)
+
+
+def words_of(args: argparse.Namespace) -> dict[str, str]:
+    """The options that were given, with their words."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    return {name: word for name, word in vars(args).items() if name in names}
 
 
 def _run(args: argparse.Namespace) -> None:
-    names = {field.name for field in dataclasses.fields(Config)}
-    words = {name: word for name, word in vars(args).items() if name in names}
+    words = words_of(args)
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     is_main = os.environ.get("RANK", "0") == "0"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from difftrain.config.schedules import checked_schedules, schedules_text
 from difftrain.errors import UserError
 
 TOML_HEADER = "# difftrain: the configuration of a run"  # by which a run's folder is known
@@ -172,6 +174,11 @@ class Config:
     spike_factor: float = option(
         0.0, "leave out a step whose gradient norm is this many times the usual one; 0: never", low=0.0
     )
+    schedules: str = option(
+        "{}",
+        "quantities that move by a shape of their own instead, as a table: {NAME = {shape = ...}, ...}; "
+        "see docs/schedules.md",
+    )
 
     eval_interval: int = option(500, "steps between evaluations, each followed by a checkpoint", low=1)
     eval_iters: int = option(40, "batches in the fixed validation set, least to most corrupted", low=2)
@@ -185,6 +192,7 @@ class Config:
     tensorboard: bool = option(False, "also log to TensorBoard in the run folder (extra: tb)")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "schedules", schedules_text(self.schedules))
         for field in dataclasses.fields(self):
             value = _checked_type(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
@@ -221,6 +229,23 @@ class Config:
             raise UserError(f"spike_factor must be 0 or above 1, got {self.spike_factor}")
         if self.min_lr > self.learning_rate and self.decay_lr:
             raise UserError(f"min_lr must be at most learning_rate {self.learning_rate}, got {self.min_lr}")
+        moved = self.scheduled  # which is checked here
+        if self.compile == "step" and "label_smoothing" in moved:
+            raise UserError(
+                "schedules must not have label_smoothing with compile step, where it is a constant"
+            )
+
+    @functools.cached_property
+    def scheduled(self) -> dict[str, dict[str, Any]]:
+        """The tables of ``schedules`` by what they move, checked and complete."""
+        options = {
+            field.name: (getattr(self, field.name), field.metadata["low"], field.metadata["high"])
+            for field in dataclasses.fields(self)
+        }
+        is_causal = self.mode == "gpt2"
+        return checked_schedules(
+            self.schedules, options, has_penalties=self.has_penalties, is_causal=is_causal
+        )
 
     @property
     def global_batch_size(self) -> int:
@@ -259,8 +284,11 @@ class Config:
         """The configuration as a TOML document, every key with its meaning."""
         lines = [TOML_HEADER]
         for field in dataclasses.fields(self):
-            # JSON's strings, numbers and booleans are TOML's.
-            value = json.dumps(getattr(self, field.name), ensure_ascii=False)
+            value = getattr(self, field.name)
+            if (
+                field.name != "schedules"
+            ):  # which is TOML; JSON's strings, numbers and booleans are TOML's too
+                value = json.dumps(value, ensure_ascii=False)
             lines.append(f"{field.name} = {value}  # {field.metadata['help']}")
         return "\n".join(lines) + "\n"
 

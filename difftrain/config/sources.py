@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from difftrain.config.options import PATHS, TOML_HEADER, TYPES, Config
 from difftrain.config.paths import expand_path
+from difftrain.config.toml import parse_toml
 from difftrain.errors import UserError, near_matches
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 CONFIG_FILE = "config.toml"
 LARGEST_TOML = 1 << 20  # bytes; a configuration is a page, anything larger is a mistake
@@ -55,7 +49,7 @@ def read_preset(name: str) -> dict[str, Any]:
         known = preset_names()
         hint = near_matches(name, known) or f"; there are {', '.join(known)}"
         raise UserError(f"no preset named {name!r}{hint}")
-    return _parse_toml(_preset_text(name), f"preset {name}")
+    return _read_keys(_preset_text(name), f"preset {name}")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -69,16 +63,11 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin with a byte-order mark
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
-    return _parse_toml(text, str(path))
+    return _read_keys(text, str(path))
 
 
-def _parse_toml(text: str, origin: str) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{origin} is not valid TOML: {error}") from None
-    except RecursionError:
-        raise UserError(f"{origin} is nested too deep to be a configuration") from None
+def _read_keys(text: str, origin: str) -> dict[str, Any]:
+    values = parse_toml(text, origin)
     known = list(TYPES)
     for key in values:
         if key not in known:

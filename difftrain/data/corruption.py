@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from difftrain.config import Config
+from difftrain.config.schedules import CORRUPTION
 from difftrain.data.levels import draw_levels
 from difftrain.data.philox import random_words, uniform
 from difftrain.data.replacement import other_words
@@ -26,6 +29,7 @@ def corrupt_by_recipe(
     vocab_size: int,
     level: float | None = None,
     counts: Tensor | None = None,
+    changes: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x and y as the run's options have them, and p_mask (B, 1) where words are masked alone, else None.
 
@@ -33,7 +37,10 @@ def corrupt_by_recipe(
         tokens, samples, split, vocab_size: those of :func:`corrupt`.
         level: how much instead of as in training: the largest corruption, or p_mask where it masks alone.
         counts: of each word in the training text, where ``replacement`` is "unigram".
+        changes: values of ``guaranteed_correct_factor``, ``mask_factor`` and ``replace_factor`` in place of the
+            configuration's.
     """
+    how = {name: changes.get(name, getattr(config, name)) for name in CORRUPTION}
     keys = {"seed": config.seed, "split": split, "vocab_size": vocab_size}
     keys |= _mask_options(config)
     if config.recipe != "specification":
@@ -41,9 +48,9 @@ def corrupt_by_recipe(
     x, y = corrupt(
         tokens,
         samples,
-        max_corruption=config.max_corruption if level is None else level,
-        mask_factor=config.mask_factor,
-        replace_factor=config.replace_factor,
+        max_corruption=1.0 - how["guaranteed_correct_factor"] if level is None else level,
+        mask_factor=how["mask_factor"],
+        replace_factor=how["replace_factor"],
         counts=counts if config.replacement == "unigram" else None,
         wrong_target=config.wrong_target,
         **keys,

@@ -25,7 +25,7 @@ from difftrain.evaluation.validation_set import FIXED, evaluate, make_validation
 from difftrain.evaluation.windows import Estimate, Windows, cut, ratio
 from difftrain.loss import bent_logits, loss_terms
 from difftrain.runtime import Runtime, start_runtime
-from difftrain.schedule import masking_penalties
+from difftrain.schedule import case_weights, final_penalties, masking_penalties, reached_of
 from difftrain_kernels import CaseTable
 
 
@@ -203,16 +203,20 @@ def _losses(table: CaseTable, checkpoint: Checkpoint, request: EvaluationRequest
     config = checkpoint.config
     if not config.has_penalties:
         return [{"penalties": "none", "pk": 1.0, "pm": 1.0, "loss": table.loss_at().item()}]
+    at_step = (checkpoint.step, config, reached_of(checkpoint.state, config))
     named = [
-        ("of this step", masking_penalties(checkpoint.step, config)),
-        ("final", masking_penalties(config.masking_warmup_iters, config)),
+        ("of this step", masking_penalties(*at_step)),
+        ("final", final_penalties(config)),
         ("none", (1.0, 1.0)),
         *(("asked for", pair) for pair in request.penalties),
     ]
-    return [
+    losses = [
         {"penalties": name, "pk": pk, "pm": pm, "loss": table.loss_at(pk, pm).item()}
         for name, (pk, pm) in named
     ]
+    if weights := case_weights(*at_step):
+        losses[0]["loss"] = table.loss_at(case_weights=weights).item()
+    return losses
 
 
 def _validation(

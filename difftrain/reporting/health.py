@@ -109,9 +109,12 @@ class Health:
         self._has_penalties = config is None or config.has_penalties
         # Penalties that can act on nothing by the corruption that was asked for.
         self._idle: set[str] = set()
-        if config is not None and config.mask_factor == 0:
+        if config is not None and config.mask_factor == 0 and "mask_factor" not in config.scheduled:
             self._idle.add("pk")
-        if config is not None and (config.wrong_target == "token" or config.replace_factor == 0):
+        if config is not None and (
+            config.wrong_target == "token"
+            or (config.replace_factor == 0 and "replace_factor" not in config.scheduled)
+        ):
             self._idle.add("pm")
         self._told: set[str] = set()
         self._usual: deque[float] = deque(maxlen=USUAL)  # nll of the last training records

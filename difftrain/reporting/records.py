@@ -7,7 +7,7 @@ import textwrap
 from typing import Any
 
 from difftrain.config import Config
-from difftrain.schedule import masking_penalties
+from difftrain.schedule import final_penalties
 from difftrain_kernels import CaseTable
 from difftrain_kernels.cases import ANSWERS, KINDS
 
@@ -18,10 +18,12 @@ def configuration_text(config: Config) -> str:
     return textwrap.fill(pairs, 100, break_long_words=False, break_on_hyphens=False)
 
 
-def loss_metrics(table: CaseTable, pk: float, pm: float, config: Config) -> dict[str, Any]:
+def loss_metrics(
+    table: CaseTable, pk: float, pm: float, config: Config, case_weights: list[list[float]] | None = None
+) -> dict[str, Any]:
     """The losses and case rates of one table, as they stand in ``metrics.jsonl``.
 
-    Keys: ``loss`` at the penalties (pk, pm), ``loss_final`` at the configured final ones, ``nll``
+    Keys: ``loss`` at the penalties (pk, pm), or at all nine weights where there are, ``loss_final`` at the configured final ones, ``nll``
     with no weights, smoothing or z-loss over the positions that count; and unless the mode is gpt2
     ``cases``: for each kind of position the share of each answer, the mean nll, its sum in each cell, and
     the mean gap between the largest logit and [MASK]'s, None where [MASK] is forbidden. Where not all
@@ -29,8 +31,10 @@ def loss_metrics(table: CaseTable, pk: float, pm: float, config: Config) -> dict
     """
     n_counted = int(table.counts.sum())
     metrics: dict[str, Any] = {
-        "loss": table.loss_at(pk, pm).item(),
-        "loss_final": table.loss_at(*masking_penalties(config.masking_warmup_iters, config)).item(),
+        "loss": (
+            table.loss_at(case_weights=case_weights) if case_weights else table.loss_at(pk, pm)
+        ).item(),
+        "loss_final": table.loss_at(*final_penalties(config)).item(),
         "nll": CaseTable(table.counts, table.nll, table.gap, n_counted).loss_at().item(),
     }
     if config.recipe != "specification":

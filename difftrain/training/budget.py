@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from difftrain.config import Config
+from difftrain.config.schedules import scaled
 from difftrain.data import Corpus
 from difftrain.evaluation import ValidationSet, evaluate
 from difftrain.parallel import reshard
@@ -55,6 +56,7 @@ def shorten(config: Config, steps: int) -> Config:
     """The configuration for this many steps: schedules, evaluations and log lines at the same shares of the run."""
     share = steps / config.max_iters
     changes = {name: max(1, round(share * value)) for name in SCALED if (value := getattr(config, name))}
+    changes["schedules"] = scaled(config.schedules, share)
     return dataclasses.replace(config, max_iters=steps, budget_minutes=0.0, **changes)
 
 

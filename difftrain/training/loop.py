@@ -24,7 +24,7 @@ from difftrain.reporting.log import MetricsLog, check_trackers, drop_records_aft
 from difftrain.reporting.records import configuration_text, loss_metrics
 from difftrain.reporting.sessions import processor, session
 from difftrain.runtime import Runtime, is_lost_peer, start_runtime, stop_requests
-from difftrain.schedule import learning_rate, masking_penalties
+from difftrain.schedule import case_weights, learning_rate, masking_penalties, other_values
 from difftrain.training.budget import fit_to_budget
 from difftrain.training.console import Console
 from difftrain.training.run_folder import (
@@ -219,8 +219,8 @@ def _loop(run: Run) -> dict[str, Any]:
                 break
 
             began = time.perf_counter()
-            step, lr = run.step, learning_rate(run.step, config)
-            pk, pm = masking_penalties(step, config)
+            step, lr = run.step, learning_rate(run.step, config, run.reached)
+            pk, pm = masking_penalties(step, config, run.reached)
             is_logged = step % config.log_interval == 0
             loss_sum, tables = run.gradients(lr, is_logged=is_logged)
             verdict = (
@@ -242,8 +242,14 @@ def _loop(run: Run) -> dict[str, Any]:
                 table = CaseTable.from_vector(
                     runtime.sum_over_processes(sum(table.to_vector() for table in tables))
                 )
-                train_record = {"kind": "train", "step": step, **loss_metrics(table, pk, pm, config)}
-                train_record |= {"pk": pk, "pm": pm, "lr": lr, "grad_norm": verdict.norm}
+                weights = case_weights(step, config, run.reached)
+                train_record = {
+                    "kind": "train",
+                    "step": step,
+                    **loss_metrics(table, pk, pm, config, weights),
+                }
+                train_record |= {"pk": pk, "pm": pm, "lr": lr, **other_values(step, config, run.reached)}
+                train_record["grad_norm"] = verdict.norm
                 train_record["tokens_per_second"] = (run.step - timed_from) * step_tokens / seconds
                 train_record["peak_memory_mib"] = runtime.peak_memory_mib()
                 train_record["skipped_steps"] = run.judge.skipped_steps

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from difftrain.checkpoints.reading import Checkpoint
 from difftrain.config import Config
+from difftrain.config.schedules import CORRUPTION
 from difftrain.data import Corpus, corrupt_by_recipe, count_masked, sample_indices
 from difftrain.errors import UserError
 from difftrain.evaluation import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
@@ -21,7 +24,15 @@ from difftrain.parallel import gradient_sync, replicate, reshard, shard, whole
 from difftrain.reporting.lines import console_line
 from difftrain.reporting.records import loss_metrics
 from difftrain.runtime import Runtime
-from difftrain.schedule import PenaltyTensors, learning_rate, masking_penalties
+from difftrain.schedule import (
+    PenaltyTensors,
+    advanced,
+    case_weights,
+    learning_rate,
+    masking_penalties,
+    other_values,
+    reached_of,
+)
 from difftrain.training.verdict import Judge, Verdict
 from difftrain_kernels import CaseTable
 from difftrain_kernels.cases import MASKED
@@ -63,6 +74,7 @@ class Run:
         self.measure += [self.terms] if self.terms else []
         self.step = self.saved_step = 0
         self.best_loss, self.best_step, self.is_evaluated = math.inf, None, False
+        self.reached: dict[str, list[int]] = {}  # of the schedules that wait for a metric
         self.judge = Judge(config, runtime, say)
         if checkpoint:
             self._restore(checkpoint)
@@ -77,8 +89,8 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What the steps have made beside weights and moments, and what data they were made with.
 
-        The rest is a function of the step: learning rate, penalties, data order, corruption, and the
-        random numbers of dropout, which are seeded anew in each step.
+        The rest is a function of these and the step: learning rate, penalties, data order, corruption, and
+        the random numbers of dropout, which are seeded anew in each step.
         """
         return {
             "scaler": self.scaler.state_dict(),
@@ -87,6 +99,7 @@ class Run:
             "measure": self.measure,
             "data": self.corpus.record,
             "is_evaluated": self.is_evaluated,
+            "schedules": self.reached,
             **self.judge.state(),
         }
 
@@ -98,6 +111,7 @@ class Run:
             if state["scaler"]:  # empty where the run was not in fp16
                 self.scaler.load_state_dict(state["scaler"])
             self.judge.restore(state)
+            self.reached = reached_of(state, self.config)
             if state["measure"] == self.measure:
                 self.best_loss, self.best_step = float(state["best_loss"]), state["best_step"]
                 self.is_evaluated = bool(state["is_evaluated"])
@@ -108,28 +122,49 @@ class Run:
 
     def evaluate(self) -> dict[str, Any]:
         """One pass over the validation set, as a metrics record."""
-        pk, pm = masking_penalties(self.step, self.config)
+        pk, pm = masking_penalties(self.step, self.config, self.reached)
+        weights = case_weights(self.step, self.config, self.reached)
         tables = evaluate(
             self.compiled, self.validation_set, self.mask_id, self.runtime, self.loss_impl, **self.terms
         )
         reshard(self.model)
-        record = {"kind": "eval", "step": self.step, **loss_metrics(tables[FIXED], pk, pm, self.config)}
-        record |= {"pk": pk, "pm": pm, "lr": learning_rate(self.step, self.config)}
+        record = {
+            "kind": "eval",
+            "step": self.step,
+            **loss_metrics(tables[FIXED], pk, pm, self.config, weights),
+        }
+        record |= {"pk": pk, "pm": pm, "lr": learning_rate(self.step, self.config, self.reached)}
         record |= {"validation_id": self.validation_set.id, "unigram_entropy": self.unigram_entropy}
         if self.config.mode == "diffusion":
             levels = [*LEVELS, TRAINING]
             record["masked_nll"] = {level: tables[level].mean_nll()[MASKED].item() for level in levels}
         self.say(console_line(record))
+        before, self.reached = self.reached, advanced(self.reached, record, self.config)
+        for name, (stage, _) in self.reached.items():
+            if self.reached[name] != before.get(name):
+                value = self.config.scheduled[name]["values"][stage]
+                self.say(f"schedule: {name} moves on to {value:g}")
         return record
 
     def gradients(self, lr: float, *, is_logged: bool) -> tuple[Tensor, list[CaseTable]]:
         """Forward and backward over the step's micro-batches: the sum of their losses, and their tables if logged."""
         config, runtime = self.config, self.runtime
+        values = other_values(self.step, config, self.reached)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if "weight_decay" in values:
+            self.optimizer.param_groups[0]["weight_decay"] = values["weight_decay"]  # of matrices
+        corruption = {name: value for name, value in values.items() if name in CORRUPTION}
+        terms = self.terms | {name: value for name, value in values.items() if name == "label_smoothing"}
         if config.dropout > 0:
             _seed_dropout(config.seed, self.step, runtime.rank)
-        pk, pm = (self.penalties.update if self.penalties else masking_penalties)(self.step, config)
+        pk, pm = (self.penalties.update if self.penalties else masking_penalties)(
+            self.step, config, self.reached
+        )
+        by_case = case_weights(self.step, config, self.reached)
+        if by_case is not None:  # which holds the penalties too
+            pk = pm = None
+            terms["case_weights"] = self.penalties.update_cases(by_case) if self.penalties else by_case
         # What backward will pass to each loss, told beforehand; fp16's scale is known on the device alone.
         upstream_scale = None if self.scaler.is_enabled() else 1 / self.micro_steps
         wants_tables = is_logged or bool(
@@ -138,7 +173,7 @@ class Run:
         loss_sum, tables = torch.zeros((), dtype=torch.float32, device=runtime.device), []
         for micro_step in range(self.micro_steps):
             samples = sample_indices(self.step, micro_step, runtime.rank, runtime.world_size, config)
-            x, y, weights = _make_batch(self.corpus, samples, config, runtime)
+            x, y, weights = _make_batch(self.corpus, samples, config, runtime, corruption)
             count = {}
             if self.tells_count:
                 count["counted"] = count_masked(samples, config, split="train")
@@ -146,7 +181,7 @@ class Run:
                 loss = self.loss(
                     self.network, x, y, self.mask_id, pk, pm,
                     runtime=runtime, impl=self.loss_impl, return_cases=wants_tables, upstream_scale=upstream_scale,
-                    **count, token_weights=weights, **self.terms,
+                    **count, token_weights=weights, **terms,
                 )  # fmt: skip
                 if wants_tables:
                     loss, table = loss
@@ -182,9 +217,16 @@ class Run:
 
 
 def _make_batch(
-    corpus: Corpus, samples: Tensor, config: Config, runtime: Runtime
+    corpus: Corpus,
+    samples: Tensor,
+    config: Config,
+    runtime: Runtime,
+    corruption: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, y and token weights, if any, of the given training samples, on the device."""
+    """x, y and token weights, if any, of the given training samples, on the device.
+
+    ``corruption`` holds the step's own values of options that say how much is corrupted.
+    """
     if config.mode == "gpt2":
         tokens = corpus.windows("train", samples, seed=config.seed, length=config.block_size + 1)
         tokens = runtime.to_device(tokens)
@@ -197,6 +239,7 @@ def _make_batch(
         split="train",
         vocab_size=corpus.vocabulary.vocab_size,
         counts=corpus.unigram_counts if config.replacement == "unigram" else None,
+        changes=corruption,
     )
     return x, y, token_weights(x, p_mask, corpus.vocabulary.mask_id, config)
 

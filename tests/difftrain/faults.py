@@ -42,10 +42,12 @@ DRAWING, PICTURES, REPORT_TEXTS, REPORT, RUNS, WATCH, PROGRESS = (
         "reporting/runs", "reporting/watch", "progress",
     )
 )  # fmt: skip
+CONFIG_SCHEDULES = "difftrain/config/schedules.py"
 REPORT_TESTS = ["tests/difftrain/test_report.py"]
 SETTLING_TESTS = ["tests/difftrain/sampling/test_settling.py"]
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
 BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
+SCHEDULE_TESTS = ["tests/difftrain/test_schedules.py"]
 DEFAULTS = ["tests/difftrain/test_defaults.py"]
 RESUME_TESTS = ["tests/difftrain/test_resume.py", "-k", "float32 or samples"]
 WAIT_TESTS = ["tests/difftrain/test_waits.py"]
@@ -87,7 +89,8 @@ STAGES = {
     ),
     RUNTIME: (["tests/difftrain/test_runtime.py"], TRAIN_TESTS, ["tests/difftrain/test_distributed.py"]),
     LOG: (["tests/difftrain/test_metrics.py"], RESUME_TESTS),
-    SCHEDULE: (["tests/difftrain/test_schedule.py"], DEFAULTS),
+    SCHEDULE: (["tests/difftrain/test_schedule.py"], SCHEDULE_TESTS, DEFAULTS),
+    CONFIG_SCHEDULES: (SCHEDULE_TESTS,),
     CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS, DEFAULTS),
     MODEL: (["tests/difftrain/test_model.py"], DEFAULTS),
     CAUSAL: (["tests/difftrain/test_sample.py"],),
@@ -128,7 +131,7 @@ STAGES = {
     OPENING: (["tests/difftrain/test_data.py"], ["tests/difftrain/test_opening.py"]),
     RUN_FOLDER: (["tests/difftrain/test_sessions.py"], DATA_TESTS, RECIPE_TESTS, TRAIN_TESTS),
     SAMPLING: (["tests/difftrain/test_sample.py"], DATA_TESTS),
-    BUDGET: (BUDGET_TESTS,),
+    BUDGET: (BUDGET_TESTS, SCHEDULE_TESTS),
     CONSOLE: (CLOSED_TESTS,),
     SAMPLE_COMMAND: (CLOSED_TESTS,),
     ERRORS: (["tests/difftrain/test_errors.py"],),
@@ -191,8 +194,21 @@ MUTANTS = [
     (RUNTIME, "bfloat16 where the device only emulates it", "is_bf16_supported(including_emulation=False)", "is_bf16_supported()"),
     (RUNTIME, "the current device is asked for bfloat16, not the run's", "with torch.cuda.device(device):", "if True:"),
     (LOG, "a resumed step's record stands twice", "< (step, is_evaluated)]", "<= (step, is_evaluated)]"),
-    (SCHEDULE, "a warmup of 0 divides by it", "if step >= config.masking_warmup_iters:", "if step > config.masking_warmup_iters:"),
-    (SCHEDULE, "pk grows from 0", "return 1.0 + ratio * (config.penalty_keep_mask - 1.0)", "return ratio * config.penalty_keep_mask"),
+    (SCHEDULE, "a warmup of 0 stays at its start", "if done >= steps:", "if done > steps:"),
+    (SCHEDULE, "pk grows from 0", '{"penalty_keep_mask": 1.0,', '{"penalty_keep_mask": 0.0,'),
+    (SCHEDULE, "a jump comes a step late", "bisect.bisect_right(", "bisect.bisect_left("),
+    (SCHEDULE, "a cosine is straight", "if is_curved:", "if False:"),
+    (SCHEDULE, "one evaluation made twice moves a schedule twice", 'since + max(1, table["steps"])', 'since + table["steps"]'),
+    (SCHEDULE, "a schedule moves on while it moves", "if is_busy or ", "if "),
+    (SCHEDULE, "above is taken for below", "figure > above[stage]", "figure < above[stage]"),
+    (SCHEDULE, "a case's weight stands in another cell", "weights[kind][answer] = value_of", "weights[answer][kind] = value_of"),
+    (CONFIG_SCHEDULES, "a value leaves its option's range", "if quantity.high is not None and value > quantity.high:", "if False:"),
+    (CONFIG_SCHEDULES, "a jump is lost in a short run", "max(1, round(share * steps))", "round(share * steps)"),
+    (STEP, "schedules: a resumed one begins anew", "self.reached = reached_of(state, self.config)", "pass"),
+    (STEP, "schedules: corruption stays as configured", "config, runtime, corruption)", "config, runtime, {})"),
+    (STEP, "schedules: vectors decay", 'param_groups[0]["weight_decay"]', 'param_groups[1]["weight_decay"]'),
+    (STEP, "schedules: cases weigh as ever", "if by_case is not None:", "if False:"),
+    (BUDGET, "schedules keep their length", 'changes["schedules"] = scaled(config.schedules, share)', "pass"),
     (SCHEDULE, "the first step learns nothing", "(step + 1) / (config.warmup_iters + 1)", "step / (config.warmup_iters + 1)"),
     (CORPUS, "samples depend on the number of processes", "(rank * micro_steps + micro_step)", "(micro_step * world_size + rank)"),
     (CORPUS, "every step takes the same samples", "first = step * config.global_batch_size + ", "first = "),
@@ -242,8 +258,8 @@ MUTANTS = [
     (LOSS, "the gate stays an option", 'if config.has_penalties and config.gate == "probability":', "if config.gate is None:"),
     (LOSS, "a sampler sees no softcap", "Terms(softcap=config.softcap or None, ", "Terms("),
     (LOSS, "a sampler answers a forbidden [MASK]", "or None, forbid_mask=config.forbids_mask)", "or None)"),
-    (STEP, "training leaves the weights out", "token_weights=weights, **self.terms,", "**self.terms,"),
-    (STEP, "training leaves the terms out", "token_weights=weights, **self.terms,", "token_weights=weights,"),
+    (STEP, "training leaves the weights out", "token_weights=weights, **terms,", "**terms,"),
+    (STEP, "training leaves the terms out", "token_weights=weights, **terms,", "token_weights=weights,"),
     (STEP, "evaluation leaves the terms out", "self.runtime, self.loss_impl, **self.terms", "self.runtime, self.loss_impl"),
     (STEP, "another term keeps the old best", "self.measure += [self.terms] if self.terms else []", "pass"),
     (EVALUATE, "evaluation leaves the weights out", "token_weights=weights, **terms", "**terms"),

@@ -744,6 +744,13 @@ def test_every_implementation_of_the_loss_trains_the_same_model(tiny, impl, dtyp
 TERMS = {"softcap": 4.0, "label_smoothing": 0.1, "z_loss": 1e-3}
 
 
+MOVING = {
+    "penalty_keep_mask": {"shape": "cosine", "from": 2, "steps": 9},
+    "weight_masked_other": {"shape": "linear", "from": 1, "to": 3, "steps": 12},
+    "mask_factor": {"shape": "linear", "from": 0.2, "steps": 12},
+}
+
+
 @pytest.mark.parametrize("impl", ["linear", "logits"])
 @pytest.mark.parametrize(
     ("how", "changes"),
@@ -752,6 +759,7 @@ TERMS = {"softcap": 4.0, "label_smoothing": 0.1, "z_loss": 1e-3}
         ("step", {}),
         ("step", {"gate": "probability", **TERMS}),
         ("step", {"recipe": "mdlm", **TERMS}),
+        ("step", {"schedules": MOVING}),
     ],
 )
 def test_a_compiled_run_trains_the_same_model_and_its_curriculum_compiles_nothing_anew(

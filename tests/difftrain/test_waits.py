@@ -23,11 +23,22 @@ SHAPE = {
     "dropout": 0.1,
     "spike_factor": 3.0,
 }
+MOVING = {
+    name: {"shape": "linear", "from": 0.1, "to": 0.5, "steps": 12}
+    for name in (
+        "penalty_keep_mask",
+        "weight_intact_other",
+        "mask_factor",
+        "label_smoothing",
+        "weight_decay",
+    )
+}
 KINDS = [
     {"dtype": "float32"},
     {"dtype": "bfloat16", "recipe": "llada"},
     {"dtype": "float16"},
     {"dtype": "float32", "mode": "gpt2", "grad_clip": 0.0},
+    {"dtype": "float32", "schedules": MOVING},
 ]
 
 

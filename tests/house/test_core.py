@@ -101,6 +101,7 @@ def test_every_command_runs(tmp_path):
     commands = {
         "prepare": ["prepare", text, "--out", tmp_path / "tokens"],
         "train": ["train", "--data", tmp_path / "tokens", "--out_dir", run, *model.split(), *steps.split()],
+        "schedule": ["schedule", run],
         "watch": ["watch", run],
         "report": ["report", run],
         "plot": ["plot", run],
@@ -119,6 +120,7 @@ def test_every_command_runs(tmp_path):
     assert (run / "plots" / "curves.png").stat().st_size > 0
     assert "nats a token" in written["evaluate"]
     assert (run / "report.html").stat().st_size > 0
+    assert "penalty_keep_mask: by its own options" in written["schedule"]
     assert "finished, 3 steps are done" in written["watch"]
     assert written["sample"].startswith("red ")
     assert "[MASK] keeps its id" in written["import"]
