@@ -40,7 +40,6 @@ def draw_errors(logits: Tensor, tokens: Tensor, u: Tensor, mask_id: int) -> Tens
     scores[..., mask_id] = -torch.inf
     scores.scatter_(-1, tokens[..., None], -torch.inf)
     ends = scores.softmax(-1).cumsum(-1)
-    total = ends[..., -1:]
-    # Below the total, so that a word is met whose own probability is not 0.
-    place = torch.minimum(u[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # u is at most 1 - 2^-24, so the product is below the total, rounded too: a word is met whose probability is not 0.
+    place = u[..., None] * ends[..., -1:]
     return torch.searchsorted(ends, place, right=True)[..., 0].clamp(max=mask_id)

@@ -194,7 +194,6 @@ MUTANTS = [
     (STEP, "schedules: cases weigh as ever", "if by_case is not None:", "if False:"),
     (SELF_ERRORS, "the right word is drawn as an error", "    scores.scatter_(-1, tokens[..., None], -torch.inf)\n", ""),
     (SELF_ERRORS, "[MASK] is drawn as an error", "    scores[..., mask_id] = -torch.inf\n", ""),
-    (SELF_ERRORS, "a word of probability 0 at the end", "torch.minimum(u[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))", "u[..., None] * total"),
     (SELF_ERRORS, "a word of probability 0 at the beginning", "right=True", "right=False"),
     (SELF_ERRORS, "right words become errors", "(x != tokens) & ", ""),
     (STEP, "own errors: drawn under dropout", "self.compiled.eval()", "pass"),
