@@ -119,6 +119,12 @@ class Config:
     replacement: Literal["uniform", "unigram"] = option(
         "uniform", "wrong words; uniform: any other; unigram: by how often each stands in the training text"
     )
+    self_errors: float = option(
+        0.0,
+        "share of the wrong words that the model itself gives there, at a forward pass a batch",
+        low=0.0,
+        high=1.0,
+    )
     wrong_target: Literal["mask", "token"] = option(
         "mask", "what a wrong word is to be answered with; mask: [MASK]; token: the right word"
     )
@@ -213,7 +219,7 @@ class Config:
         if self.mask_factor == self.replace_factor == 0:
             raise UserError("mask_factor and replace_factor must not both be 0: nothing would be corrupted")
         if self.recipe != "specification":
-            for name in ("mask_factor", "replace_factor", "replacement", "wrong_target"):
+            for name in ("mask_factor", "replace_factor", "replacement", "self_errors", "wrong_target"):
                 if getattr(self, name) != (default := _DEFAULTS[name]):
                     raise UserError(
                         f"{name} must be {default} under recipe {self.recipe}, which masks alone, "

@@ -17,7 +17,7 @@ CASE_WEIGHTS = {
 }
 CORRUPTION = ("guaranteed_correct_factor", "mask_factor", "replace_factor")
 ANYWHERE = ("label_smoothing", "learning_rate", "weight_decay")  # whatever the recipe and the mode
-QUANTITIES = (*PENALTIES, *CASE_WEIGHTS, *CORRUPTION, *ANYWHERE)
+QUANTITIES = (*PENALTIES, *CASE_WEIGHTS, *CORRUPTION, "self_errors", *ANYWHERE)
 
 # Where an evaluation's record has the figures that a schedule may wait for.
 CAUSAL_METRICS = {name: (name,) for name in ("nll", "loss_final")}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,9 +17,10 @@ from difftrain.checkpoints.reading import Checkpoint
 from difftrain.config import Config
 from difftrain.config.schedules import CORRUPTION
 from difftrain.data import Corpus, corrupt_by_recipe, count_masked, sample_indices
+from difftrain.data.self_errors import choose_errors, draw_errors
 from difftrain.errors import UserError
 from difftrain.evaluation import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
-from difftrain.loss import choose_loss, loss_terms, model_loss, token_weights, wants_count
+from difftrain.loss import bent_logits, choose_loss, loss_terms, model_loss, token_weights, wants_count
 from difftrain.model import Transformer, make_optimizer, restore_optimizer
 from difftrain.parallel import gradient_sync, replicate, reshard, shard, whole
 from difftrain.reporting.lines import console_line
@@ -155,6 +157,8 @@ class Run:
         if "weight_decay" in values:
             self.optimizer.param_groups[0]["weight_decay"] = values["weight_decay"]  # of matrices
         corruption = {name: value for name, value in values.items() if name in CORRUPTION}
+        share = values.get("self_errors", config.self_errors)
+        own_errors = functools.partial(self._own_errors, share=share) if share else None
         terms = self.terms | {name: value for name, value in values.items() if name == "label_smoothing"}
         if config.dropout > 0:
             _seed_dropout(config.seed, self.step, runtime.rank)
@@ -173,7 +177,7 @@ class Run:
         loss_sum, tables = torch.zeros((), dtype=torch.float32, device=runtime.device), []
         for micro_step in range(self.micro_steps):
             samples = sample_indices(self.step, micro_step, runtime.rank, runtime.world_size, config)
-            x, y, weights = _make_batch(self.corpus, samples, config, runtime, corruption)
+            x, y, weights = _make_batch(self.corpus, samples, config, runtime, corruption, own_errors)
             count = {}
             if self.tells_count:
                 count["counted"] = count_masked(samples, config, split="train")
@@ -190,6 +194,19 @@ class Run:
             loss_sum += loss.detach()
         self.scaler.unscale_(self.optimizer)
         return loss_sum, tables
+
+    def _own_errors(self, tokens: Tensor, x: Tensor, samples: Tensor, *, share: float) -> Tensor:
+        """x with a share of its wrong words drawn from what the model says in their place; without gradient."""
+        is_own, u = choose_errors(
+            tokens, x, samples, seed=self.config.seed, mask_id=self.mask_id, share=share
+        )
+        self.compiled.eval()
+        with torch.no_grad(), self.runtime.autocast():
+            logits = bent_logits(self.compiled, self.mask_id, self.config)(
+                torch.where(is_own, self.mask_id, x)
+            )
+        self.compiled.train()
+        return torch.where(is_own, draw_errors(logits, tokens, u, self.mask_id), x)
 
     def update(self, loss_sum: Tensor, is_stopping: bool = False, has_failed: bool = False) -> None:
         """Apply the gradients unless they are no good, and count the step; :meth:`settle` tells what became of it.
@@ -222,25 +239,30 @@ def _make_batch(
     config: Config,
     runtime: Runtime,
     corruption: Mapping[str, float] = MappingProxyType({}),
+    own_errors: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x, y and token weights, if any, of the given training samples, on the device.
 
-    ``corruption`` holds the step's own values of options that say how much is corrupted.
+    ``corruption`` holds the step's own values of options that say how much is corrupted; ``own_errors``
+    makes x of (tokens, x, samples).
     """
     if config.mode == "gpt2":
         tokens = corpus.windows("train", samples, seed=config.seed, length=config.block_size + 1)
         tokens = runtime.to_device(tokens)
         return tokens[:, :-1], tokens[:, 1:], None
     tokens = corpus.windows("train", samples, seed=config.seed, length=config.block_size)
+    tokens, samples = runtime.to_device(tokens), runtime.to_device(samples)
     x, y, p_mask = corrupt_by_recipe(
-        runtime.to_device(tokens),
-        runtime.to_device(samples),
+        tokens,
+        samples,
         config,
         split="train",
         vocab_size=corpus.vocabulary.vocab_size,
         counts=corpus.unigram_counts if config.replacement == "unigram" else None,
         changes=corruption,
     )
+    if own_errors:
+        x = own_errors(tokens, x, samples)
     return x, y, token_weights(x, p_mask, corpus.vocabulary.mask_id, config)
 
 

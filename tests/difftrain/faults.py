@@ -42,11 +42,12 @@ DRAWING, PICTURES, REPORT_TEXTS, REPORT, RUNS, WATCH, PROGRESS = (
         "reporting/runs", "reporting/watch", "progress",
     )
 )  # fmt: skip
-CONFIG_SCHEDULES = "difftrain/config/schedules.py"
+CONFIG_SCHEDULES, SELF_ERRORS = "difftrain/config/schedules.py", "difftrain/data/self_errors.py"
 REPORT_TESTS = ["tests/difftrain/test_report.py"]
 SETTLING_TESTS = ["tests/difftrain/sampling/test_settling.py"]
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
 BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
+SELF_ERROR_TESTS = ["tests/difftrain/test_self_errors.py"]
 SCHEDULE_TESTS = ["tests/difftrain/test_schedules.py"]
 DEFAULTS = ["tests/difftrain/test_defaults.py"]
 RESUME_TESTS = ["tests/difftrain/test_resume.py", "-k", "float32 or samples"]
@@ -71,6 +72,8 @@ STAGES = {
     STEP: (
         BAD_STEP_TESTS,
         RECIPE_TESTS,
+        SCHEDULE_TESTS,
+        SELF_ERROR_TESTS,
         TRAIN_TESTS,
         DATA_TESTS,
         RESUME_TESTS,
@@ -91,6 +94,7 @@ STAGES = {
     LOG: (["tests/difftrain/test_metrics.py"], RESUME_TESTS),
     SCHEDULE: (["tests/difftrain/test_schedule.py"], SCHEDULE_TESTS, DEFAULTS),
     CONFIG_SCHEDULES: (SCHEDULE_TESTS,),
+    SELF_ERRORS: (SELF_ERROR_TESTS,),
     CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS, DEFAULTS),
     MODEL: (["tests/difftrain/test_model.py"], DEFAULTS),
     CAUSAL: (["tests/difftrain/test_sample.py"],),
@@ -205,9 +209,15 @@ MUTANTS = [
     (CONFIG_SCHEDULES, "a value leaves its option's range", "if quantity.high is not None and value > quantity.high:", "if False:"),
     (CONFIG_SCHEDULES, "a jump is lost in a short run", "max(1, round(share * steps))", "round(share * steps)"),
     (STEP, "schedules: a resumed one begins anew", "self.reached = reached_of(state, self.config)", "pass"),
-    (STEP, "schedules: corruption stays as configured", "config, runtime, corruption)", "config, runtime, {})"),
+    (STEP, "schedules: corruption stays as configured", "config, runtime, corruption, own_errors)", "config, runtime, {}, own_errors)"),
     (STEP, "schedules: vectors decay", 'param_groups[0]["weight_decay"]', 'param_groups[1]["weight_decay"]'),
     (STEP, "schedules: cases weigh as ever", "if by_case is not None:", "if False:"),
+    (SELF_ERRORS, "the right word is drawn as an error", "    scores.scatter_(-1, tokens[..., None], -torch.inf)\n", ""),
+    (SELF_ERRORS, "[MASK] is drawn as an error", "    scores[..., mask_id] = -torch.inf\n", ""),
+    (SELF_ERRORS, "a word of probability 0 at the beginning", "right=True", "right=False"),
+    (SELF_ERRORS, "right words become errors", "(x != tokens) & ", ""),
+    (STEP, "own errors: drawn under dropout", "self.compiled.eval()", "pass"),
+    (STEP, "own errors: the model stays in evaluation", "self.compiled.train()", "pass"),
     (BUDGET, "schedules keep their length", 'changes["schedules"] = scaled(config.schedules, share)', "pass"),
     (SCHEDULE, "the first step learns nothing", "(step + 1) / (config.warmup_iters + 1)", "step / (config.warmup_iters + 1)"),
     (CORPUS, "samples depend on the number of processes", "(rank * micro_steps + micro_step)", "(micro_step * world_size + rank)"),

@@ -263,8 +263,8 @@ def test_a_step_takes_every_quantity_at_its_value_and_the_log_says_which(tiny, m
         )
         return real_loss(*arguments, **options)
 
-    def batch(corpus, samples, config, runtime, corruption):
-        found = real_batch(corpus, samples, config, runtime, corruption)
+    def batch(corpus, samples, config, runtime, corruption, own_errors):
+        found = real_batch(corpus, samples, config, runtime, corruption, own_errors)
         batches.append(corruption)
         return found
 

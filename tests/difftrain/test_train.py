@@ -760,6 +760,7 @@ MOVING = {
         ("step", {"gate": "probability", **TERMS}),
         ("step", {"recipe": "mdlm", **TERMS}),
         ("step", {"schedules": MOVING}),
+        ("step", {"self_errors": 0.5}),
     ],
 )
 def test_a_compiled_run_trains_the_same_model_and_its_curriculum_compiles_nothing_anew(
