@@ -36,7 +36,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="take a word for wrong from this probability on [0.5]",
     )  # fmt: skip
     parser.add_argument(
-        "--max_changes", type=int, metavar="N", help="at most N words, the most suspected first [all]"
+        "--sure", type=float, default=0.9, metavar="P",
+        help="replace it where the new word has at least this probability; 0: always [0.9]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_changes", type=int, metavar="N", help="at most N suspects, the most suspected first [all]"
     )
     parser.add_argument(
         "--steps", type=int, default=8, metavar="N", help="passes that write a window's words anew [8]"

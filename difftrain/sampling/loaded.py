@@ -90,6 +90,7 @@ class Loaded:
         text: str,
         *,
         suspect: float = 0.5,
+        sure: float = 0.9,
         max_changes: int | None = None,
         steps: int = 8,
         keep_unknown: bool = False,
@@ -101,7 +102,8 @@ class Loaded:
 
         Args:
             suspect: the suspicion from which on a word is taken for wrong.
-            max_changes: so many words at most; None: all.
+            sure: the probability from which on a new word takes the place of a suspect; 0: always.
+            max_changes: so many suspects at most; None: all.
             steps: calls of ``module`` in which the words of one window are written.
             keep_unknown: leave characters outside the vocabulary as they are.
             check: only mark; the text stays.
@@ -111,7 +113,7 @@ class Loaded:
         """
         with quiet():
             return repair(
-                self._writer, text, RepairRequest(suspect, max_changes, steps, keep_unknown, check)
+                self._writer, text, RepairRequest(suspect, sure, max_changes, steps, keep_unknown, check)
             )
 
     @property

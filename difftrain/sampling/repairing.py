@@ -14,7 +14,7 @@ from difftrain.errors import UserError
 from difftrain.progress import progress
 from difftrain.sampling.choosing import Choice
 from difftrain.sampling.policies import make_policy
-from difftrain.sampling.settling import State, settle
+from difftrain.sampling.settling import State, settle, without_mask
 from difftrain.sampling.writing import Writer
 
 LOGITS = 2**24  # numbers that one pass of the model makes at most
@@ -30,7 +30,7 @@ class Edit:
         old: the word.
         suspicion: how much of the probability at its place the model gives to all but this word.
         new: what it was replaced by; None where it was only marked.
-        probability: what the model gives to the new word in the repaired text.
+        probability: what the model gives to the new word where it sees [MASK] for all suspects.
     """
 
     position: int
@@ -56,13 +56,15 @@ class RepairRequest:
 
     Attributes:
         suspect: the suspicion from which on a word is taken for wrong.
-        max_changes: so many words at most, those under the greatest suspicion; None: all.
+        sure: the probability from which on a new word takes the place of a suspect; 0: always.
+        max_changes: so many suspects at most, those under the greatest suspicion; None: all.
         steps: passes of the model in which the words of one window are written anew.
         keep_unknown: leave characters that the vocabulary does not hold as they are; the model sees [MASK] there.
         check: only mark.
     """
 
     suspect: float = 0.5
+    sure: float = 0.9
     max_changes: int | None = None
     steps: int = 8
     keep_unknown: bool = False
@@ -71,6 +73,8 @@ class RepairRequest:
     def __post_init__(self) -> None:
         if not 0 < self.suspect <= 1:
             raise UserError(f"suspect must be in (0, 1], got {self.suspect}")
+        if not 0 <= self.sure <= 1:
+            raise UserError(f"sure must be in [0, 1], got {self.sure}")
         if self.max_changes is not None and not 0 <= self.max_changes < 2**31:
             raise UserError(f"max_changes must be at least 0 and below 2^31, got {self.max_changes}")
         if not 1 <= self.steps < 2**31:
@@ -95,18 +99,24 @@ def repair(writer: Writer, text: str, request: RepairRequest) -> Repair:
     ids, unknown = _encode(text, vocabulary, keep_unknown=request.keep_unknown)
     x = torch.tensor(ids, dtype=torch.int64, device=writer.device)
     is_known = x != vocabulary.mask_id
-    suspicion = 1.0 - _own_probabilities(writer, x, is_known)
+    suspicion = 1.0 - _probabilities(writer, x, x, is_known)
     suspects = suspicion >= request.suspect
     if request.max_changes is not None:
         order = suspicion.masked_fill(~suspects, -1.0).argsort(descending=True, stable=True)
         suspects[order[request.max_changes :]] = False
-    written = x if request.check else _write_anew(writer, x, suspects, request.steps)
-    changed = suspects if request.check else written != x
+    if request.check:
+        return Repair(text, tuple(_edits(text, ids, suspects, suspicion, vocabulary, unknown)))
+    masked = x.masked_fill(suspects, vocabulary.mask_id)
+    written = _write_anew(writer, masked, suspects, request.steps)
+    p = _probabilities(writer, masked, written, suspects & (written != x), may_be_mask=False)
+    written = torch.where(suspects & (p >= request.sure), written, x)
+    changed = written != x
     edits = _edits(text, ids, changed, suspicion, vocabulary, unknown)
-    if not request.check and edits:
-        p = _own_probabilities(writer, written, changed)[changed].tolist()
-        words = [vocabulary.decode_words([i]) for i in written[changed].tolist()]
-        edits = [replace(e, new=new, probability=p) for e, new, p in zip(edits, words, p, strict=True)]
+    words = [vocabulary.decode_words([i]) for i in written[changed].tolist()]
+    edits = [
+        replace(edit, new=new, probability=its)
+        for edit, new, its in zip(edits, words, p[changed].tolist(), strict=True)
+    ]
     return Repair(_decode(written.tolist(), vocabulary, unknown), tuple(edits))
 
 
@@ -160,29 +170,33 @@ def _batches(writer: Writer, is_asked: Tensor) -> Iterator[tuple[list[slice], Te
         yield [window for window, _ in batch], where
 
 
-def _own_probabilities(writer: Writer, x: Tensor, is_asked: Tensor) -> Tensor:
-    """The probability of the word that stands at each place of x (T,) that is asked for; 1 elsewhere."""
-    scores = writer.scores
+def _probabilities(
+    writer: Writer, x: Tensor, words: Tensor, is_asked: Tensor, *, may_be_mask: bool = True
+) -> Tensor:
+    """What the model, seeing x (T,), gives to each of the words (T,) that is asked for, (T,) fp32; 1 elsewhere."""
+    scores, mask_id = writer.scores, writer.vocabulary.mask_id
     p = torch.ones(len(x), dtype=torch.float32, device=x.device)
     for windows, where in _batches(writer, is_asked):
-        ids = torch.stack([x[w] for w in windows])
-        own = scores(ids, where).softmax(-1).gather(-1, ids[where][:, None]).squeeze(-1)
+        logits = scores(torch.stack([x[w] for w in windows]), where)
+        if not may_be_mask:
+            logits = without_mask(logits, mask_id)
+        own = torch.stack([words[w] for w in windows])[where]
+        own = logits.softmax(-1).gather(-1, own[:, None]).squeeze(-1)
         for window, row, values in zip(windows, where, own.split(where.sum(1).tolist()), strict=True):
             p[window][row] = values
     return p
 
 
-def _write_anew(writer: Writer, x: Tensor, suspects: Tensor, steps: int) -> Tensor:
-    """The text with its suspects written anew, most certain first, each in sight of the window around it."""
+def _write_anew(writer: Writer, masked: Tensor, suspects: Tensor, steps: int) -> Tensor:
+    """The text (T,) with its suspects, which are [MASK], written: most certain first, in sight of a window."""
     mask_id = writer.vocabulary.mask_id
-    masked = x.masked_fill(suspects, mask_id)
-    written = x.clone()
+    written = masked.clone()
     for windows, where in _batches(writer, suspects):
         state = State.of(torch.stack([masked[w] for w in windows]), mask_id, where)
         settle(
             writer.scores, state, mask_id, make_policy("confidence"),
             steps=steps, choice=Choice(temperature=0.0), seed=0,
-            samples=torch.arange(len(windows), dtype=torch.int64, device=x.device),
+            samples=torch.arange(len(windows), dtype=torch.int64, device=masked.device),
         )  # fmt: skip
         for window, row, ids in zip(windows, where, state.x, strict=True):
             written[window][row] = ids[row]

@@ -60,6 +60,15 @@ def test_a_block_is_written_in_sight_of_what_was_written_before_and_given_after(
     assert [where for _, where in seen] == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 6, 7], [4, 5, 6, 7]]
 
 
+def test_each_pass_is_told_of_with_the_whole_text():
+    told = []
+    x = torch.full((2, 20), MASK_ID)
+    state, seen = written(x, 10, on_pass=lambda now: told.append(now.clone()))
+    assert len(told) == len(seen) == 10
+    assert [int((now == MASK_ID).sum()) for now in told] == [36, 32, 28, 24, 20, 16, 12, 8, 4, 0]
+    assert torch.equal(told[-1], state.x)
+
+
 def test_blocks_without_a_mask_take_no_pass_and_a_whole_text_none():
     x = torch.full((1, 16), 0)
     assert written(x, 1)[1] == []

@@ -61,6 +61,23 @@ def test_at_most_so_many_changes_the_most_suspected_first_and_only_above_the_thr
     assert model.repair(wrong, suspect=1.0).text == wrong
 
 
+def test_a_suspect_stays_where_the_model_is_not_sure_of_another_word():
+    """Four wrong in a row leave few neighbours to tell what stood there, so some of them are guesses."""
+    model = ring()
+    wrong = planted(RIGHT[:40], 8, 19, 20, 21, 22)
+    always = model.repair(wrong, sure=0).edits
+    probabilities = sorted(edit.probability for edit in always)
+    assert probabilities[0] < 0.9 < probabilities[-1]
+    for sure in (probabilities[0], probabilities[1], 0.9, 1.0):
+        repaired = model.repair(wrong, sure=sure)
+        kept = [edit for edit in always if edit.probability >= sure]
+        assert [(e.position, e.new) for e in repaired.edits] == [(e.position, e.new) for e in kept]
+        expected = list(wrong)
+        for edit in kept:
+            expected[edit.position] = edit.new
+        assert repaired.text == "".join(expected)
+
+
 def test_a_check_marks_and_changes_nothing():
     wrong = planted(RIGHT[:40], 20)
     checked = ring().repair(wrong, check=True)
@@ -68,7 +85,7 @@ def test_a_check_marks_and_changes_nothing():
     assert [(e.position, e.new, e.probability) for e in checked.edits] == [(20, None, None)]
 
 
-def test_a_window_costs_its_reading_its_steps_and_a_last_look_at_what_changed():
+def test_a_window_costs_its_reading_its_steps_and_a_look_at_how_sure_the_new_words_are():
     model = ring()
     model.repair(RIGHT[:16])
     assert model.module.calls == 1
@@ -105,6 +122,7 @@ def test_a_tokenizer_that_does_not_give_the_text_back_is_named(monkeypatch):
     [
         ({"suspect": 0.0}, r"suspect must be in \(0, 1\], got 0.0"),
         ({"suspect": float("nan")}, r"suspect must be in \(0, 1\], got nan"),
+        ({"sure": 1.5}, r"sure must be in \[0, 1\], got 1.5"),
         ({"max_changes": -1}, "max_changes must be at least 0 and below 2\\^31, got -1"),
         ({"steps": 0}, "steps must be at least 1 and below 2\\^31, got 0"),
     ],
