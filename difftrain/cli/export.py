@@ -10,7 +10,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "export",
         help="write a run's model for another program",
-        description="Write a run's model as nanoGPT's ckpt.pt. docs/exchange.md says what is kept.",
+        description="Write a run's model as nanoGPT's ckpt.pt.",
         allow_abbrev=False,
     )
     parser.add_argument("format", choices=("nanogpt",), help="for which program")

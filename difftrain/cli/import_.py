@@ -13,7 +13,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "import",
         help="make a run of another program's checkpoint",
         description="Make a run of a nanoGPT checkpoint: sample, evaluate and train --resume take it. Nothing in the "
-        "file is executed; a model that would compute other numbers here is refused. docs/exchange.md says what is kept.",
+        "file is executed; a model that would compute other numbers here is refused.",
         allow_abbrev=False,
     )
     parser.add_argument("format", choices=("nanogpt",), help="whose checkpoint it is")
