@@ -16,7 +16,10 @@ def obey(jobs, connection):
         if job == "exit":
             os._exit(3)
         if job.startswith("hang "):
-            Path(job.removeprefix("hang ")).write_text(str(os.getpid()))
+            file = Path(job.removeprefix("hang "))
+            written = file.with_suffix(".part")
+            written.write_text(str(os.getpid()))
+            written.rename(file)  # whoever sees it, sees all of it
             time.sleep(PATIENCE)
         connection.send((job, os.getpid()))
         if job == "last of its process":
