@@ -107,4 +107,4 @@ def _run(args: argparse.Namespace) -> None:
         except OSError as error:
             print(f"difftrain: warning: no copy of the text is kept: {error}", file=sys.stderr)
     if args.html:
-        write_page(watch.frames, args.html, f"{args.run.name}, step {sample.step}")
+        write_page(watch.frames, args.html, f"{args.run.resolve().name}, step {sample.step}")

@@ -13,6 +13,7 @@ from difftrain.checkpoints.reading import open_run_or_checkpoint
 from difftrain.config import Config
 from difftrain.config.paths import expand_path
 from difftrain.data.vocabulary import Vocabulary
+from difftrain.errors import UserError
 from difftrain.loss import bent_logits
 from difftrain.model import Transformer
 from difftrain.progress import quiet
@@ -77,6 +78,10 @@ class Loaded:
         Raises:
             UserError: a number out of its range, an unknown policy, or a text that does not fit the model.
         """
+        if prompt and infill is not None:
+            raise UserError(
+                "prompt and infill exclude each other: a gap text has its own words before the gap"
+            )
         request = SampleRequest(
             prompt=prompt, infill=infill, length=length, num_samples=n, policy=policy, steps=steps,
             schedule=schedule, suspect=suspect, block_length=block_length, temperature=temperature, top_k=top_k,
@@ -121,7 +126,7 @@ class Loaded:
         return Writer(self.module, self.tokenizer, self.config)
 
 
-def load(run_or_folder: str | os.PathLike, checkpoint: str = "best", device: str = "auto") -> Loaded:
+def load(run_or_folder: str | os.PathLike, checkpoint: str | int = "best", device: str = "auto") -> Loaded:
     """A trained model from a run's folder, or from the folder of one of its checkpoints.
 
     Nothing in a checkpoint can execute code, and its files are verified by their digests.
@@ -133,5 +138,5 @@ def load(run_or_folder: str | os.PathLike, checkpoint: str = "best", device: str
     Raises:
         UserError: there is no such run, checkpoint or device, or the checkpoint is damaged.
     """
-    found = open_run_or_checkpoint(Path(expand_path(os.fspath(run_or_folder))), checkpoint)
+    found = open_run_or_checkpoint(Path(expand_path(os.fspath(run_or_folder))), str(checkpoint))
     return Loaded(found.make_model(resolve_device(device)), found.vocabulary, found.config, found.step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import shutil
 import sys
 import time
@@ -55,7 +56,8 @@ class Terminal(Frames):
     def __call__(self, ids: list[int], vocabulary: Vocabulary) -> None:
         super().__call__(ids, vocabulary)
         size = shutil.get_terminal_size((COLUMNS, 24))
-        lines = list(coloured_lines(self.frames[-1], min(COLUMNS, size.columns - 1)))[-(size.lines - 1) :]
+        width, height = max(1, min(COLUMNS, size.columns - 1)), max(1, size.lines - 1)
+        lines = list(coloured_lines(self.frames[-1], width))[-height:]
         print(self._above() + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J", end="", flush=True)
         self._height = len(lines)
         time.sleep(DELAY)
@@ -98,7 +100,10 @@ def coloured_lines(frame: list[tuple[str, str]], width: int) -> Iterator[str]:
 def write_page(frames: list[list[tuple[str, str]]], path: Path, title: str) -> None:
     """The frames as one HTML page that plays them and fetches nothing."""
     data = json.dumps(frames, ensure_ascii=True).replace("<", "\\u003c")
-    page = PAGE.replace("TITLE", html.escape(title)).replace("FRAMES", data)
+    parts = {"TITLE": html.escape(title), "FRAMES": data}
+    page = re.sub(
+        "TITLE|FRAMES", lambda name: parts[name[0]], PAGE
+    )  # at once: a title may hold either word
     path.write_text(page, encoding="utf-8")
 
 

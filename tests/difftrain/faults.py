@@ -374,7 +374,7 @@ MUTANTS = [
     (REPAIR_COMMAND, "line ends are changed", 'read_bytes(), "keep")', 'read_bytes(), "universal")'),
     (SHOWING, "a word sent back looks as if never written", "return MASKED if was_masked else BACK", "return MASKED"),
     (SHOWING, "a text ends the page's script", '.replace("<", "\\\\u003c")', ""),
-    (SHOWING, "a frame taller than the terminal runs away", "[-(size.lines - 1) :]", ""),
+    (SHOWING, "a frame taller than the terminal runs away", "[-height:]", ""),
     (BLOCKS, "a block is shown alone", "    x[:, window] = part\n    on_pass(x)", "    on_pass(part)"),
     (QUESTIONS, "a driver that hangs ends the question", "except (OSError, subprocess.TimeoutExpired):", "except OSError:"),
     (MODEL, "weights follow the default dtype", 'where = {"device": device, "dtype": torch.float32}', 'where = {"device": device}'),

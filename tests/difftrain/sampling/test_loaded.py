@@ -95,6 +95,7 @@ def test_samples_and_repairs_print_nothing_and_keep_types(run, capfd):
         ({"steps": 0}, "steps must be at least 1"),
         ({"policy": "magic"}, "policy must be one of"),
         ({"prompt": "abcde" * 4}, "the prompt must have fewer tokens than the text's 16, got 20"),
+        ({"prompt": "a", "infill": "ab____"}, "prompt and infill exclude each other"),
         ({"infill": "abc"}, "an infill text must have a gap"),
     ],
 )

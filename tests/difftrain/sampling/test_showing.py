@@ -66,6 +66,19 @@ def test_a_page_holds_every_frame_whatever_its_words(tmp_path):
     assert [[tuple(run) for run in frame] for frame in json.loads(data)] == frames
 
 
+def test_a_terminal_of_one_column_and_line_ends_and_shows_the_end(monkeypatch, capsys):
+    monkeypatch.setattr(showing, "DELAY", 0.0)
+    monkeypatch.setenv("LINES", "1")
+    monkeypatch.setenv("COLUMNS", "1")
+    shown(Terminal("#"), [[3, 3, 3]] * 2)
+    assert re.findall(r"\x1b\[(\d+)A", capsys.readouterr().out) == ["1"]
+
+
+def test_a_title_may_be_any_text(tmp_path):
+    write_page([[("a", "fresh")]], tmp_path / "a.html", "FRAMES of TITLE")
+    assert "<h1>FRAMES of TITLE</h1>" in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, corpus_folder):
     from difftrain.config import Config
