@@ -26,6 +26,7 @@ from triton.runtime.interpreter import InterpretedFunction
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from difftrain_kernels import fused_diffusion_loss
 from measuring.arguments import user_path
+from measuring.timing import Nothing
 
 SHAPE = (4, 64, 66)
 MASK_ID = 65
@@ -36,19 +37,6 @@ WAYS = {
     "upstream stated": {"upstream_scale": 1.0},
     "with the case table": {"return_cases": True},
 }
-
-
-class _Nothing(torch.autograd.Function):
-    """What autograd itself takes for a loss of one tensor."""
-
-    @staticmethod
-    def forward(ctx, logits):
-        ctx.save_for_backward(logits)
-        return logits.new_empty((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return torch.empty_like(ctx.saved_tensors[0])
 
 
 def count_launches(calls: dict) -> dict[str, list[str]]:
@@ -72,7 +60,7 @@ def measure(repeats: int) -> list[dict]:
     logits = torch.zeros(SHAPE, dtype=torch.bfloat16, device="cpu", requires_grad=True)
     y = torch.zeros(SHAPE[:-1], dtype=torch.int64, device="cpu")
     upstream = torch.ones((), dtype=torch.float32, device="cpu")
-    forwards = {"nothing": partial(_Nothing.apply, logits)}
+    forwards = {"nothing": partial(Nothing.apply, logits)}
     for name, options in WAYS.items():
         forwards[name] = partial(
             fused_diffusion_loss, logits, y, y, MASK_ID, 0.25, 0.5, impl="triton", **options

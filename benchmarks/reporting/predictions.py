@@ -181,8 +181,7 @@ def predict(call: Call, shape: tuple[int, int], device: Device) -> Prediction:
     n, vocab_size = shape
     seconds, rereads, is_counted = call.launches * LAUNCH_US * 1e-6, 0.0, True
     bandwidth = device.copy
-    is_streamed = vocab_size > SMALL_VOCAB
-    if is_streamed:
+    if vocab_size > SMALL_VOCAB:
         tile = tile_model.tiles_by_merit(vocab_size, 2, device.machine)[0]
         bandwidth *= tile_model.used_bandwidth(tile, vocab_size, device.machine)
     for kernel, passes in call.kernels:

@@ -14,25 +14,12 @@ from comparison.problems import make_problem
 from comparison.worker import calls_of
 from measuring import device
 from measuring.rehearsal import is_rehearsed
-from measuring.timing import quantiles
+from measuring.timing import Nothing, quantiles
 
 # Small, so that the device is done before the host is.
 SHAPES = {"logits": (256, 0, 66), "linear": (256, 64, 1024)}
 NAMES = ("ours", "ours, upstream stated", "ours, not predicted", "ours linear", "eager reference")
 ROUNDS, CALLS = 30, 20
-
-
-class _Nothing(torch.autograd.Function):
-    """What autograd itself takes for a loss."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        ctx.save_for_backward(*inputs)
-        return inputs[0].new_empty((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors)
 
 
 def host_us(call: Callable[[], object], rounds: int, calls: int) -> tuple[float, float, float]:
@@ -56,7 +43,7 @@ def run_host() -> dict[str, Any]:
     rows = []
     for kind, (n, width, vocab_size) in SHAPES.items():
         problem = make_problem(n, vocab_size, torch.bfloat16, device.kind(), width)
-        losses = {"nothing": lambda p, _: _Nothing.apply(*p.inputs)} | {
+        losses = {"nothing": lambda p, _: Nothing.apply(*p.inputs)} | {
             c.name: c.make() for c in CONTENDERS if c.kind == kind and c.name in NAMES
         }
         for name, loss_of in losses.items():
