@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 COMMANDS = {
-    "bench_loss", "bench_cpu", "bench_cpu_linear", "bench_train", "bench_codegen", "bench_host", "bench_rows", "gpu_session",
-    "predict", "report", "sweep_tiles",
+    "bench_loss", "bench_cpu", "bench_cpu_linear", "bench_train", "bench_codegen", "bench_host", "bench_rows", "curriculum",
+    "gpu_session", "predict", "report", "sweep_tiles",
 }  # fmt: skip
 # Each room, and the rooms whose modules it may import.
 ROOMS = {
@@ -24,6 +24,8 @@ ROOMS = {
     "reporting": {"comparison", "measuring"},
     "stages": {"comparison", "measuring"},
     "training_step": set(),
+    "text_quality": set(),
+    "experiment": {"text_quality"},
 }
 OURS = {"difftrain", "difftrain_kernels"}
 MODULES = {
