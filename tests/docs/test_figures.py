@@ -106,3 +106,15 @@ def test_the_first_runs_figures_are_those_of_its_file():
             f"{runs[name]['tokens_per_second']:,.0f} tokens/s and {runs[name]['peak_memory_mib'] / 1024:.1f} GiB"
             in text
         )
+
+
+def test_the_losss_cpu_figures_are_those_of_their_file():
+    figures = json.loads((RESULTS / "loss-cpu-2026-11-28.json").read_text())["figures"]
+    text = page("benchmarks/NOTES.md")
+    for figure in figures:
+        rows, columns, *dtype = figure["shape"].split("x")
+        shape = f"({rows}, {columns}) {'bf16' if dtype else 'fp32'}, {figure['threads']}"
+        eager, ours, tabled = (figure["losses"][n] for n in ("eager", "fused", "fused, with table"))
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {shape} |")]
+        peaks = f"{eager['peak_mib']:.1f}, {ours['peak_mib']:.1f}"
+        assert line.endswith(f" | {ours['ratio']:.2f} | {tabled['ratio']:.2f} | {peaks} |")
