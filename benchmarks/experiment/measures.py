@@ -87,7 +87,10 @@ def measure(
             held_out.known,
         )
         figures |= {f"{policy}_{name}": value for name, value in written.items()}
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    return {
+        name: None if value is None or not math.isfinite(value) else value
+        for name, value in figures.items()
+    }
 
 
 def _repairs(model: Loaded, fluent: Loaded, clean: Tensor) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -54,11 +55,12 @@ def nll_under(judge: Loaded, tokens: Tensor) -> float:
 
 def quality(
     tokens: Tensor, decode: Callable[[list[int]], str], judge: Loaded, known: set[str]
-) -> dict[str, float]:
-    """All of it for texts (B, T) int64 in the judge's vocabulary."""
+) -> dict[str, float | None]:
+    """All of it for texts (B, T) int64 in the judge's vocabulary; None where there is nothing to count."""
     texts = [decode(row) for row in tokens.tolist()]
-    return {
+    figures = {
         "known_words": known_words(texts, known),
         "distinct": distinct_grams(texts),
         "judge_nll": nll_under(judge, tokens),
     }
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}

@@ -46,7 +46,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--suspect", type=float, metavar="P",
-        help="with policy remask: the probability of [MASK] above which a word goes back [0.5]",
+        help="with policy remask: the probability of [MASK] above which a word goes back [0.1]",
     )  # fmt: skip
     parser.add_argument(
         "--block_length", type=int, metavar="N",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -56,9 +57,7 @@ def settle_in_blocks(
     taken = first_pass = 0
     for block, share in zip(blocks, shares, strict=True):
         window = _window(state, block, mask_id, block_size)
-        part = State(
-            *(getattr(state, name)[:, window] for name in ("x", "is_open", "is_active", "returns", "since"))
-        )
+        part = State(*(getattr(state, field.name)[:, window] for field in dataclasses.fields(State)))
         part.is_active = torch.zeros_like(part.is_open)
         inside = slice(block.start - window.start, block.stop - window.start)
         part.is_active[:, inside] = part.is_open[:, inside]
@@ -68,7 +67,7 @@ def settle_in_blocks(
             on_pass=on_pass and partial(_tell_whole, on_pass, state.x, window),
         )  # fmt: skip
         first_pass += share  # not what was taken, which hangs on the other texts
-        for name in ("x", "returns", "since"):
+        for name in ("x", "returns", "since", "p"):
             getattr(state, name)[:, window] = getattr(part, name)
     return taken
 

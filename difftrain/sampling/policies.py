@@ -7,8 +7,8 @@
 | ``margin`` | where the best word is furthest from the second | - |
 | ``entropy`` | where the model is least undecided | - |
 | ``ancestral`` | each [MASK] with the probability of the reverse process | - |
-| ``remask`` | as ``confidence`` | words that the model answers with [MASK], as it was trained to |
-| ``remask_untrained`` | as ``confidence`` | the words that the model now finds least likely |
+| ``remask`` | as ``ancestral`` | words that the model answers with [MASK], as it was trained to |
+| ``remask_untrained`` | as ``ancestral`` | some by chance, sooner those that were unlikely when written |
 | ``edit`` | as ``confidence``, and over words that another one beats | - |
 
 docs/sampling.md says which is for what.
@@ -86,45 +86,66 @@ class Ancestral(Policy):
     """
 
     def decide(self, state: State, seen: Pass, is_masked: Tensor) -> tuple[Tensor, Tensor]:
-        fills = seen.spread(seen.chance, 1.0) < 1.0 / (seen.steps - seen.step)
+        fills = seen.chance < 1.0 / (seen.steps - seen.step)
         return is_masked & fills, torch.zeros_like(is_masked)
 
 
 @dataclass(frozen=True)
-class Remask(Ordered):
-    """As confidence, and words that were written before go back to [MASK] where the model suspects them.
+class Remask(Ancestral):
+    """As ancestral, and words that were written before go back to [MASK] where the model suspects them.
 
     A position goes back ``most_returns`` times at most, and none in the last two passes, so that every word is
-    written by a pass that sees the others. What was given never goes back.
+    written by a pass that sees the others. What was given never goes back. Words that come in order of confidence
+    would leave nothing to suspect: see docs/sampling.md.
 
     Attributes:
-        suspect: the probability of [MASK] above which a word goes back; trained: the model was taught to answer
-            a wrong word with [MASK].
-        is_trained: False for going by the word's own probability instead, below ``doubt``: what is done with models
-            that were never taught (ReMDM; Yao 2026).
+        suspect: the probability of [MASK] above which a word goes back; the model was taught to answer a wrong word
+            with [MASK].
     """
 
-    suspect: float = 0.5
-    is_trained: bool = True
-    doubt: float = 0.1
+    suspect: float = 0.1
     most_returns: int = 2
 
     def asks_for(self, state: State, is_masked: Tensor) -> Tensor:
-        return is_masked | self._may_return(state)
-
-    def _may_return(self, state: State) -> Tensor:
-        return state.is_active & (state.since >= 0) & (state.returns < self.most_returns)
+        return is_masked | _may_return(state, self.most_returns)
 
     def decide(self, state: State, seen: Pass, is_masked: Tensor) -> tuple[Tensor, Tensor]:
-        goes_back = torch.zeros_like(is_masked)
+        fills, goes_back = super().decide(state, seen, is_masked)
         if seen.step < seen.steps - 2:
-            may = self._may_return(state) & ~is_masked
-            if self.is_trained:
-                goes_back = may & (seen.spread(seen.p_mask, 0.0) > self.suspect)
-            else:
-                p_own = _probability_of(seen, state.x)
-                goes_back = may & (p_own < self.doubt)
-        return self._best(seen, is_masked), goes_back
+            may = _may_return(state, self.most_returns) & ~is_masked
+            goes_back = may & (seen.spread(seen.p_mask, 0.0) > self.suspect)
+        return fills, goes_back
+
+
+@dataclass(frozen=True)
+class RemaskUntrained(Ancestral):
+    """As ancestral, and words go back by chance, the less probable ones when written more often: for any model.
+
+    On average a written word goes back with probability ``share`` times the most that the schedule allows; a word's own is
+    proportional to exp(-p), with p its probability when it was written.
+
+    Attributes:
+        share: ReMDM's eta, in [0, 1].
+
+    Source: ReMDM (arXiv:2503.00307), rescaled schedule with confidences, its weights here with mean 1.
+    """
+
+    share: float = 0.1
+    most_returns: int = 2
+
+    def decide(self, state: State, seen: Pass, is_masked: Tensor) -> tuple[Tensor, Tensor]:
+        fills, goes_back = super().decide(state, seen, is_masked)
+        if 0 < seen.step < seen.steps - 2:
+            may = _may_return(state, self.most_returns) & ~is_masked
+            weight = torch.where(may, torch.exp(-state.p), 0.0)
+            mean = weight.sum(1, keepdim=True) / may.sum(1, keepdim=True).clamp(min=1)
+            most = min(1.0, (seen.steps - seen.step - 1) / seen.step)
+            goes_back = may & (seen.chance * mean < self.share * most * weight)
+        return fills, goes_back
+
+
+def _may_return(state: State, most_returns: int) -> Tensor:
+    return state.is_active & (state.since >= 0) & (state.returns < most_returns)
 
 
 @dataclass(frozen=True)
@@ -142,7 +163,7 @@ class Overwrite(Ordered):
     most_returns: int = 2
 
     def asks_for(self, state: State, is_masked: Tensor) -> Tensor:
-        return is_masked | (state.is_active & (state.since >= 0) & (state.returns < self.most_returns))
+        return is_masked | _may_return(state, self.most_returns)
 
     def decide(self, state: State, seen: Pass, is_masked: Tensor) -> tuple[Tensor, Tensor]:
         p, best = seen.p_words.max(-1)
@@ -152,12 +173,6 @@ class Overwrite(Ordered):
         return self._best(seen, is_masked) | beats, torch.zeros_like(is_masked)
 
 
-def _probability_of(seen: Pass, x: Tensor) -> Tensor:
-    """The probability of the word that stands at each position, (B, T); 1 where none was asked for."""
-    own = x[seen.where].clamp(max=seen.logits.shape[-1] - 1)
-    return seen.spread(seen.p_words.gather(-1, own[:, None]).squeeze(-1), 1.0)
-
-
 POLICIES = {
     "fill": Fill,
     "confidence": Ordered,
@@ -165,7 +180,7 @@ POLICIES = {
     "entropy": partial(Ordered, by="entropy"),
     "ancestral": Ancestral,
     "remask": Remask,
-    "remask_untrained": partial(Remask, is_trained=False),
+    "remask_untrained": RemaskUntrained,
     "edit": Overwrite,
 }
 

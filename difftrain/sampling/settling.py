@@ -27,6 +27,7 @@ class State:
         is_active: (B, T) bool, those among them that this part of the work is about.
         returns: (B, T) int64, how often each was sent back to [MASK] or overwritten.
         since: (B, T) int64, the pass in which its word was written; -1 before.
+        p: (B, T) fp32, the probability with which that word was drawn; 1 before.
     """
 
     x: Tensor
@@ -34,12 +35,14 @@ class State:
     is_active: Tensor
     returns: Tensor
     since: Tensor
+    p: Tensor
 
     @classmethod
     def of(cls, x: Tensor, mask_id: int, is_open: Tensor | None = None) -> State:
         is_open = x == mask_id if is_open is None else is_open
         fresh = torch.zeros_like(x)
-        return cls(x.clone(), is_open, is_open.clone(), fresh, fresh - 1)
+        p = torch.ones(x.shape, dtype=torch.float32, device=x.device)
+        return cls(x.clone(), is_open, is_open.clone(), fresh, fresh - 1, p)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Pass:
         word: (n,) int64, a word drawn for each, never [MASK].
         p: (n,) fp32, the probability with which it was drawn.
         may_mask: (n,) int64, the same draw with [MASK] among the words, for a policy that may write it.
-        chance: (n,) fp32 in [0, 1), another random number of each position.
+        chance: (B, T) fp32 in [0, 1), another random number of every position.
     """
 
     step: int
@@ -155,6 +158,7 @@ def settle(
         state.x = torch.where(goes_back, mask_id, x)
         state.returns = state.returns + (goes_back | (fills & ~is_masked))
         state.since = torch.where(fills & (state.x != mask_id), first_pass + step, state.since)
+        state.p = torch.where(fills, seen.spread(seen.p, 1.0), state.p)
         if on_pass:
             on_pass(state.x)
     if steps < 1 and bool(((state.x == mask_id) & state.is_active).any()):
@@ -170,7 +174,7 @@ def _look(
     logits = scores(x, where).float()
     u, chance = random_numbers(seed, samples, first_pass + step, 2 * x.shape[1]).chunk(2, dim=1)
     recent = recent_words(x, where, mask_id) if choice.repetition > 1 else None
-    u, chance = u[where], chance[where]
+    u = u[where]
     word, p = choose(without_mask(logits, mask_id), choice, u, recent)
     may_mask = choose(logits, choice, u, recent)[0] if policy.may_write_mask else word
     return Pass(step, steps, mask_id, where, logits, word, p, may_mask, chance)

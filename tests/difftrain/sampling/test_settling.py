@@ -7,7 +7,7 @@ import torch
 from difftrain.errors import UserError
 from difftrain.sampling.choosing import Choice, draw, probabilities, random_numbers
 from difftrain.sampling.policies import make_policy
-from difftrain.sampling.settling import State, settle
+from difftrain.sampling.settling import Pass, State, settle
 from specified_fill import scores_of, settled, specified_fill
 
 WORDS, MASK_ID = 3, 3
@@ -142,8 +142,6 @@ def test_a_suspect_goes_back_to_mask_and_is_written_anew_in_sight_of_the_others(
         return logits
 
     x = torch.full((1, 3), MASK_ID)
-    state, scores = run("remask", x, 8, choice=GREEDY, model=accusing)
-    assert state.returns.sum() == 0  # one at a time, each is written in sight of the others
     state = State.of(x, MASK_ID)
     state.x[0, :2] = 0  # as if written at once
     state.since[0, :2] = 0
@@ -159,21 +157,70 @@ def test_a_suspect_goes_back_to_mask_and_is_written_anew_in_sight_of_the_others(
         samples=torch.arange(1),
     )
     assert state.returns.tolist() == [[0, 1, 0]]
-    assert state.x.tolist() == [[0, 1, 1]]
+    assert state.x[:, :2].tolist() == [[0, 1]]
 
 
-def test_remasking_ends_however_suspicious_the_model_is():
+@pytest.mark.parametrize("policy", ["remask", "remask_untrained"])
+def test_remasking_ends_however_suspicious_the_model_is(policy):
     def paranoid(x):
         logits = noisy_model(x)
         logits[..., MASK_ID] = 50.0
         return logits
 
-    state, scores = run("remask", masked(3), 30, model=paranoid)
+    options = {"remask": {"suspect": 0.5}, "remask_untrained": {"share": 1.0}}[policy]
+    state = State.of(masked(20), MASK_ID)
+    scores = scores_of(paranoid)
+    samples = torch.arange(20)
+    settle(
+        scores,
+        state,
+        MASK_ID,
+        make_policy(policy, **options),
+        steps=30,
+        choice=PLAIN,
+        seed=0,
+        samples=samples,
+    )
     assert scores.passes <= 30
     assert (state.x != MASK_ID).all()
-    assert state.returns.max() <= 2
-    assert state.returns.sum() > 0
+    assert state.returns.max() == 2
     assert state.returns[:, [2, 7]].sum() == 0
+
+
+def test_untrained_remasking_sends_back_as_many_as_its_schedule_says_the_unlikely_more_often():
+    """In the pass that follows half of them, with eta 0.3: 0.3 times min(1, (1 - 0.6) / 0.5), by exp(-p)."""
+    n, length = 200, 100
+    x = torch.zeros(n, length, dtype=torch.int64)
+    x[:, 50:] = MASK_ID
+    state = State.of(x, MASK_ID, torch.ones(n, length, dtype=torch.bool))
+    state.since[:, :50] = 0
+    state.p[:, :25] = 0.0
+    seen = _a_pass(x, step=5, steps=10)
+    _, goes_back = make_policy("remask_untrained", share=0.3).decide(state, seen, x == MASK_ID)
+    assert not goes_back[:, 50:].any()
+    unlikely, likely = (goes_back[:, part].double().mean().item() for part in (slice(25), slice(25, 50)))
+    mean = (1 + math.exp(-1)) / 2
+    assert unlikely == pytest.approx(0.3 * 0.8 / mean, abs=0.03)
+    assert likely == pytest.approx(0.3 * 0.8 * math.exp(-1) / mean, abs=0.03)
+    for step in (0, 8, 9):  # nothing is written yet, and the last two passes
+        _, goes_back = make_policy("remask_untrained").decide(state, _a_pass(x, step, 10), x == MASK_ID)
+        assert not goes_back.any()
+
+
+def _a_pass(x, step, steps):
+    where = x == MASK_ID
+    rows = int(where.sum())
+    chance = random_numbers(0, torch.arange(len(x)), step, x.shape[1])
+    word = torch.zeros(rows, dtype=torch.int64)
+    return Pass(step, steps, MASK_ID, where, torch.zeros(rows, 4), word, torch.ones(rows), word, chance)
+
+
+def test_a_words_probability_is_that_of_its_draw():
+    state, _ = run("confidence", masked(4), 5)
+    assert torch.equal(state.p[:, [2, 7]], torch.ones(4, 2))
+    written = [i for i in range(12) if i not in (2, 7)]
+    assert (state.p[:, written] < 1).all()
+    assert (state.p[:, written] > 0).all()
 
 
 def test_only_positions_that_are_not_settled_are_asked_for():
