@@ -178,7 +178,12 @@ def find_checkpoint(run_dir: Path, which: str) -> Checkpoint:
 
 
 def open_run_or_checkpoint(folder: Path, which: str) -> Checkpoint:
-    """The checkpoint that a folder is, or that one of its run which is named as for :func:`find_checkpoint`."""
+    """The checkpoint that a folder is, or that one of its run which is named as for :func:`find_checkpoint`.
+
+    ``checkpoints/best`` and ``checkpoints/latest``, which are files, are the checkpoints that they name.
+    """
+    if folder.is_file() and (target := read_pointer(folder.parent, folder.name)):
+        folder = folder.parent / target
     return open_checkpoint(folder) if (folder / DIGESTS).is_file() else find_checkpoint(folder, which)
 
 

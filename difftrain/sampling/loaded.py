@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from difftrain.checkpoints.reading import open_run_or_checkpoint
 from difftrain.config import Config
-from difftrain.config.paths import expand_path
+from difftrain.config.paths import path_of
 from difftrain.data.vocabulary import Vocabulary
 from difftrain.errors import UserError
 from difftrain.loss import bent_logits
@@ -41,7 +40,12 @@ class Loaded:
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of ids (B, T) int64, T <= block_size, on the ids' device, as training's loss saw them."""
+        """Logits (B, T, V) fp32 of ids (B, T) int64, T <= block_size, on the ids' device, as training's loss saw them.
+
+        Raises:
+            UserError: the ids have another dtype or shape, or one is outside the vocabulary.
+        """
+        self._check(ids)
         logits_of = bent_logits(self.module, self.tokenizer.mask_id, self.config)
         return logits_of(ids.to(self._writer.device)).to(ids.device)
 
@@ -78,7 +82,7 @@ class Loaded:
         Raises:
             UserError: a number out of its range, an unknown policy, or a text that does not fit the model.
         """
-        if prompt and infill is not None:
+        if infill is not None and prompt:
             raise UserError(
                 "prompt and infill exclude each other: a gap text has its own words before the gap"
             )
@@ -121,6 +125,18 @@ class Loaded:
                 self._writer, text, RepairRequest(suspect, sure, max_changes, steps, keep_unknown, check)
             )
 
+    def _check(self, ids: Tensor) -> None:
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+            what = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise UserError(f"ids must be an int64 tensor, got {what}")
+        if ids.dim() != 2 or ids.shape[1] > self.config.block_size:
+            raise UserError(
+                f"ids must have shape (B, T) with T at most block_size {self.config.block_size}, got {tuple(ids.shape)}"
+            )
+        size = self.tokenizer.vocab_size
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise UserError(f"ids must be in 0 .. {size - 1}, got {int(ids.min())} .. {int(ids.max())}")
+
     @property
     def _writer(self) -> Writer:
         return Writer(self.module, self.tokenizer, self.config)
@@ -138,5 +154,5 @@ def load(run_or_folder: str | os.PathLike, checkpoint: str | int = "best", devic
     Raises:
         UserError: there is no such run, checkpoint or device, or the checkpoint is damaged.
     """
-    found = open_run_or_checkpoint(Path(expand_path(os.fspath(run_or_folder))), str(checkpoint))
+    found = open_run_or_checkpoint(path_of("run_or_folder", run_or_folder), str(checkpoint))
     return Loaded(found.make_model(resolve_device(device)), found.vocabulary, found.config, found.step)

@@ -33,7 +33,7 @@ BLOCKS, CHOOSING, POLICIES, SCORING, SETTLING, WRITING_TEXTS, REPAIRING, MARKING
         "showing",
     )
 )  # fmt: skip
-REPAIR_COMMAND = "difftrain/cli/repair.py"
+REPAIR_COMMAND, OPTIONS = "difftrain/cli/repair.py", "difftrain/config/options.py"
 HEALTH, LINES, SESSIONS = (f"difftrain/reporting/{name}.py" for name in ("health", "lines", "sessions"))
 DRAWING, PICTURES, REPORT_TEXTS, REPORT, RUNS, WATCH, PROGRESS = (
     f"difftrain/{name}.py"
@@ -66,7 +66,7 @@ CHECKPOINT_STAGES = (
 )
 STAGES = {
     FOLDER: CHECKPOINT_STAGES,
-    READING: (*CHECKPOINT_STAGES, DEFAULTS),
+    READING: (["tests/difftrain/sampling/test_loaded.py"], *CHECKPOINT_STAGES, DEFAULTS),
     WRITING: CHECKPOINT_STAGES,
     SAVER: (["tests/difftrain/test_saver.py"], TRAIN_TESTS),
     STEP: (
@@ -137,8 +137,9 @@ STAGES = {
     SAMPLING: (["tests/difftrain/test_sample.py"], DATA_TESTS),
     BUDGET: (BUDGET_TESTS, SCHEDULE_TESTS),
     CONSOLE: (CLOSED_TESTS,),
-    SAMPLE_COMMAND: (CLOSED_TESTS,),
-    ERRORS: (["tests/difftrain/test_errors.py"],),
+    SAMPLE_COMMAND: (CLOSED_TESTS, ["tests/difftrain/sampling/test_showing.py"]),
+    ERRORS: (["tests/difftrain/test_errors.py"], ["tests/difftrain/sampling/test_loaded.py"]),
+    OPTIONS: (["tests/difftrain/test_config.py"],),
     QUESTIONS: (["tests/difftrain/test_questions.py"],),
     LOSS: (RECIPE_TESTS, ["tests/difftrain/test_sample.py"]),
     HEALTH: (["tests/difftrain/test_health.py"],),
@@ -147,7 +148,7 @@ STAGES = {
     DRAWING: (REPORT_TESTS,),
     PICTURES: (REPORT_TESTS,),
     REPORT_TEXTS: (REPORT_TESTS,),
-    REPORT: (REPORT_TESTS,),
+    REPORT: (REPORT_TESTS, ["tests/difftrain/sampling/test_showing.py"]),
     RUNS: (REPORT_TESTS,),
     WATCH: (["tests/difftrain/test_watch.py"],),
     PROGRESS: (["tests/difftrain/test_progress.py"],),
@@ -369,7 +370,7 @@ MUTANTS = [
     (MARKING, "a line is numbered by its end", "number + 1 + n_ends", "number + 1"),
     (MARKING, "words are marked in part", "start -= 1", "break"),
     (LOADED, "a checkpoint's softcap is forgotten", "return logits_of(ids.to(self._writer.device)).to(ids.device)", "return self.module(ids)"),
-    (LOADED, "a path is taken as it stands", "Path(expand_path(os.fspath(run_or_folder)))", "Path(run_or_folder)"),
+    (LOADED, "a path is taken as it stands", 'path_of("run_or_folder", run_or_folder)', "__import__('pathlib').Path(run_or_folder)"),
     (REPAIR_COMMAND, "a check that found something is a success", "int(args.check and bool(repaired.edits))", "0"),
     (REPAIR_COMMAND, "line ends are changed", 'read_bytes(), "keep")', 'read_bytes(), "universal")'),
     (SHOWING, "a word sent back looks as if never written", "return MASKED if was_masked else BACK", "return MASKED"),
@@ -416,4 +417,13 @@ MUTANTS = [
     (LOSS, "levels that are not even weigh alike", " * weight_of_level(level, config.mask_level)", ""),
     (OF_RUN, "nats for bits", "1.0 / math.log(2.0)", "1.0"),
     (OF_RUN, "the first token of a causal text counts", "t[int(is_causal) :]", "t[0:]"),
+    (ERRORS, "a truth value is a number", "if isinstance(value, bool) or not isinstance(value, numbers.Real):", "if not isinstance(value, numbers.Real):"),
+    (ERRORS, "any error is one of memory", "if not isinstance(error, MemoryError) and not is_torchs:", "if False:"),
+    (SAMPLING, "a length beside gaps is ignored", "if is_given and self.length is not None:", "if False:"),
+    (SAMPLING, "a text that is no characters cannot be kept", 'encoding="utf-8", errors="backslashreplace")', 'encoding="utf-8")'),
+    (LOADED, "ids outside the vocabulary reach the model", "if ids.numel() and not 0", "if False and not 0"),
+    (READING, "a pointer is no checkpoint", "if folder.is_file() and (target := read_pointer(folder.parent, folder.name)):", "if target := None:"),
+    (REPORT, "a page is written in place", "aside = out.with_name(", "aside = out or out.with_name("),
+    (SAMPLE_COMMAND, "a page's place is looked at too late", "        check_place(args.html)\n", "        pass\n"),
+    (OPTIONS, "corruption is asked of gpt2 mode in vain", '"gpt2": CORRUPTING}', '"gpt2": ()}'),
 ]  # fmt: skip
