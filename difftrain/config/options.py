@@ -323,7 +323,7 @@ def _checked_type(name: str, value: Any) -> Any:
     return value
 
 
-def _check_range(field: dataclasses.Field, value: Any) -> None:
+def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
     low, high = field.metadata["low"], field.metadata["high"]
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{field.name} must be finite, got {value}")

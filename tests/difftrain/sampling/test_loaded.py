@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import difftrain
 from difftrain.errors import UserError
 from difftrain.sampling.policies import POLICIES
 from difftrain.training.loop import train
+from launch import obey
 from ring_model import ring
 
 
@@ -169,3 +171,45 @@ def test_a_pointer_is_the_checkpoint_that_it_names(run):
             difftrain.load(place)
     with pytest.raises(UserError, match="device must be auto, cpu, cuda, cuda:N or mps, got None"):
         difftrain.load(run, device=None)
+
+
+def test_an_evaluation_of_a_text_is_that_of_the_command_line(run, tmp_path, capfd):
+    text = "red green blue\n" * 40
+    (tmp_path / "a.txt").write_text(text)
+    capfd.readouterr()
+    words = ["evaluate", run, "--data", tmp_path / "a.txt", "--json", "--device", "cpu", "--seed", 3]
+    code, out, err = obey(
+        [*words, "--windows", 5, "--levels", 20, "--errors", 5, "--draws", 2, "--penalties", "0.5,2"]
+    )
+    assert code == 0, err
+    told = json.loads(out)
+    capfd.readouterr()
+    record = difftrain.load(run, device="cpu").evaluate(
+        text, windows=5, levels=[20], errors=[5], draws=2, seed=3, penalties=[(0.5, 2)]
+    )
+    assert capfd.readouterr() == ("", "")
+    assert told.pop("run") == str(run)
+    assert told.pop("data") == str(tmp_path / "a.txt")
+    assert record.pop("data") == "the text"
+    assert record == told
+    assert record["loss"][-1]["pm"] == 2.0
+    json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "told"),
+    [
+        ("", {}, "the text must have at least 1 tokens, got 0"),
+        (b"abc", {}, "text must be text, got bytes"),
+        ("abz", {}, "characters outside the vocabulary: 'z'"),
+        ("abc", {"windows": 1.5}, "windows must be a whole number, got float 1.5"),
+        ("abc", {"levels": 15}, "levels must be a list, got int"),
+        ("abc", {"levels": ["15"]}, "levels must be a number, got str '15'"),
+        ("abc", {"penalties": [0.5]}, r"penalties must be pairs of numbers \(pk, pm\), got 0.5"),
+        ("abc", {"estimators": ["best"]}, "estimators must be among mdlm, llada, got 'best'"),
+        ("abc", {"estimators": "mdlm"}, "estimators must be a list, got str"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_told_in_one_line(text, options, told):
+    with pytest.raises(UserError, match=told):
+        ring().evaluate(text, **options)
