@@ -14,7 +14,15 @@ PLOT = ["matplotlib>=3.7"]
 # ruff formats the signatures in the API page.
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.9"]
 COMPLETION = ["shtab>=1.7"]
-TEST = [*PLOT, *COMPLETION, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"]
+TEST = [
+    *PLOT,
+    *COMPLETION,
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "mypy>=1.15",
+]
 
 setup(
     name="difftrain",
@@ -46,6 +54,7 @@ setup(
         "completion": COMPLETION,
         "tb": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.16"],
+        "pandas": ["pandas>=2.0"],
         "tok": ["tokenizers>=0.20", "tiktoken>=0.7"],
         "bench": [*PLOT, "liger-kernel>=0.5; platform_system == 'Linux'"],
         "examples": ["transformers>=5.0", "accelerate>=1.0", "kernels>=0.17"],

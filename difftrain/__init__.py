@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from difftrain.config import Config
     from difftrain.errors import UserError
+    from difftrain.run import Run
     from difftrain.sampling.loaded import load
     from difftrain.schedule import PenaltyTensors, learning_rate, masking_penalties
+    from difftrain.training.from_python import train
+    from difftrain.training.verdict import TrainingFailed
     from difftrain_kernels import (
         CaseTable,
         RowOutputs,
@@ -28,6 +31,8 @@ __all__ = [
     "Config",
     "PenaltyTensors",
     "RowOutputs",
+    "Run",
+    "TrainingFailed",
     "UserError",
     "__version__",
     "diffusion_loss_reference",
@@ -37,6 +42,7 @@ __all__ = [
     "load",
     "masking_penalties",
     "recipes",
+    "train",
     "vocab_parallel_diffusion_loss",
 ]
 
@@ -45,6 +51,8 @@ _HOMES = {
     "Config": "difftrain.config",
     "PenaltyTensors": "difftrain.schedule",
     "RowOutputs": "difftrain_kernels",
+    "Run": "difftrain.run",
+    "TrainingFailed": "difftrain.training.verdict",
     "UserError": "difftrain.errors",
     "diffusion_loss_reference": "difftrain_kernels",
     "fused_diffusion_loss": "difftrain_kernels",
@@ -53,14 +61,17 @@ _HOMES = {
     "load": "difftrain.sampling.loaded",
     "masking_penalties": "difftrain.schedule",
     "recipes": "difftrain_kernels",
+    "train": "difftrain.training.from_python",
     "vocab_parallel_diffusion_loss": "difftrain_kernels",
 }
 
 
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'difftrain' has no attribute {name!r}")
+if not TYPE_CHECKING:  # where it would let any name pass
+
+    def __getattr__(name):
+        if name in _HOMES:
+            return getattr(import_module(_HOMES[name]), name)
+        raise AttributeError(f"module 'difftrain' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -129,7 +130,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise UserError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}") from None
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(device.type, False):
@@ -232,9 +233,13 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Within it, Ctrl-C, SIGTERM or SIGHUP only asks for a stop; a second one, a second later, stops at once.
 
-    A SIGHUP that is ignored, as under nohup, stays so.
+    A SIGHUP that is ignored, as under nohup, stays so. Outside the main thread, which alone hears of signals,
+    nothing is changed.
     """
     stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
     def request(signum: int, frame: Any) -> None:
         if stop.requested_at is None:

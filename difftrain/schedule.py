@@ -6,7 +6,7 @@ import bisect
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,17 +36,16 @@ def value_of(name: str, step: int, config: Config, reached: Reached = NOTHING) -
     if name in PENALTIES:
         start = {"penalty_keep_mask": 1.0, "penalty_mask_correct": 0.0}[name]
         return _between(start, getattr(config, name), step, config.masking_warmup_iters)
-    return getattr(config, name)
+    return cast("float", getattr(config, name))
 
 
 def _value(table: dict[str, Any], step: int, stage: int, since: int) -> float:
-    shape = table["shape"]
+    shape, values = table["shape"], cast("list[float]", table.get("values", [table.get("value")]))
     if shape == "constant":
-        return table["value"]
+        return values[0]
     if shape in ("linear", "cosine"):
         is_curved = shape == "cosine"
         return _between(table["from"], table["to"], step - table["after"], table["steps"], is_curved)
-    values = table["values"]
     if shape == "metric":
         return (
             _between(values[stage - 1], values[stage], step - since, table["steps"]) if stage else values[0]

@@ -13,7 +13,7 @@ from difftrain.data.vocabulary import Ids
 from difftrain.loss import model_loss
 from difftrain.runtime import Runtime
 from difftrain.schedule import learning_rate, masking_penalties
-from difftrain.training.step import Run
+from difftrain.training.step import LiveRun
 
 PARTS = ("data", "corruption", "forward", "loss", "backward", "optimizer")
 
@@ -22,7 +22,7 @@ class OurStep:
     """A run on the ids of an array. A call takes one step and names each part's end to ``lap``."""
 
     def __init__(self, config: Config, words: np.ndarray, vocab_size: int, runtime: Runtime):
-        self.run = Run(
+        self.run = LiveRun(
             config, runtime, Corpus(words, words, Ids(vocab_size - 1), Path()), None, lambda _: None
         )
 
@@ -54,7 +54,7 @@ class OurStep:
         lap("optimizer")
 
     def as_the_loop_takes_it(self) -> None:
-        """One step by :meth:`Run.gradients` and :meth:`Run.update`, with no lap in it and no log line."""
+        """One step by :meth:`LiveRun.gradients` and :meth:`LiveRun.update`, with no lap in it and no log line."""
         loss_sum, _ = self.run.gradients(learning_rate(self.run.step, self.run.config), is_logged=False)
         self.run.settle()
         self.run.update(loss_sum)

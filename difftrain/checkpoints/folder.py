@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -55,6 +56,27 @@ def digest_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def damage_of(folder: Path) -> str:
+    """What is wrong with a checkpoint's files; empty where every one is there and has its digest."""
+    try:
+        stored = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        if not isinstance(stored, dict) or not stored.keys() >= set(CONTENT):
+            raise ValueError
+    except FileNotFoundError:
+        return f"{folder / DIGESTS} is missing, so {folder.name} is no whole checkpoint"
+    except (ValueError, RecursionError):
+        return f"{folder / DIGESTS} is damaged"
+    for file in sorted({*stored, *files_below(folder)} - {DIGESTS}):
+        path = folder / file
+        if file not in stored:
+            return f"{path} is not among the files of {folder.name}"
+        if "\0" in file or not path.is_file():
+            return f"{path} is missing, so {folder.name} is no whole checkpoint"
+        if digest_of(path) != stored[file]:
+            return f"{path} is damaged: its digest does not match"
+    return ""
 
 
 def put_back_replaced(home: Path) -> None:

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from difftrain.checkpoints.folder import (
     CONFIG,
-    CONTENT,
     DIGESTS,
     OPTIMIZER,
     STATE,
     WEIGHTS,
-    digest_of,
-    files_below,
+    damage_of,
     put_back_replaced,
     read_pointer,
     step_folders,
@@ -116,8 +114,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         UserError: a file is missing or does not match its digest; the message names it, and what to do.
     """
     remedy = "train --resume goes on from the checkpoint before it, sample --checkpoint STEP takes another"
+    if damage := damage_of(folder):
+        raise UserError(f"{damage}; {remedy}")
     try:
-        _verify(folder)
         description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if description["step"] != step_of(folder):
             raise ValueError(f"step {description['step']}")
@@ -128,36 +127,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             from_meta(description["vocabulary"], str(folder / CONFIG)),
             dict(json.loads((folder / STATE).read_text(encoding="utf-8"))),
         )
-    except _Damage as damage:
-        raise UserError(f"{damage}; {remedy}") from None
     except UserError as error:
         raise UserError(f"{folder / CONFIG} does not fit this version of difftrain: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} does not fit this version of difftrain: {error!r}") from None
-
-
-class _Damage(Exception):
-    """A file of a checkpoint is not as it was written."""
-
-
-def _verify(folder: Path) -> None:
-    """Raise _Damage unless every file is there and has its digest."""
-    try:
-        stored = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
-        if not isinstance(stored, dict) or not stored.keys() >= set(CONTENT):
-            raise ValueError
-    except FileNotFoundError:
-        raise _Damage(f"{folder / DIGESTS} is missing, so {folder.name} is no whole checkpoint") from None
-    except (ValueError, RecursionError):
-        raise _Damage(f"{folder / DIGESTS} is damaged") from None
-    for file in sorted({*stored, *files_below(folder)} - {DIGESTS}):
-        path = folder / file
-        if file not in stored:
-            raise _Damage(f"{path} is not among the files of {folder.name}")
-        if "\0" in file or not path.is_file():
-            raise _Damage(f"{path} is missing, so {folder.name} is no whole checkpoint")
-        if digest_of(path) != stored[file]:
-            raise _Damage(f"{path} is damaged: its digest does not match")
 
 
 def find_checkpoint(run_dir: Path, which: str) -> Checkpoint:
@@ -178,7 +151,12 @@ def find_checkpoint(run_dir: Path, which: str) -> Checkpoint:
 
 
 def open_run_or_checkpoint(folder: Path, which: str) -> Checkpoint:
-    """The checkpoint that a folder is, or that one of its run which is named as for :func:`find_checkpoint`."""
+    """The checkpoint that a folder is, or that one of its run which is named as for :func:`find_checkpoint`.
+
+    ``checkpoints/best`` and ``checkpoints/latest``, which are files, are the checkpoints that they name.
+    """
+    if folder.is_file() and (target := read_pointer(folder.parent, folder.name)):
+        folder = folder.parent / target
     return open_checkpoint(folder) if (folder / DIGESTS).is_file() else find_checkpoint(folder, which)
 
 

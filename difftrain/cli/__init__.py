@@ -25,7 +25,14 @@ from difftrain.cli import (
 )
 from difftrain.cli.questions import Completion, Version
 from difftrain.config.paths import expand_path
-from difftrain.errors import DISK_FULL, FailedElsewhere, OutputClosed, UserError, near_matches
+from difftrain.errors import (
+    DISK_FULL,
+    FailedElsewhere,
+    OutputClosed,
+    UserError,
+    memory_told,
+    near_matches,
+)
 from difftrain.progress import quiet
 
 COMMANDS = (train, schedule, watch, report, evaluate, plot, sample, repair, prepare, import_, export)
@@ -78,10 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), 2 if isinstance(error, PATH_ERRORS) else 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    except RuntimeError as error:
-        if type(error).__name__ != "TrainingFailed":
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ == "TrainingFailed":
+            return _complain(str(error), 1)
+        if not (told := memory_told(error)):
             raise
-        return _complain(str(error), 1)
+        return _complain(told, 1)
     return code
 
 

@@ -93,8 +93,6 @@ def _read(file: Path) -> tuple[str, str]:
         text = decode_text(sys.stdin.buffer.read() if is_piped else file.read_bytes(), "keep")
     except NotText as what:
         raise UserError(f"{name} cannot be repaired: it is {what}") from None
-    if not text:
-        raise UserError(f"{name} is empty")
     return name, text
 
 

@@ -85,11 +85,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from difftrain.progress import quiet
+    from difftrain.reporting.page.writing import check_place
     from difftrain.sampling.showing import Frames, Terminal, mask_sign, write_page
     from difftrain.sampling.texts import SampleRequest, keep_sample, sample_run
 
     names = {field.name for field in dataclasses.fields(SampleRequest)}
     request = SampleRequest(**{name: value for name, value in vars(args).items() if name in names})
+    if args.html:
+        check_place(args.html)
     watch: Frames | None = None
     if args.show and sys.stdout.isatty():
         watch = Terminal(mask_sign())

@@ -12,6 +12,9 @@ from difftrain.config.schedules import checked_schedules, schedules_text
 from difftrain.errors import UserError
 
 TOML_HEADER = "# difftrain: the configuration of a run"  # by which a run's folder is known
+# Options that have no meaning where no word is replaced, and where none is masked either.
+REPLACING = ("mask_factor", "replace_factor", "replacement", "self_errors", "wrong_target")
+CORRUPTING = ("recipe", "mask_level", "span_length", *REPLACING)
 LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4e38  # what fp32 holds
 
@@ -212,19 +215,14 @@ class Config:
             raise UserError(
                 f"n_embd / n_head must be even for rotary positions, got {self.n_embd // self.n_head}"
             )
-        if self.recipe != "specification" and self.mode == "gpt2":
-            raise UserError(
-                f"recipe must be specification in gpt2 mode, which masks nothing, got {self.recipe}"
-            )
         if self.mask_factor == self.replace_factor == 0:
             raise UserError("mask_factor and replace_factor must not both be 0: nothing would be corrupted")
-        if self.recipe != "specification":
-            for name in ("mask_factor", "replace_factor", "replacement", "self_errors", "wrong_target"):
-                if getattr(self, name) != (default := _DEFAULTS[name]):
-                    raise UserError(
-                        f"{name} must be {default} under recipe {self.recipe}, which masks alone, "
-                        f"got {getattr(self, name)}"
-                    )
+        unused = {"diffusion": REPLACING if self.recipe != "specification" else (), "gpt2": CORRUPTING}
+        for name in unused[self.mode]:
+            if (value := getattr(self, name)) != (default := _DEFAULTS[name]):
+                where = f"under recipe {self.recipe}, which masks alone"
+                where = where if self.mode == "diffusion" else "in gpt2 mode, which corrupts nothing"
+                raise UserError(f"{name} must be {default} {where}, got {value}")
         if self.forbid_mask and self.has_penalties:
             raise UserError(
                 "forbid_mask must be false with recipe specification, where [MASK] is the answer to a wrong word"
@@ -325,7 +323,7 @@ def _checked_type(name: str, value: Any) -> Any:
     return value
 
 
-def _check_range(field: dataclasses.Field, value: Any) -> None:
+def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
     low, high = field.metadata["low"], field.metadata["high"]
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{field.name} must be finite, got {value}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
+from typing import Any
 
 from difftrain.errors import UserError
 
@@ -26,3 +28,10 @@ def expand_path(text: str) -> str:
     if path.startswith("~"):
         raise UserError(f"{text} names the user {path[1:].split('/')[0]!r}, and there is none")
     return path
+
+
+def path_of(name: str, value: Any) -> Path:
+    """The path that a caller gave, as text or as a path, expanded; raises UserError where it is none."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise UserError(f"{name} must be a path, got {type(value).__name__}")
+    return Path(expand_path(os.fsdecode(value)))

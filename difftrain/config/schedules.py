@@ -20,7 +20,7 @@ ANYWHERE = ("label_smoothing", "learning_rate", "weight_decay")  # whatever the 
 QUANTITIES = (*PENALTIES, *CASE_WEIGHTS, *CORRUPTION, "self_errors", *ANYWHERE)
 
 # Where an evaluation's record has the figures that a schedule may wait for.
-CAUSAL_METRICS = {name: (name,) for name in ("nll", "loss_final")}
+CAUSAL_METRICS: dict[str, tuple[str, ...]] = {name: (name,) for name in ("nll", "loss_final")}
 METRICS = CAUSAL_METRICS | {
     f"masked_nll.{level}": ("masked_nll", level) for level in ("15", "50", "85", "training")
 }

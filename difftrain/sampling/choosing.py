@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from difftrain.data.philox import random_words, uniform
-from difftrain.errors import UserError
+from difftrain.errors import UserError, real_number, whole_number
 
 STREAM = 9  # Philox stream; those of data and evaluation are below it
 REPETITION_WINDOW = 32  # places before a word in which the same one counts as repeated
@@ -34,10 +34,11 @@ class Choice:
     repetition: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition"):
+            object.__setattr__(self, name, real_number(name, getattr(self, name)))
+        object.__setattr__(self, "top_k", whole_number("top_k", self.top_k, 0))
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature must be finite and at least 0, got {self.temperature}")
-        if not 0 <= self.top_k < 2**31:
-            raise UserError(f"top_k must be at least 0 and below 2^31, got {self.top_k}")
         for name, low_is_open in (("top_p", True), ("min_p", False)):
             value = getattr(self, name)
             if not (0 < value <= 1 if low_is_open else 0 <= value <= 1):

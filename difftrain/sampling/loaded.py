@@ -1,26 +1,31 @@
-"""A trained model in hand: its logits, texts that it writes, and texts that it repairs."""
+"""A trained model in hand: its logits, texts that it writes, texts that it repairs, and what it knows of a text."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from difftrain.checkpoints.reading import open_run_or_checkpoint
 from difftrain.config import Config
-from difftrain.config.paths import expand_path
+from difftrain.config.paths import path_of
 from difftrain.data.vocabulary import Vocabulary
-from difftrain.errors import UserError
+from difftrain.errors import UserError, plain_text
+from difftrain.evaluation.likelihood import ESTIMATORS
+from difftrain.evaluation.of_text import EvaluationRequest, Subject, Text, evaluate_text
 from difftrain.loss import bent_logits
 from difftrain.model import Transformer
 from difftrain.progress import quiet
-from difftrain.runtime import resolve_device
+from difftrain.runtime import Runtime, resolve_device
 from difftrain.sampling.repairing import Repair, RepairRequest, repair
 from difftrain.sampling.texts import SampleRequest, write_texts
 from difftrain.sampling.writing import Writer
+from difftrain.schedule import reached_of
 
 
 @dataclass(frozen=True)
@@ -32,16 +37,23 @@ class Loaded:
         tokenizer: its words: ``encode(text)``, ``decode(ids)``, ``mask_id``, ``vocab_size``.
         config: of the run that trained it.
         step: optimiser steps that it was trained for.
+        reached: how far its schedules had come that wait for a figure.
     """
 
     module: Transformer
     tokenizer: Vocabulary
     config: Config
     step: int
+    reached: Mapping[str, list[int]] = field(default_factory=dict, repr=False)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of ids (B, T) int64, T <= block_size, on the ids' device, as training's loss saw them."""
+        """Logits (B, T, V) fp32 of ids (B, T) int64, T <= block_size, on the ids' device, as training's loss saw them.
+
+        Raises:
+            UserError: the ids have another dtype or shape, or one is outside the vocabulary.
+        """
+        self._check(ids)
         logits_of = bent_logits(self.module, self.tokenizer.mask_id, self.config)
         return logits_of(ids.to(self._writer.device)).to(ids.device)
 
@@ -78,7 +90,7 @@ class Loaded:
         Raises:
             UserError: a number out of its range, an unknown policy, or a text that does not fit the model.
         """
-        if prompt and infill is not None:
+        if infill is not None and prompt:
             raise UserError(
                 "prompt and infill exclude each other: a gap text has its own words before the gap"
             )
@@ -121,12 +133,67 @@ class Loaded:
                 self._writer, text, RepairRequest(suspect, sure, max_changes, steps, keep_unknown, check)
             )
 
+    def evaluate(
+        self,
+        text: str,
+        *,
+        windows: int = 128,
+        levels: Sequence[float] = (15.0, 50.0, 85.0),
+        errors: Sequence[float] = (1.0, 5.0, 15.0),
+        penalties: Sequence[tuple[float, float]] = (),
+        estimators: Sequence[str] = ESTIMATORS,
+        draws: int = 8,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> dict[str, Any]:
+        """What the model knows of a text: the record of ``difftrain evaluate --json``, plain numbers.
+
+        "loss" at several penalties, "masked" and "repair" by per cent, "likelihood" by estimator; docs/evaluation.md
+        has each formula. The options are those of ``difftrain evaluate``.
+
+        Args:
+            text: taken as it is, line ends included.
+            windows: so many pieces of block_size tokens, evenly spaced over the text; 0: all.
+            levels, errors: per cent of a window's words that are masked, or replaced.
+            penalties: (pk, pm) at which the loss is told beside the current, the final and none.
+            estimators: of the bound on the likelihood, in diffusion mode.
+            draws: maskings of each window in that bound.
+            seed: of what is masked and replaced.
+            batch_size: windows a pass.
+
+        Raises:
+            UserError: a number out of its range, or a text that is empty or not made of the model's words.
+        """
+        request = EvaluationRequest(
+            windows=windows, levels=levels, errors=errors, penalties=penalties, estimators=estimators, draws=draws,
+            seed=seed, batch_size=batch_size,
+        )  # fmt: skip
+        ids = np.array(self.tokenizer.encode(plain_text("text", text)), dtype=np.int64)
+        subject = Subject(self.module, self.tokenizer, self.config, self.step, self.reached)
+        runtime = Runtime(self._writer.device, self.module.head.weight.dtype, rank=0, world_size=1)
+        with quiet():
+            return evaluate_text(subject, Text("the text", ids), request, runtime)
+
+    def _check(self, ids: Tensor) -> None:
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+            what = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise UserError(f"ids must be an int64 tensor, got {what}")
+        if ids.dim() != 2 or ids.shape[1] > self.config.block_size:
+            raise UserError(
+                f"ids must have shape (B, T) with T at most block_size {self.config.block_size}, got {tuple(ids.shape)}"
+            )
+        size = self.tokenizer.vocab_size
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise UserError(f"ids must be in 0 .. {size - 1}, got {int(ids.min())} .. {int(ids.max())}")
+
     @property
     def _writer(self) -> Writer:
         return Writer(self.module, self.tokenizer, self.config)
 
 
-def load(run_or_folder: str | os.PathLike, checkpoint: str | int = "best", device: str = "auto") -> Loaded:
+def load(
+    run_or_folder: str | os.PathLike[str], checkpoint: str | int = "best", device: str = "auto"
+) -> Loaded:
     """A trained model from a run's folder, or from the folder of one of its checkpoints.
 
     Nothing in a checkpoint can execute code, and its files are verified by their digests.
@@ -138,5 +205,10 @@ def load(run_or_folder: str | os.PathLike, checkpoint: str | int = "best", devic
     Raises:
         UserError: there is no such run, checkpoint or device, or the checkpoint is damaged.
     """
-    found = open_run_or_checkpoint(Path(expand_path(os.fspath(run_or_folder))), str(checkpoint))
-    return Loaded(found.make_model(resolve_device(device)), found.vocabulary, found.config, found.step)
+    found = open_run_or_checkpoint(path_of("run_or_folder", run_or_folder), str(checkpoint))
+    try:
+        reached = reached_of(found.state, found.config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{found.folder} does not fit this version of difftrain: {error!r}") from None
+    model = found.make_model(resolve_device(device))
+    return Loaded(model, found.vocabulary, found.config, found.step, reached)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from difftrain.data.vocabulary import Vocabulary
-from difftrain.errors import UserError
+from difftrain.errors import UserError, plain_text, real_number, whole_number
 from difftrain.progress import progress
 from difftrain.sampling.choosing import Choice
 from difftrain.sampling.policies import make_policy
@@ -71,14 +71,13 @@ class RepairRequest:
     check: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.suspect <= 1:
+        if not 0 < real_number("suspect", self.suspect) <= 1:
             raise UserError(f"suspect must be in (0, 1], got {self.suspect}")
-        if not 0 <= self.sure <= 1:
+        if not 0 <= real_number("sure", self.sure) <= 1:
             raise UserError(f"sure must be in [0, 1], got {self.sure}")
-        if self.max_changes is not None and not 0 <= self.max_changes < 2**31:
-            raise UserError(f"max_changes must be at least 0 and below 2^31, got {self.max_changes}")
-        if not 1 <= self.steps < 2**31:
-            raise UserError(f"steps must be at least 1 and below 2^31, got {self.steps}")
+        if self.max_changes is not None:
+            whole_number("max_changes", self.max_changes, 0)
+        whole_number("steps", self.steps, 1)
 
 
 def repair(writer: Writer, text: str, request: RepairRequest) -> Repair:
@@ -96,7 +95,7 @@ def repair(writer: Writer, text: str, request: RepairRequest) -> Repair:
         raise UserError(
             f"repair needs a model that was taught to find wrong words, which {what} does not do"
         )
-    ids, unknown = _encode(text, vocabulary, keep_unknown=request.keep_unknown)
+    ids, unknown = _encode(plain_text("text", text), vocabulary, keep_unknown=request.keep_unknown)
     x = torch.tensor(ids, dtype=torch.int64, device=writer.device)
     is_known = x != vocabulary.mask_id
     suspicion = 1.0 - _probabilities(writer, x, x, is_known)

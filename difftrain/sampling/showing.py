@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from difftrain.data.vocabulary import Vocabulary
+from difftrain.reporting.page.writing import write_whole
 
 MASKED, FRESH, BACK, SETTLED = "masked", "fresh", "back", "settled"
 COLOURS = {MASKED: "\x1b[2m", FRESH: "\x1b[1;92m", BACK: "\x1b[91m", SETTLED: ""}
@@ -104,7 +105,7 @@ def write_page(frames: list[list[tuple[str, str]]], path: Path, title: str) -> N
     page = re.sub(
         "TITLE|FRAMES", lambda name: parts[name[0]], PAGE
     )  # at once: a title may hold either word
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
 
 
 def mask_sign() -> str:

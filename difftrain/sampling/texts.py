@@ -13,7 +13,7 @@ from torch import Tensor
 from difftrain.checkpoints.reading import Checkpoint, find_checkpoint, open_held_out
 from difftrain.data import mask_share
 from difftrain.data.vocabulary import Vocabulary
-from difftrain.errors import UserError
+from difftrain.errors import UserError, plain_text, whole_number
 from difftrain.reporting.lines import summary_line
 from difftrain.reporting.log import read_metrics
 from difftrain.runtime import resolve_device
@@ -53,9 +53,16 @@ class SampleRequest:
 
     def __post_init__(self) -> None:
         for name in ("length", "num_samples"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value < 2**31:
-                raise UserError(f"{name} must be at least 1 and below 2^31, got {value}")
+            if (value := getattr(self, name)) is not None or name == "num_samples":
+                object.__setattr__(self, name, whole_number(name, value, 1))
+        plain_text("prompt", self.prompt)
+        if self.infill is not None:
+            plain_text("infill", self.infill)
+        for is_given, name in ((self.infill is not None, "infill"), (self.held_out, "held_out")):
+            if is_given and self.length is not None:
+                raise UserError(
+                    f"length and {name} exclude each other: the text with gaps has its own length"
+                )
         if not 0 < self.share <= 1:
             raise UserError(f"share must be in (0, 1], got {self.share}")
         self.how()
@@ -143,7 +150,7 @@ def keep_sample(run_dir: Path, sample: Sample) -> Path:
     number = len(list(folder.iterdir())) + 1
     while (path := folder / f"step-{sample.step:08d}-{number:03d}.txt").exists():
         number += 1
-    with path.open("x", encoding="utf-8") as file:
+    with path.open("x", encoding="utf-8", errors="backslashreplace") as file:  # a word may be no character
         file.write(sample.text + "\n")
     return path
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from difftrain.config import Config
 from difftrain.data.vocabulary import Vocabulary
-from difftrain.errors import UserError
+from difftrain.errors import UserError, plain_text, real_number, whole_number
 from difftrain.model import Transformer
 from difftrain.sampling.blocks import settle_in_blocks
 from difftrain.sampling.causal import continue_causal
@@ -46,10 +46,13 @@ class How:
 
     def __post_init__(self) -> None:
         for name, low in {"steps": 1, "block_length": 0, "seed": 0}.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value < 2**31:
-                raise UserError(f"{name} must be at least {low} and below 2^31, got {value}")
-        if self.policy:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, whole_number(name, value, low))
+        if self.suspect is not None:
+            object.__setattr__(self, "suspect", real_number("suspect", self.suspect))
+        if self.schedule is not None:
+            plain_text("schedule", self.schedule)
+        if plain_text("policy", self.policy):
             make_policy(self.policy, **self.policy_options())
 
     def policy_options(self) -> dict[str, object]:

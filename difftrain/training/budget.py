@@ -18,7 +18,7 @@ from difftrain.evaluation import ValidationSet, evaluate
 from difftrain.parallel import reshard
 from difftrain.runtime import Runtime
 from difftrain.schedule import learning_rate
-from difftrain.training.step import Run
+from difftrain.training.step import LiveRun
 
 FIRST_STEPS, TIMED_STEPS = 2, 8  # the first ones set things up: threads, buffers, compiled code
 EVALUATED = 4  # batches a process
@@ -62,7 +62,7 @@ def shorten(config: Config, steps: int) -> Config:
 
 def _time(config: Config, runtime: Runtime, corpus: Corpus) -> tuple[float, float]:
     """Seconds a step and seconds an evaluation, the main process's on every process."""
-    run = Run(config, runtime, corpus, None, lambda _: None)
+    run = LiveRun(config, runtime, corpus, None, lambda _: None)
     lr = learning_rate(0, config)
     steps = []
     for _ in range(FIRST_STEPS + TIMED_STEPS):

@@ -26,7 +26,7 @@ from difftrain.reporting.sessions import processor, session
 from difftrain.runtime import Runtime, is_lost_peer, start_runtime, stop_requests
 from difftrain.schedule import case_weights, learning_rate, masking_penalties, other_values
 from difftrain.training.budget import fit_to_budget
-from difftrain.training.console import Console
+from difftrain.training.console import Console, Listeners
 from difftrain.training.run_folder import (
     check_run_dir,
     claim_run_dir,
@@ -34,7 +34,7 @@ from difftrain.training.run_folder import (
     find_resume_point,
     locked,
 )
-from difftrain.training.step import Run
+from difftrain.training.step import LiveRun
 from difftrain.training.verdict import TrainingFailed
 from difftrain_kernels import CaseTable
 
@@ -46,6 +46,7 @@ def train(
     overwrite: bool = False,
     eval_only: bool = False,
     allow_changed_data: bool = False,
+    listeners: Listeners | None = None,
 ) -> dict[str, Any]:
     """Train a model, or evaluate one, as the configuration says.
 
@@ -56,6 +57,7 @@ def train(
         overwrite: replace a run that ``out_dir`` holds.
         eval_only: evaluate once (with ``resume``: the checkpoint) and write nothing.
         allow_changed_data: with ``resume``, go on though the data is not what it was.
+        listeners: who hears of the run; None: standard output.
 
     Returns:
         The last evaluation's record, as in ``metrics.jsonl``; empty where none was made before a stop.
@@ -71,6 +73,7 @@ def train(
             return _train(
                 config,
                 runtime,
+                listeners,
                 resume=resume,
                 overwrite=overwrite,
                 eval_only=eval_only,
@@ -85,15 +88,15 @@ def train(
             raise
 
 
-def _train(config: Config, runtime: Runtime, **asked: bool) -> dict[str, Any]:
-    say = Console(runtime.is_main)
+def _train(config: Config, runtime: Runtime, listeners: Listeners | None, **asked: bool) -> dict[str, Any]:
+    say = Console(runtime.is_main, listeners)
     is_writing = runtime.is_main and not asked["eval_only"]
     checkpoint, corpus = runtime.main_first(lambda: _open(config, say, **asked))
     with ExitStack() as stack:
         runtime.main_first(lambda: is_writing and stack.enter_context(locked(Path(config.out_dir))))
         if config.budget_minutes and not asked["eval_only"]:
             config = fit_to_budget(config, runtime, corpus, say)
-        run = Run(config, runtime, corpus, checkpoint, say)
+        run = LiveRun(config, runtime, corpus, checkpoint, say)
         runtime.main_first(lambda: is_writing and _claim(run, stack, resume=asked["resume"]))
         say(configuration_text(config))
         say(run.title)
@@ -106,7 +109,7 @@ def _train(config: Config, runtime: Runtime, **asked: bool) -> dict[str, Any]:
     return record
 
 
-def _claim(run: Run, stack: ExitStack, *, resume: bool) -> None:
+def _claim(run: LiveRun, stack: ExitStack, *, resume: bool) -> None:
     """Make the locked folder this run's, until the stack ends; from here on it is written to."""
     claim_run_dir(run.folder, run.config, resume=resume)
     drop_records_after(run.folder, run.step, is_evaluated=run.is_evaluated)
@@ -115,7 +118,7 @@ def _claim(run: Run, stack: ExitStack, *, resume: bool) -> None:
         stack.enter_context(session(run.folder, _facts(run), lambda: run.step))
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def _facts(run: LiveRun) -> dict[str, Any]:
     """What this run computes on and with, for who reads of it later."""
     device, corpus = run.runtime.device, run.corpus
     is_cuda = device.type == "cuda"
@@ -162,7 +165,7 @@ def _open(
     return checkpoint, corpus
 
 
-def _loop(run: Run) -> dict[str, Any]:
+def _loop(run: LiveRun) -> dict[str, Any]:
     """All steps, with evaluations, log lines and checkpoints between them: the last evaluation's record."""
     config, runtime, say = run.config, run.runtime, run.say
     step_tokens = config.global_batch_size * config.block_size
@@ -205,7 +208,8 @@ def _loop(run: Run) -> dict[str, Any]:
                 log.write(record)
                 if config.always_save_checkpoint or is_best or is_last:
                     save()
-                (is_stopping,) = runtime.any_process(stop.requested or say.is_closed)
+                say.evaluation(record)
+                (is_stopping,) = runtime.any_process(stop.requested or say.asks_to_stop)
             if is_stopping and not (is_last and run.is_evaluated):
                 if run.saved_step != run.step:
                     save()
@@ -227,7 +231,7 @@ def _loop(run: Run) -> dict[str, Any]:
                 run.settle()
             )  # on the step before, while the device has this one's passes to go on with
             if not (verdict.is_stopping or verdict.has_failed):  # else the run ends after that step
-                run.update(loss_sum, stop.requested or say.is_closed, saver.has_failed)
+                run.update(loss_sum, stop.requested or say.asks_to_stop, saver.has_failed)
                 if is_logged or is_due():
                     verdict = run.settle()
             seconds += time.perf_counter() - began
@@ -238,30 +242,29 @@ def _loop(run: Run) -> dict[str, Any]:
             if run.step == step:
                 continue
             progress.update()
+            told = {"pk": pk, "pm": pm, "lr": lr, **other_values(step, config, run.reached)}
             if is_logged:
                 table = CaseTable.from_vector(
                     runtime.sum_over_processes(sum(table.to_vector() for table in tables))
                 )
                 weights = case_weights(step, config, run.reached)
-                train_record = {
-                    "kind": "train",
-                    "step": step,
-                    **loss_metrics(table, pk, pm, config, weights),
-                }
-                train_record |= {"pk": pk, "pm": pm, "lr": lr, **other_values(step, config, run.reached)}
-                train_record["grad_norm"] = verdict.norm
-                train_record["tokens_per_second"] = (run.step - timed_from) * step_tokens / seconds
-                train_record["peak_memory_mib"] = runtime.peak_memory_mib()
-                train_record["skipped_steps"] = run.judge.skipped_steps
-                train_record["validation_id"] = run.validation_set.id
+                told = loss_metrics(table, pk, pm, config, weights) | told
+                told["grad_norm"] = verdict.norm
+                told["tokens_per_second"] = (run.step - timed_from) * step_tokens / seconds
+                told["peak_memory_mib"] = runtime.peak_memory_mib()
+                told["skipped_steps"] = run.judge.skipped_steps
+                told["validation_id"] = run.validation_set.id
                 seconds, timed_from = 0.0, run.step
-                say.progress(console_line(train_record))
-                watch(train_record)
+            step_record = {"kind": "train", "step": step, **told}
+            if is_logged:
+                say.progress(console_line(step_record))
+                watch(step_record)
                 progress.set_postfix_str(
-                    f"loss {train_record['loss']:.3f} pk {pk:.2f} pm {pm:.2f} lr {lr:.1e} "
-                    f"{train_record['tokens_per_second']:,.0f} tok/s"
+                    f"loss {told['loss']:.3f} pk {pk:.2f} pm {pm:.2f} lr {lr:.1e} "
+                    f"{told['tokens_per_second']:,.0f} tok/s"
                 )
-                log.write(train_record)
+                log.write(step_record)
+            say.step(step_record)
         if not record:  # a finished run, resumed
             record = run.evaluate()
         for line in summary_lines(run.folder, record, (run.best_loss, run.best_step), warnings):

@@ -40,7 +40,7 @@ from difftrain_kernels import CaseTable
 from difftrain_kernels.cases import MASKED
 
 
-class Run:
+class LiveRun:
     """Everything that a step changes or needs; what must survive a stop is in :meth:`state`."""
 
     def __init__(

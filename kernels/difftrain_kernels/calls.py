@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cases import CaseTable, divided
-from .rows import RowOutputs, move_back, row_outputs
+from .rows import move_back, row_outputs
 from .term_validation import check_no_penalties, check_normalizer
 from .terms import Terms, make_terms
 from .validation import Penalty, check_integer, check_label_values, check_targets
 
-Result = (
-    Tensor | tuple[Tensor, CaseTable] | tuple[Tensor, RowOutputs] | tuple[Tensor, CaseTable, RowOutputs]
-)
+# A tensor, or a tuple that begins with it where tables or rows are asked for. Any: type checkers take either, since
+# what is asked for is known when the program runs.
+Result = Tensor | Any
 
 
 @dataclass

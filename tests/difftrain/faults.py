@@ -16,13 +16,13 @@ PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPL
     )
 )  # fmt: skip
 (
-    BUDGET, CONSOLE, ERRORS, CAUSAL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX, WINDOWS, LIKELIHOOD, ANSWERS, OF_RUN,
+    BUDGET, CONSOLE, ERRORS, CAUSAL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX, WINDOWS, LIKELIHOOD, ANSWERS, OF_TEXT,
     LEVELS, REPLACEMENT, VERDICT,
 ) = (
     f"difftrain/{name}.py"
     for name in (
         "training/budget", "training/console", "errors", "sampling/causal", "cli/sample", "cli/questions", "model",
-        "data/philox", "evaluation/windows", "evaluation/likelihood", "evaluation/answers", "evaluation/of_run",
+        "data/philox", "evaluation/windows", "evaluation/likelihood", "evaluation/answers", "evaluation/of_text",
         "data/levels", "data/replacement", "training/verdict",
     )
 )  # fmt: skip
@@ -33,7 +33,7 @@ BLOCKS, CHOOSING, POLICIES, SCORING, SETTLING, WRITING_TEXTS, REPAIRING, MARKING
         "showing",
     )
 )  # fmt: skip
-REPAIR_COMMAND = "difftrain/cli/repair.py"
+REPAIR_COMMAND, OPTIONS = "difftrain/cli/repair.py", "difftrain/config/options.py"
 HEALTH, LINES, SESSIONS = (f"difftrain/reporting/{name}.py" for name in ("health", "lines", "sessions"))
 DRAWING, PICTURES, REPORT_TEXTS, REPORT, RUNS, WATCH, PROGRESS = (
     f"difftrain/{name}.py"
@@ -66,7 +66,7 @@ CHECKPOINT_STAGES = (
 )
 STAGES = {
     FOLDER: CHECKPOINT_STAGES,
-    READING: (*CHECKPOINT_STAGES, DEFAULTS),
+    READING: (["tests/difftrain/sampling/test_loaded.py"], *CHECKPOINT_STAGES, DEFAULTS),
     WRITING: CHECKPOINT_STAGES,
     SAVER: (["tests/difftrain/test_saver.py"], TRAIN_TESTS),
     STEP: (
@@ -118,7 +118,7 @@ STAGES = {
     LEVELS: (["tests/difftrain/test_levels.py"],),
     REPLACEMENT: (["tests/difftrain/test_replacement.py"], ["tests/difftrain/test_corruption.py"]),
     ANSWERS: (["tests/difftrain/evaluation/test_of_run.py"],),
-    OF_RUN: (["tests/difftrain/evaluation/test_of_run.py"],),
+    OF_TEXT: (["tests/difftrain/evaluation/test_of_run.py"],),
     PHILOX: (["tests/difftrain/test_philox.py"], DEFAULTS),
     CORRUPTION: (["tests/difftrain/test_corruption.py"],),
     PATHS: (["tests/difftrain/test_paths.py"],),
@@ -137,8 +137,9 @@ STAGES = {
     SAMPLING: (["tests/difftrain/test_sample.py"], DATA_TESTS),
     BUDGET: (BUDGET_TESTS, SCHEDULE_TESTS),
     CONSOLE: (CLOSED_TESTS,),
-    SAMPLE_COMMAND: (CLOSED_TESTS,),
-    ERRORS: (["tests/difftrain/test_errors.py"],),
+    SAMPLE_COMMAND: (CLOSED_TESTS, ["tests/difftrain/sampling/test_showing.py"]),
+    ERRORS: (["tests/difftrain/test_errors.py"], ["tests/difftrain/sampling/test_loaded.py"]),
+    OPTIONS: (["tests/difftrain/test_config.py"],),
     QUESTIONS: (["tests/difftrain/test_questions.py"],),
     LOSS: (RECIPE_TESTS, ["tests/difftrain/test_sample.py"]),
     HEALTH: (["tests/difftrain/test_health.py"],),
@@ -147,7 +148,7 @@ STAGES = {
     DRAWING: (REPORT_TESTS,),
     PICTURES: (REPORT_TESTS,),
     REPORT_TEXTS: (REPORT_TESTS,),
-    REPORT: (REPORT_TESTS,),
+    REPORT: (REPORT_TESTS, ["tests/difftrain/sampling/test_showing.py"]),
     RUNS: (REPORT_TESTS,),
     WATCH: (["tests/difftrain/test_watch.py"],),
     PROGRESS: (["tests/difftrain/test_progress.py"],),
@@ -155,7 +156,7 @@ STAGES = {
 }
 # (file, what is wrong, text, replacement); all occurrences are replaced.
 MUTANTS = [
-    (READING, "digests go unchecked", "if digest_of(path) != stored[file]:", "if not stored[file]:"),
+    (FOLDER, "digests go unchecked", "if digest_of(path) != stored[file]:", "if not stored[file]:"),
     (WRITING, "files are not flushed", "aside / DIGESTS, aside / OPTIMIZER, aside):", "aside / DIGESTS, aside / OPTIMIZER, aside)[:0]:"),
     (WRITING, "not read back before it appears", "    open_checkpoint(aside)\n", ""),
     (WRITING, "one too many deleted", "[: -config.keep_checkpoints]", "[: 1 - config.keep_checkpoints or None]"),
@@ -188,7 +189,7 @@ MUTANTS = [
     (LOOP, "a resumed step is evaluated twice", "if is_due() and not run.is_evaluated and not is_stopping:", "if is_due() and not is_stopping:"),
     (LOOP, "the best pointer is not put right", '    point_to_best(run.folder / "checkpoints", run.best_step)\n', ""),
     (WRITING, "the best pointer is never moved", "    point_to_best(home, best_step)\n", ""),
-    (READING, "a stray file passes", "sorted({*stored, *files_below(folder)} - {DIGESTS})", "sorted(stored)"),
+    (FOLDER, "a stray file passes", "sorted({*stored, *files_below(folder)} - {DIGESTS})", "sorted(stored)"),
     (WRITING, "a full disk hides in the writer's text", "if number and not isinstance(error, OSError):", "if False:"),
     (LOOP, "one step more", "is_last = run.step == config.max_iters", "is_last = run.step > config.max_iters"),
     (LOOP, "the best at the penalties of the moment", 'record["loss_final"]', 'record["loss"]'),
@@ -321,7 +322,7 @@ MUTANTS = [
     (BUDGET, "evaluations move in the run", "SHARES = 40", "SHARES = 800"),
     (SOURCES, "a preset's budget cuts the steps asked for", 'if "max_iters" in explicit:', "if False:"),
     (LOOP, "a resumed run gets another end", "if resume and config.budget_minutes:", "if False:"),
-    (LOOP, "a run that nobody reads goes on", "stop.requested or say.is_closed, saver.has_failed", "stop.requested, saver.has_failed"),
+    (LOOP, "a run that nobody reads goes on", "stop.requested or say.asks_to_stop, saver.has_failed", "stop.requested, saver.has_failed"),
     (LOOP, "the last figures wait for the last save", "        for line in summary_lines(run.folder, record, (run.best_loss, run.best_step), warnings):\n            say(line)  # before the last save is waited for, which can fail\n", "    for line in summary_lines(run.folder, record, (run.best_loss, run.best_step), warnings):\n        say(line)\n"),
     (LOOP, "a configuration is shown, then checked", "    checkpoint, corpus = runtime", "    say(configuration_text(config))\n    checkpoint, corpus = runtime"),
     (CONSOLE, "a closed pipe ends a run in the middle", "(errno.EPIPE, errno.EIO)", "(errno.EIO,)"),
@@ -371,7 +372,7 @@ MUTANTS = [
     (MARKING, "a line is numbered by its end", "number + 1 + n_ends", "number + 1"),
     (MARKING, "words are marked in part", "start -= 1", "break"),
     (LOADED, "a checkpoint's softcap is forgotten", "return logits_of(ids.to(self._writer.device)).to(ids.device)", "return self.module(ids)"),
-    (LOADED, "a path is taken as it stands", "Path(expand_path(os.fspath(run_or_folder)))", "Path(run_or_folder)"),
+    (LOADED, "a path is taken as it stands", 'path_of("run_or_folder", run_or_folder)', "__import__('pathlib').Path(run_or_folder)"),
     (REPAIR_COMMAND, "a check that found something is a success", "int(args.check and bool(repaired.edits))", "0"),
     (REPAIR_COMMAND, "line ends are changed", 'read_bytes(), "keep")', 'read_bytes(), "universal")'),
     (SHOWING, "a word sent back looks as if never written", "return MASKED if was_masked else BACK", "return MASKED"),
@@ -416,6 +417,15 @@ MUTANTS = [
     (CORRUPTION, "spans begin at multiples alone", "(offset % span_length)[:, None]", "(0 * offset)[:, None]"),
     (CORRUPTION, "the target of a wrong word is always [MASK]", 'if wrong_target == "mask" else tokens', 'if wrong_target else tokens'),
     (LOSS, "levels that are not even weigh alike", " * weight_of_level(level, config.mask_level)", ""),
-    (OF_RUN, "nats for bits", "1.0 / math.log(2.0)", "1.0"),
-    (OF_RUN, "the first token of a causal text counts", "t[int(is_causal) :]", "t[0:]"),
+    (OF_TEXT, "nats for bits", "1.0 / math.log(2.0)", "1.0"),
+    (OF_TEXT, "the first token of a causal text counts", "t[int(is_causal) :]", "t[0:]"),
+    (ERRORS, "a truth value is a number", "if isinstance(value, bool) or not isinstance(value, numbers.Real):", "if not isinstance(value, numbers.Real):"),
+    (ERRORS, "any error is one of memory", "if not isinstance(error, MemoryError) and not is_torchs:", "if False:"),
+    (SAMPLING, "a length beside gaps is ignored", "if is_given and self.length is not None:", "if False:"),
+    (SAMPLING, "a text that is no characters cannot be kept", 'encoding="utf-8", errors="backslashreplace")', 'encoding="utf-8")'),
+    (LOADED, "ids outside the vocabulary reach the model", "if ids.numel() and not 0", "if False and not 0"),
+    (READING, "a pointer is no checkpoint", "if folder.is_file() and (target := read_pointer(folder.parent, folder.name)):", "if target := None:"),
+    (REPORT, "a page is written in place", "aside = out.with_name(", "aside = out or out.with_name("),
+    (SAMPLE_COMMAND, "a page's place is looked at too late", "        check_place(args.html)\n", "        pass\n"),
+    (OPTIONS, "corruption is asked of gpt2 mode in vain", '"gpt2": CORRUPTING}', '"gpt2": ()}'),
 ]  # fmt: skip

@@ -112,6 +112,21 @@ def test_missing_and_binary_files_are_refused(tmp_path):
         ({"n_embd": 10, "n_head": 3}, "n_embd must be a multiple of n_head 3, got 10"),
         ({"n_embd": 9, "n_head": 3}, "must be even for rotary positions, got 3"),
         ({"recipe": "bert"}, "recipe must be one of specification, llada, mdlm, got 'bert'"),
+        *(
+            (
+                {name: value, "mode": "gpt2"},
+                f"{name} must be .* in gpt2 mode, which corrupts nothing, got {value}",
+            )
+            for name, value in {
+                "self_errors": 0.5,
+                "mask_factor": 0.5,
+                "replace_factor": 0.0,
+                "replacement": "unigram",
+                "wrong_target": "token",
+                "span_length": 2,
+                "mask_level": "cosine",
+            }.items()
+        ),
         ({"recipe": "llada", "mode": "gpt2"}, "recipe must be specification in gpt2 mode, .*, got llada"),
         ({"forbid_mask": True}, "forbid_mask must be false with recipe specification, where"),
         ({"gate": "soft"}, "gate must be one of argmax, probability, got 'soft'"),

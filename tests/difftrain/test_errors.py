@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from difftrain.cli import main
 from difftrain.data.vocabulary import Tiktoken, Tokenizer
@@ -56,6 +57,35 @@ def test_plotting_without_matplotlib_says_the_command_that_installs_it(tiny, mon
     capsys.readouterr()
     assert main(["plot", config.out_dir]) == 2
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("ask", "told"),
+    [
+        (lambda: torch.empty(2**60, dtype=torch.uint8), f"not enough memory for {2**60} bytes more; ask for less"),
+        (lambda: torch.empty(2**62, 8, dtype=torch.uint8), "not enough memory; ask for less at a time"),
+        (lambda: [0] * 2**60, "not enough memory; ask for less at a time"),
+    ],
+)  # fmt: skip
+def test_memory_that_cannot_be_had_is_one_line(tiny, monkeypatch, capsys, ask, told):
+    from difftrain.sampling import texts
+
+    monkeypatch.setattr(texts, "sample_run", lambda *_: ask())
+    assert main(["sample", "run", "--num_samples", "2147483647"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"difftrain: {told}")
+    assert err.count("\n") == 1
+
+
+def test_another_error_of_the_runtime_keeps_its_traceback(monkeypatch):
+    from difftrain.sampling import texts
+
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(texts, "sample_run", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["sample", "run"])
 
 
 def test_an_extra_that_is_there_is_imported_with_its_folders():

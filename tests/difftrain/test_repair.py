@@ -38,6 +38,16 @@ def test_the_repaired_text_is_printed_byte_for_byte(obey):
     assert obey(foreign.encode(), "FILE", "--keep_unknown") == (0, foreign.encode(), "")
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [([], b""), (["--diff"], b""), (["--check"], b""), (["--json"], b'{"text": "", "edits": []}\n')],
+)
+def test_an_empty_text_is_repaired_to_an_empty_one(obey, words, shown):
+    code, out, err = obey(b"", "FILE", *words)
+    assert (code, err) == (0, "")
+    assert out == shown or json.loads(out) == json.loads(shown)
+
+
 def test_a_diff_json_and_a_check_tell_the_same_places(obey):
     code, out, _ = obey(WRONG.encode(), "FILE", "--diff")
     assert (code, out.decode()) == (0, f"1: [-{WRONG}-]{{+{RIGHT}+}}\n")
@@ -64,7 +74,6 @@ def test_standard_input_is_read(obey, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words", "told"),
     [
-        (b"", ["FILE"], "a.txt is empty"),
         (b"ab\0c", ["FILE"], "a.txt cannot be repaired: it is binary, with NUL bytes"),
         (b"ab\xff", ["FILE"], "a.txt cannot be repaired: it is not UTF-8 text"),
         ("abcé".encode(), ["FILE"], "characters outside the vocabulary: 'é'"),

@@ -10,7 +10,7 @@ from difftrain.data import open_corpus, sample_indices
 from difftrain.runtime import Runtime
 from difftrain.training import verdict as verdict_module
 from difftrain.training.loop import train
-from difftrain.training.step import Run, _make_batch
+from difftrain.training.step import LiveRun, _make_batch
 from resume_runs import resume_all, train_all, train_with_stop
 from run_digests import digests_of
 
@@ -67,7 +67,7 @@ def test_so_does_one_of_two_processes(tiny, tmp_path, stops):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_so_does_one_with_bad_steps_and_spikes_wherever_it_stops(tiny, dtype, monkeypatch, capsys):
     bad, spikes = {3, 4, 8}, {9}
-    real = Run.gradients
+    real = LiveRun.gradients
 
     def gradients(self, *arguments, **options):
         loss_sum, tables = real(self, *arguments, **options)
@@ -76,7 +76,7 @@ def test_so_does_one_with_bad_steps_and_spikes_wherever_it_stops(tiny, dtype, mo
                 parameter.grad *= 100
         return loss_sum * (torch.nan if self.step in bad else 1.0), tables
 
-    monkeypatch.setattr(Run, "gradients", gradients)
+    monkeypatch.setattr(LiveRun, "gradients", gradients)
     monkeypatch.setattr(verdict_module, "SPIKE_MEMORY", 4)
     straight = tiny(**SCHEDULE, dtype=dtype, spike_factor=9.0)
     train(straight)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from difftrain.checkpoints.reading import find_checkpoint
+from difftrain.cli import main
 from difftrain.data.vocabulary import Characters
 from difftrain.errors import UserError
 from difftrain.loss import bend_rows, bent_logits
@@ -429,6 +430,32 @@ def test_a_gpt2_run_has_no_use_for_a_policy_or_steps(tiny):
 def test_a_temperature_near_zero_is_greedy_and_does_not_overflow():
     filled = fill(fixed([[0.0, 1.0, 2.0, 3.0, -9.0]]), torch.full((50, 1), MASK_ID), temperature=1e-40)
     assert (filled == 3).all()
+
+
+@pytest.mark.parametrize("given", [{"infill": "red ____"}, {"held_out": True}])
+def test_a_length_beside_a_text_that_has_its_own_is_refused(trained, given):
+    with pytest.raises(UserError, match=f"length and {next(iter(given))} exclude each other"):
+        write(trained, length=20, **given)
+
+
+def test_words_that_are_no_characters_are_shown_and_kept_as_escapes(tiny, tmp_path, capsys):
+    import numpy as np
+
+    folder = tmp_path / "halves"
+    folder.mkdir()
+    for name in ("train.bin", "val.bin"):
+        (np.arange(200, dtype=np.uint16) % 2).tofile(folder / name)
+    (folder / "meta.json").write_text('{"kind": "char", "vocab_size": 2, "itos": ["\\ud800", "\\udc80"]}')
+    config = tiny(data=str(folder), max_iters=1)
+    train(config)
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert main(["sample", config.out_dir, "--device", "cpu", "--steps", "2", "--html", str(page)]) == 0
+    (kept,) = Path(config.out_dir, "samples").iterdir()
+    text = kept.read_text(encoding="utf-8")
+    assert len(text) == 16 * len("\\ud800") + 1
+    assert set(text.split("\\")) <= {"", "ud800", "udc80", "ud800\n", "udc80\n"}
+    assert page.read_text(encoding="utf-8").endswith("</html>\n")
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "gpt2"])

@@ -108,7 +108,7 @@ def test_what_a_save_failed_with_reaches_the_loop_and_ends_the_run(parts, monkey
 
 def test_a_run_in_which_a_save_fails_ends_with_the_step_under_way(tiny, monkeypatch):
     from difftrain.training.loop import train
-    from difftrain.training.step import Run
+    from difftrain.training.step import LiveRun
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -124,8 +124,8 @@ def test_a_run_in_which_a_save_fails_ends_with_the_step_under_way(tiny, monkeypa
     monkeypatch.setattr(
         CheckpointSaver, "__init__", lambda self, *a: (savers.append(self), make(self, *a))[1]
     )
-    steps, real = [], Run.gradients
-    monkeypatch.setattr(Run, "gradients", gradients)
+    steps, real = [], LiveRun.gradients
+    monkeypatch.setattr(LiveRun, "gradients", gradients)
     with pytest.raises(OSError, match="No space"):
         train(tiny(max_iters=3000, eval_interval=3000))
     assert len(steps) == 1

@@ -254,7 +254,7 @@ def test_a_step_takes_every_quantity_at_its_value_and_the_log_says_which(tiny, m
     real_loss, real_batch, real_update = (
         step_module.model_loss,
         step_module._make_batch,
-        step_module.Run.update,
+        step_module.LiveRun.update,
     )
 
     def loss(*arguments, **options):
@@ -278,7 +278,7 @@ def test_a_step_takes_every_quantity_at_its_value_and_the_log_says_which(tiny, m
     batches, rates, histories = [], [], []
     monkeypatch.setattr(step_module, "model_loss", loss)
     monkeypatch.setattr(step_module, "_make_batch", batch)
-    monkeypatch.setattr(step_module.Run, "update", update)
+    monkeypatch.setattr(step_module.LiveRun, "update", update)
     real_advanced = step_module.advanced
 
     def advance(reached, record, config):

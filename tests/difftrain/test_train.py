@@ -685,7 +685,7 @@ def test_what_a_resume_changes_is_said(tiny, capsys):
 
 def test_two_runs_never_write_one_folder(tiny, monkeypatch):
     config = tiny()
-    real, told = step_module.Run.gradients, []
+    real, told = step_module.LiveRun.gradients, []
 
     def starts_another(self, *arguments, **options):
         if self.step == 5:  # the first checkpoint is there
@@ -694,7 +694,7 @@ def test_two_runs_never_write_one_folder(tiny, monkeypatch):
                 train(config, resume=True)
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(step_module.Run, "gradients", starts_another)
+    monkeypatch.setattr(step_module.LiveRun, "gradients", starts_another)
     train(config)
     assert told
     train(dataclasses.replace(config, max_iters=13), resume=True)
@@ -781,9 +781,11 @@ def test_a_compiled_run_trains_the_same_model_and_its_curriculum_compiles_nothin
     torch._dynamo.reset()
     other = dataclasses.replace(usual, compile=how, out_dir=usual.out_dir + "-compiled")
     counts = []
-    real_update = step_module.Run.update
+    real_update = step_module.LiveRun.update
     monkeypatch.setattr(
-        step_module.Run, "update", lambda self, *a: (counts.append(len(compiled)), real_update(self, *a))[1]
+        step_module.LiveRun,
+        "update",
+        lambda self, *a: (counts.append(len(compiled)), real_update(self, *a))[1],
     )
     train(other)
     torch._dynamo.reset()

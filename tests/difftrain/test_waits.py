@@ -49,7 +49,7 @@ def watch(config, rank=0, harm=None):
     ``harm(run)`` is called in the middle of each step that is watched.
     """
     device, watched, passes = SimulatedDevice(), None, []
-    gradients, update = step_module.Run.gradients, step_module.Run.update
+    gradients, update = step_module.LiveRun.gradients, step_module.LiveRun.update
     to_device, read_later = Runtime.to_device, Runtime.read_later
 
     def watched_gradients(run, *arguments, **options):
@@ -83,7 +83,7 @@ def watch(config, rank=0, harm=None):
         return reading
 
     patches = [
-        (step_module.Run, "gradients", watched_gradients, gradients),
+        (step_module.LiveRun, "gradients", watched_gradients, gradients),
         (Runtime, "to_device", sent, to_device),
         (Runtime, "read_later", read_back, read_later),
     ]
@@ -96,7 +96,7 @@ def watch(config, rank=0, harm=None):
             watched.__exit__(None, None, None)
         for holder, name, _, real in patches:
             setattr(holder, name, real)
-    assert step_module.Run.update is update
+    assert step_module.LiveRun.update is update
     return passes
 
 
@@ -139,13 +139,13 @@ def test_a_wait_in_a_step_is_seen(tiny, harm):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_on_cuda_waits_for_nothing(tiny, kind, monkeypatch):
-    real = step_module.Run.gradients
+    real = step_module.LiveRun.gradients
 
     def gradients(run, *arguments, **options):
         torch.cuda.set_sync_debug_mode("error" if FIRST <= run.step < LAST else "default")
         return real(run, *arguments, **options)
 
-    monkeypatch.setattr(step_module.Run, "gradients", gradients)
+    monkeypatch.setattr(step_module.LiveRun, "gradients", gradients)
     try:
         train(tiny(**SHAPE | {"loss_impl": "auto"}, **kind, device="cuda"))
     finally:

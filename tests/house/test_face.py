@@ -25,11 +25,14 @@ FACE = sorted(
         *LOSSES,
         "Config",
         "PenaltyTensors",
+        "Run",
+        "TrainingFailed",
         "UserError",
         "__version__",
         "learning_rate",
         "load",
         "masking_penalties",
+        "train",
     ]
 )
 

@@ -106,28 +106,33 @@ TRAINER = {
     "runtime": {"errors", "progress", "config", "torch"},
     "parallel": {"config", "model", "runtime", "torch"},
     "loss": {"config", "data", "runtime", "difftrain_kernels", "torch"},
-    "reporting": {"errors", "progress", "config", "schedule", "difftrain_kernels", "matplotlib", "torch", "wandb"},
+    "reporting": {
+        "errors", "progress", "config", "schedule", "difftrain_kernels", "matplotlib", "numpy", "pandas", "torch",
+        "wandb",
+    },
     "checkpoints": {
         "errors", "config", "data", "model", "runtime", "parallel", "safetensors", "torch",
     },
+    "run": {"errors", "config", "reporting", "checkpoints"},
     "evaluation": {
         "errors", "progress", "config", "schedule", "data", "runtime", "loss", "checkpoints", "difftrain_kernels",
         "numpy", "torch",
     },
     "sampling": {
-        "errors", "progress", "config", "data", "model", "runtime", "loss", "reporting", "checkpoints", "torch",
+        "errors", "progress", "config", "schedule", "data", "model", "runtime", "loss", "reporting", "checkpoints",
+        "evaluation", "numpy", "torch",
     },
     "exchange": {"errors", "config", "data", "model", "loss", "reporting", "checkpoints", "torch", "transformers"},
     "training": {
         "errors", "progress", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",
-        "reporting", "checkpoints", "difftrain_kernels", "torch", "tqdm",
+        "reporting", "checkpoints", "run", "difftrain_kernels", "torch", "tqdm",
     },
     "cli": {
         "errors", "progress", "config", "data", "evaluation", "exchange", "reporting", "runtime", "sampling",
         "training", "shtab",
     },
     "hf_kernel": {"errors", "config"},
-    "__init__": {"errors", "config", "schedule", "sampling", "difftrain_kernels"},
+    "__init__": {"errors", "config", "schedule", "run", "sampling", "training", "difftrain_kernels"},
     "__main__": {"cli"},
 }  # fmt: skip
 

@@ -1,13 +1,19 @@
 """The layout, the import rules of DESIGN and what an installation brings."""
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+import difftrain
 
 ROOT = Path(__file__).parent.parent.parent
 STDLIB = sys.stdlib_module_names
@@ -111,22 +117,166 @@ def test_hugging_face_packages_install_beside_ours_in_a_fresh_environment(tmp_pa
         assert done.stdout.strip().startswith(str(site)), "not the installed package"
 
 
+# What is built, and what an installation brings --------------------------------------------------------
+
+BUILD = """
+import sys
+from setuptools import build_meta
+print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
+"""
+LEFT_OUT = (
+    ".git",
+    ".venv",
+    ".*_cache",
+    ".hypothesis",
+    "__pycache__",
+    "build",
+    "dist",
+    "site",
+    "runs",
+    "*.egg-info",
+)
+
+
+def build(kind, source, out):
+    """The file that the build system makes of a source, as ``python -m build --no-isolation`` does."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BUILD, f"build_{kind}", str(out)],
+        cwd=source, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sdist of this checkout, what it unpacks to, and the wheel that is made of that."""
+    setuptools = pytest.importorskip("setuptools", reason="setuptools is not installed")
+    if int(setuptools.__version__.split(".")[0]) < 71:
+        pytest.skip("setuptools before 71 makes wheels with another package")
+    folder = tmp_path_factory.mktemp("built")
+    copy = shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*LEFT_OUT))
+    sdist = build("sdist", copy, folder)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return sdist, unpacked, build("wheel", unpacked, folder)
+
+
+def package_files():
+    """All that an installation holds of ours, by where it lies in site-packages."""
+    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "difftrain").rglob("*.py")}
+    files |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "difftrain/config/presets").glob("*.toml")}
+    files |= {f"difftrain/reporting/page/page.{kind}" for kind in ("html", "css", "js")}
+    files |= {p.relative_to(ROOT / "kernels").as_posix() for p in (ROOT / "kernels").rglob("*.py")}
+    assert "difftrain_kernels/triton_kernels/__init__.py" in files
+    return files | {"difftrain/py.typed", "difftrain_kernels/py.typed"}
+
+
 @pytest.mark.core
-def test_a_built_wheel_holds_both_packages_their_type_marks_presets_and_page_and_nothing_else(tmp_path):
-    code = (
-        "from setuptools import setup; import sys; sys.argv = "
-        f"['setup.py', '-q', 'egg_info', '-e', {str(tmp_path)!r}, 'build', '-b', {str(tmp_path / 'b')!r}]; "
-        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py', '__name__': '__main__'})"
+def test_a_built_wheel_holds_both_packages_their_type_marks_presets_and_page_and_nothing_else(built):
+    *_, wheel = built
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (entries,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert "difftrain = difftrain.cli:main" in archive.read(entries).decode()
+    assert held == package_files()
+
+
+def test_the_sdist_holds_what_the_wheel_is_made_of_and_what_a_packager_reads(built):
+    _, unpacked, _ = built
+    held = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
+    files = {name if name.startswith("difftrain/") else f"kernels/{name}" for name in package_files()}
+    assert files <= held
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"} <= held
+    assert not [name for name in held if name.endswith((".pyc", ".log"))]
+
+
+def test_one_version_stands_everywhere(built, capsys):
+    from difftrain.cli import main
+
+    sdist, _, wheel = built
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        told = email.message_from_bytes(archive.read(name))
+    version = difftrain.__version__
+    assert told["Version"] == version
+    assert (sdist.name, wheel.name) == (
+        f"difftrain-{version}.tar.gz",
+        f"difftrain-{version}-py3-none-any.whl",
     )
-    pytest.importorskip("setuptools", reason="setuptools is not installed")
-    run(code, cwd=ROOT)
-    built = {
-        p.relative_to(tmp_path / "b/lib").as_posix() for p in (tmp_path / "b/lib").rglob("*") if p.is_file()
-    }
-    expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "difftrain").rglob("*.py")}
-    expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "difftrain/config/presets").glob("*.toml")}
-    expected |= {f"difftrain/reporting/page/page.{kind}" for kind in ("html", "css", "js")}
-    expected |= {p.relative_to(ROOT / "kernels").as_posix() for p in (ROOT / "kernels").rglob("*.py")}
-    expected |= {"difftrain/py.typed", "difftrain_kernels/py.typed"}
-    assert "difftrain_kernels/triton_kernels/__init__.py" in expected
-    assert built == expected
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.split()[1] == version
+    assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    assert told["Requires-Python"] == ">=3.10"
+
+
+def test_the_page_on_installing_has_every_extra_and_each_requirement_of_it(built):
+    *_, wheel = built
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        told = email.message_from_bytes(archive.read(name))
+    page = (ROOT / "docs/installing.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|(.*)$", page, re.MULTILINE))
+    assert set(rows) == set(told.get_all("Provides-Extra"))
+    for line in told.get_all("Requires-Dist"):
+        if extra := re.search(r"extra == [\"'](\w+)[\"']", line):
+            package = re.match(r"[\w-]+", line)[0]
+            assert f"`{package}`" in rows[extra[1]], f"{extra[1]} brings {package}"
+
+
+INSTALLED = """
+import importlib, pkgutil, sys
+import difftrain, difftrain_kernels
+from difftrain.config import preset_names, resolve_config
+assert "site-packages" in difftrain.__file__ and "site-packages" in difftrain_kernels.__file__
+for package in (difftrain, difftrain_kernels):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not module.name.endswith("__main__") and ("triton" in sys.argv or "triton_kernels" not in module.name):
+            importlib.import_module(module.name)
+assert [resolve_config(name, None, {}).out_dir for name in preset_names()]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist", "source"])
+def test_what_is_installed_in_a_fresh_environment_works_from_any_folder(built, tmp_path, kind):
+    sdist, unpacked, wheel = built
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    # torch and what else is installed here is taken as it is, ours is not.
+    outer = [p for p in sys.path if p.endswith("site-packages")]
+    (site / "outer.pth").write_text("\n".join(outer))
+    for path in (p for folder in outer for p in Path(folder).glob("__editable__*difftrain*")):
+        assert path.exists()  # a .pth of another folder's does not count
+    bin = tmp_path / "venv/bin"
+    pip = [str(bin / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
+    what = {"wheel": wheel, "sdist": sdist, "source": unpacked}[kind]
+    subprocess.run([*pip, "--no-build-isolation", "--force-reinstall", str(what)], check=True, cwd=tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "text.txt").write_text("red green blue white black\n" * 100)
+
+    def obey(*words):
+        done = subprocess.run(
+            [str(word) for word in words],
+            cwd=tmp_path / "work",
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    has_triton = list(metadata.distributions(name="triton"))
+    obey(bin / "python", "-c", INSTALLED, *(["triton"] if has_triton else []))
+    assert obey(bin / "difftrain", "--version").split()[1] == difftrain.__version__
+    small = "--n_layer 1 --n_head 1 --n_embd 8 --block_size 16 --batch_size 4 --eval_batch_size 2 --eval_iters 2"
+    words = ["train", "demo", "--data", "text.txt", "--out_dir", "run", "--max_iters", 2, *small.split()]
+    obey(bin / "difftrain", *words, "--device", "cpu")
+    obey(bin / "difftrain", "report", "run")
+    assert (tmp_path / "work/run/report.html").stat().st_size > 10_000
+    assert obey(
+        bin / "difftrain", "sample", "run", "--steps", 2, "--device", "cpu", "--prompt", "red"
+    ).startswith("red")

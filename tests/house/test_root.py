@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 FOLDERS = {"kernels", "difftrain", "benchmarks", "tests", "examples", "docs", ".ci"}
 FILES = {
-    "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile",
+    "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "MANIFEST.in", "CONTRIBUTING.md", "Makefile",
     "pyproject.toml", "constraints.txt", "mkdocs.yml", ".gitignore", ".pre-commit-config.yaml",
 }  # fmt: skip
 LARGEST_FILE = 1 << 20  # bytes

@@ -4,7 +4,7 @@ from functools import partial
 
 from difftrain.config import Config
 from difftrain.training.loop import train
-from difftrain.training.step import Run
+from difftrain.training.step import LiveRun
 from processes import run_in_processes
 
 
@@ -13,16 +13,16 @@ def train_with_stop(config: Config, stop_at: int | None) -> None:
     if stop_at is None:
         train(config)
         return
-    real = Run.update
+    real = LiveRun.update
 
     def update(self, loss_sum, is_stopping, has_failed):
         return real(self, loss_sum, self.step + 1 == stop_at, has_failed)
 
-    Run.update = update
+    LiveRun.update = update
     try:
         train(config)
     finally:
-        Run.update = real
+        LiveRun.update = real
     train(config, resume=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def write_report(
         before, after = comparison_parts(runs, names)
         out = out or Path(COMPARISON)
     drawn, data = _draw(sections)
-    _write(out, _page(title, "\n".join([*before, *drawn, *after]), data))
+    write_whole(out, _page(title, "\n".join([*before, *drawn, *after]), data))
     return out
 
 
@@ -131,8 +132,16 @@ def _digest(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _write(out: Path, text: str) -> None:
-    """Write aside and rename, so that a reader never meets half a page."""
+def check_place(out: Path) -> None:
+    """Raise UserError where no page can be written, before the work that it is to show."""
+    home = next(folder for folder in out.absolute().parents if folder.exists())
+    if out.is_dir() or not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        what = "is a folder" if out.is_dir() else f"lies in {home}, which cannot be written to"
+        raise UserError(f"a page must have a place of its own, and {out} {what}")
+
+
+def write_whole(out: Path, text: str) -> None:
+    """Write a page aside and rename it, so that a reader never meets half of it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}-{secrets.token_hex(4)}")
     try:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import difftrain
 from difftrain.errors import UserError
 from difftrain.sampling.policies import POLICIES
 from difftrain.training.loop import train
+from launch import obey
 from ring_model import ring
 
 
@@ -97,8 +99,117 @@ def test_samples_and_repairs_print_nothing_and_keep_types(run, capfd):
         ({"prompt": "abcde" * 4}, "the prompt must have fewer tokens than the text's 16, got 20"),
         ({"prompt": "a", "infill": "ab____"}, "prompt and infill exclude each other"),
         ({"infill": "abc"}, "an infill text must have a gap"),
+        ({"infill": "ab____", "length": 6}, "length and infill exclude each other"),
+        ({"length": 1.5}, "length must be a whole number, got float 1.5"),
+        ({"n": None}, "num_samples must be a whole number, got NoneType"),
+        ({"n": True}, "num_samples must be a whole number, got bool"),
+        ({"steps": "9"}, "steps must be a whole number, got str '9'"),
+        ({"seed": 0.0}, "seed must be a whole number, got float"),
+        ({"top_k": 1.0}, "top_k must be a whole number, got float"),
+        ({"prompt": None}, "prompt must be text, got NoneType"),
+        ({"prompt": b"ab"}, "prompt must be text, got bytes"),
+        ({"infill": ["____"]}, "infill must be text, got list"),
+        ({"policy": None}, "policy must be text, got NoneType"),
+        ({"schedule": ["linear"]}, "schedule must be text, got list"),
+        ({"suspect": "0.5"}, "suspect must be a number, got str '0.5'"),
+        ({"temperature": "hot"}, "temperature must be a number, got str 'hot'"),
+        ({"min_p": float("nan")}, "min_p must be in .*, got nan"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(options, told):
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=told) as caught:
         ring().sample(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    model, import_numpy = ring(), pytest.importorskip("numpy")
+    plain = model.sample(2, length=9, steps=3, temperature=0.5, seed=4)
+    integer, real = import_numpy.int32, import_numpy.float32
+    others = {"length": integer(9), "steps": torch.tensor(3), "temperature": real(0.5), "seed": integer(4)}
+    assert model.sample(integer(2), **others) == plain
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [
+        ([[0, 1]], "ids must be an int64 tensor, got list"),
+        (torch.tensor([[0.0, 1.0]]), "ids must be an int64 tensor, got torch.float32"),
+        (torch.tensor([[0, 1]], dtype=torch.int32), "ids must be an int64 tensor, got torch.int32"),
+        (torch.tensor([0, 1]), "ids must have shape \\(B, T\\) .* block_size 16, got \\(2,\\)"),
+        (torch.zeros((1, 17), dtype=torch.int64), "ids must have shape .* got \\(1, 17\\)"),
+        (torch.tensor([[0, 6]]), "ids must be in 0 .. 5, got 0 .. 6"),
+        (torch.tensor([[-1, 0]]), "ids must be in 0 .. 5, got -1 .. 0"),
+    ],
+)
+def test_ids_that_the_model_cannot_take_are_told_in_one_line(ids, told):
+    with pytest.raises(UserError, match=told):
+        ring().logits(ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "told"),
+    [
+        (b"abc", {}, "text must be text, got bytes"),
+        (None, {}, "text must be text, got NoneType"),
+        ("abc", {"steps": 1.5}, "steps must be a whole number, got float 1.5"),
+        ("abc", {"max_changes": "2"}, "max_changes must be a whole number, got str '2'"),
+        ("abc", {"sure": None}, "sure must be a number, got NoneType"),
+    ],
+)
+def test_a_repair_of_what_is_no_text_is_told_in_one_line(text, options, told):
+    with pytest.raises(UserError, match=told):
+        ring().repair(text, **options)
+
+
+def test_a_pointer_is_the_checkpoint_that_it_names(run):
+    for name in ("latest", "best"):
+        pointed = difftrain.load(run / "checkpoints" / name, device=torch.device("cpu"))
+        assert pointed.step == difftrain.load(run, name, device="cpu").step
+    for place in (None, 3, run / "checkpoints" / "first"):
+        with pytest.raises(UserError, match="run_or_folder must be a path, got|is not a run folder"):
+            difftrain.load(place)
+    with pytest.raises(UserError, match="device must be auto, cpu, cuda, cuda:N or mps, got None"):
+        difftrain.load(run, device=None)
+
+
+def test_an_evaluation_of_a_text_is_that_of_the_command_line(run, tmp_path, capfd):
+    text = "red green blue\n" * 40
+    (tmp_path / "a.txt").write_text(text)
+    capfd.readouterr()
+    words = ["evaluate", run, "--data", tmp_path / "a.txt", "--json", "--device", "cpu", "--seed", 3]
+    code, out, err = obey(
+        [*words, "--windows", 5, "--levels", 20, "--errors", 5, "--draws", 2, "--penalties", "0.5,2"]
+    )
+    assert code == 0, err
+    told = json.loads(out)
+    capfd.readouterr()
+    record = difftrain.load(run, device="cpu").evaluate(
+        text, windows=5, levels=[20], errors=[5], draws=2, seed=3, penalties=[(0.5, 2)]
+    )
+    assert capfd.readouterr() == ("", "")
+    assert told.pop("run") == str(run)
+    assert told.pop("data") == str(tmp_path / "a.txt")
+    assert record.pop("data") == "the text"
+    assert record == told
+    assert record["loss"][-1]["pm"] == 2.0
+    json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "told"),
+    [
+        ("", {}, "the text must have at least 1 tokens, got 0"),
+        (b"abc", {}, "text must be text, got bytes"),
+        ("abz", {}, "characters outside the vocabulary: 'z'"),
+        ("abc", {"windows": 1.5}, "windows must be a whole number, got float 1.5"),
+        ("abc", {"levels": 15}, "levels must be a list, got int"),
+        ("abc", {"levels": ["15"]}, "levels must be a number, got str '15'"),
+        ("abc", {"penalties": [0.5]}, r"penalties must be pairs of numbers \(pk, pm\), got 0.5"),
+        ("abc", {"estimators": ["best"]}, "estimators must be among mdlm, llada, got 'best'"),
+        ("abc", {"estimators": "mdlm"}, "estimators must be a list, got str"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_told_in_one_line(text, options, told):
+    with pytest.raises(UserError, match=told):
+        ring().evaluate(text, **options)

@@ -1,6 +1,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -130,6 +131,38 @@ def test_a_text_of_several_blocks_is_seen_whole(run, tmp_path, capsys):
     )
     (data,) = re.findall(r"^const frames = (.*);$", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert {sum(len(words) for words, _ in frame) for frame in json.loads(data)} == {40}
+
+
+@pytest.mark.parametrize("place", ["folder", "file/page.html"])
+def test_a_page_that_cannot_be_written_is_told_before_anything_is_sampled(
+    run, tmp_path, capsys, monkeypatch, place
+):
+    from difftrain.sampling import texts
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(texts, "sample_run", lambda *_: pytest.fail("sampled"))
+    assert main(["sample", run, "--device", "cpu", "--html", str(tmp_path / place)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("difftrain: a page must have a place of its own, and ")
+    assert told.count("\n") == 1
+
+
+def test_a_page_takes_the_place_of_an_older_one_when_it_is_whole(run, tmp_path, monkeypatch):
+    page = tmp_path / "new" / "page.html"
+    words = ["sample", run, "--device", "cpu", "--steps", "2", "--html", str(page)]
+    assert main(words) == 0
+    before = page.read_text(encoding="utf-8")
+    real = Path.write_text
+
+    def half(path, text, *rest, **options):
+        real(path, text[: len(text) // 2], *rest, **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    assert main(words) == 1
+    assert [p.name for p in page.parent.iterdir()] == ["page.html"]
+    assert page.read_text(encoding="utf-8") == before
 
 
 def test_gpt2_mode_has_nothing_to_show(tiny, tmp_path, capsys):

@@ -1,0 +1,252 @@
+"""Everything that is told of a model on a text: its losses, masked and wrong words, how likely it finds the text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from difftrain.config import Config
+from difftrain.config.options import LARGEST_FLOAT
+from difftrain.data import Corpus
+from difftrain.data.vocabulary import Ids, Vocabulary
+from difftrain.errors import UserError, real_number, whole_number
+from difftrain.evaluation.answers import Answers
+from difftrain.evaluation.likelihood import ESTIMATORS, bound_masked, score_causal
+from difftrain.evaluation.validation_set import FIXED, evaluate, make_validation_set
+from difftrain.evaluation.windows import Estimate, Windows, cut, ratio
+from difftrain.loss import bent_logits, loss_terms
+from difftrain.runtime import Runtime
+from difftrain.schedule import case_weights, final_penalties, masking_penalties
+from difftrain_kernels import CaseTable
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to find out; the fields are the options of ``difftrain evaluate``.
+
+    Attributes:
+        data: the run's own held-out text where empty; else a text, "-" for standard input, or what the
+            option ``data`` of training takes, of which the validation split is read.
+        windows: so many pieces of block_size tokens, evenly spaced over the text; 0: all.
+        levels, errors: per cent of a window's words that are masked, or replaced.
+        penalties: (pk, pm) at which the loss is told beside the current, the final and none.
+        draws: maskings of each window in the bound on the likelihood.
+    """
+
+    data: str = ""
+    checkpoint: str = "best"
+    windows: int = 128
+    levels: Sequence[float] = (15.0, 50.0, 85.0)
+    errors: Sequence[float] = (1.0, 5.0, 15.0)
+    penalties: Sequence[tuple[float, float]] = ()
+    estimators: Sequence[str] = ESTIMATORS
+    draws: int = 8
+    seed: int = 0
+    batch_size: int = 32
+    device: str = "auto"
+    dtype: str = "float32"
+    allow_changed_data: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low in {"windows": 0, "draws": 1, "seed": 0, "batch_size": 1}.items():
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), low))
+        for name in ("levels", "errors", "estimators", "penalties"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise UserError(f"{name} must be a list, got {type(getattr(self, name)).__name__}")
+        for name in ("levels", "errors"):
+            object.__setattr__(self, name, tuple(real_number(name, s) for s in getattr(self, name)))
+            for share in getattr(self, name):
+                if not 0 < share <= 100:
+                    raise UserError(f"{name} must be per cents in (0, 100], got {share:g}")
+            if len({f"{share:g}" for share in getattr(self, name)}) < len(getattr(self, name)):
+                raise UserError(
+                    f"{name} must differ, got {','.join(f'{s:g}' for s in getattr(self, name))}"
+                )
+        for name in self.estimators:
+            if name not in ESTIMATORS:
+                raise UserError(f"estimators must be among {', '.join(ESTIMATORS)}, got {name!r}")
+        for pair in self.penalties:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise UserError(f"penalties must be pairs of numbers (pk, pm), got {pair!r}")
+            pair = tuple(real_number("penalties", p) for p in pair)
+            if not all(0 <= p <= LARGEST_FLOAT for p in pair):
+                raise UserError(f"penalties must be in [0, {LARGEST_FLOAT:g}], got {pair[0]:g},{pair[1]:g}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and what its figures depend on beside the text.
+
+    Attributes:
+        model: in evaluation mode, on the runtime's device.
+        config: of the run that trained it.
+        step: optimiser steps that it was trained for.
+        reached: what the run's evaluations had set off of its schedules.
+    """
+
+    model: nn.Module
+    vocabulary: Vocabulary
+    config: Config
+    step: int
+    reached: Mapping[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is evaluated: its ids, and the corpus where it is the run's own."""
+
+    name: str
+    ids: np.ndarray
+    corpus: Corpus | None = None
+
+
+def evaluate_text(
+    subject: Subject, text: Text, request: EvaluationRequest, runtime: Runtime
+) -> dict[str, Any]:
+    """What a model knows of a text, as plain numbers for JSON; every process returns the same.
+
+    Random numbers depend on the request's seed and on a window's place in the text alone, not on the batch
+    size or the number of processes.
+
+    Raises:
+        UserError: the text is too short.
+    """
+    config, vocabulary = subject.config, subject.vocabulary
+    is_causal = config.mode == "gpt2"
+    if len(text.ids) <= is_causal:
+        raise UserError(f"{text.name} must have at least {1 + is_causal} tokens, got {len(text.ids)}")
+    windows = cut(text.ids, config.block_size + is_causal, at_most=request.windows, overlap=int(is_causal))
+    answers = Answers(
+        subject.model, config, vocabulary.mask_id,
+        seed=request.seed, runtime=runtime, batch_size=request.batch_size,
+    )  # fmt: skip
+    sizes = _Sizes(windows, vocabulary, is_causal)
+    counts = text.corpus.unigram_counts if text.corpus and config.replacement == "unigram" else None
+    record: dict[str, Any] = {
+        "step": subject.step,
+        "mode": config.mode,
+        "data": text.name,
+        "windows": len(windows.tokens),
+        "windows_in_text": windows.n_pieces,
+        "tokens": int(sizes.tokens.sum()),
+        "characters": sizes.characters,
+        "bytes": sizes.bytes,
+        "seed": request.seed,
+        "unigram_entropy": _unigram_entropy(windows),
+        "loss": _losses(answers.as_in_training(windows, counts), subject, request),
+    }
+    if text.corpus:
+        record["validation"] = _validation(text.corpus, subject, request, runtime)
+    if not is_causal:
+        record["masked"] = {
+            f"{level:g}": _plain(answers.at_level(windows, level / 100)) for level in request.levels
+        }
+    if config.has_penalties and config.replace_factor > 0:
+        record["repair"] = {
+            f"{share:g}": _plain(answers.at_errors(windows, share / 100)) for share in request.errors
+        }
+    record["likelihood"] = _likelihood(windows, sizes, subject, request, runtime)
+    return record
+
+
+class _Sizes:
+    """How long the windows are: in tokens (W,) fp64, and all together in characters and bytes, None without text."""
+
+    def __init__(self, windows: Windows, vocabulary: Vocabulary, is_causal: bool):
+        pieces = [
+            t[int(is_causal) :] for t in windows.tokens
+        ]  # the first token of a causal one is not predicted
+        self.tokens = torch.tensor([len(p) for p in pieces], dtype=torch.float64, device="cpu")
+        self.characters = self.bytes = None
+        if not isinstance(vocabulary, Ids):
+            texts = [vocabulary.decode_words(p.tolist()) for p in pieces]
+            self.characters = sum(map(len, texts))
+            self.bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+
+
+def _unigram_entropy(windows: Windows) -> float:
+    """Entropy of the windows' words in nats: what guessing by their frequency costs."""
+    counts = torch.cat(windows.tokens).bincount().double()
+    share = counts[counts > 0] / counts.sum()
+    return max(0.0, -(share * share.log()).sum().item())
+
+
+def _losses(table: CaseTable, subject: Subject, request: EvaluationRequest) -> list[dict[str, Any]]:
+    """The loss at each penalties asked for, from one table."""
+    config = subject.config
+    if not config.has_penalties:
+        return [{"penalties": "none", "pk": 1.0, "pm": 1.0, "loss": table.loss_at().item()}]
+    at_step = (subject.step, config, subject.reached)
+    named = [
+        ("of this step", masking_penalties(*at_step)),
+        ("final", final_penalties(config)),
+        ("none", (1.0, 1.0)),
+        *(("asked for", pair) for pair in request.penalties),
+    ]
+    losses = [
+        {"penalties": name, "pk": pk, "pm": pm, "loss": table.loss_at(pk, pm).item()}
+        for name, (pk, pm) in named
+    ]
+    if weights := case_weights(*at_step):
+        losses[0]["loss"] = table.loss_at(case_weights=weights).item()
+    return losses
+
+
+def _validation(
+    corpus: Corpus, subject: Subject, request: EvaluationRequest, runtime: Runtime
+) -> dict[str, Any]:
+    """The loss on the run's own fixed validation set, which its metrics tell too."""
+    validation_set = make_validation_set(corpus, subject.config)
+    mask_id = subject.vocabulary.mask_id
+    tables = evaluate(subject.model, validation_set, mask_id, runtime, **loss_terms(subject.config))
+    return {"id": validation_set.id, "loss": _losses(tables[FIXED], subject, request)}
+
+
+def _likelihood(
+    windows: Windows, sizes: _Sizes, subject: Subject, request: EvaluationRequest, runtime: Runtime
+) -> dict[str, Any]:
+    mask_id = subject.vocabulary.mask_id
+    logits_of = bent_logits(subject.model, mask_id, subject.config)
+    options = {"runtime": runtime, "batch_size": request.batch_size}
+    if subject.config.mode == "gpt2":
+        return {"exact": _by_unit(score_causal(logits_of, windows, mask_id, **options), sizes)}
+    found = {}
+    for name in request.estimators:
+        draws = bound_masked(
+            logits_of, windows, mask_id, estimator=name, draws=request.draws, seed=request.seed, **options
+        )
+        found[name] = {"draws": request.draws, **_by_unit(draws.mean(1), sizes, draws)}
+    return found
+
+
+def _by_unit(nats: torch.Tensor, sizes: _Sizes, draws: torch.Tensor | None = None) -> dict[str, Any]:
+    """Nats of each window (W,) as a figure for each unit of text.
+
+    Args:
+        draws: (W, draws), of which they are the means: the spread of one window alone.
+    """
+    per_token = ratio(nats, sizes.tokens)
+    if draws is not None and len(nats) == 1 and draws.shape[1] > 1:
+        spread = draws.std().item() / math.sqrt(draws.shape[1]) / sizes.tokens.sum().item()
+        per_token = Estimate(per_token.value, spread)
+    n_tokens, bits = sizes.tokens.sum().item(), 1.0 / math.log(2.0)
+    figures = {"nats_per_token": per_token}
+    for unit, count in (("character", sizes.characters), ("byte", sizes.bytes)):
+        if count:
+            figures[f"bits_per_{unit}"] = per_token.times(bits * n_tokens / count)
+    return _plain(figures)
+
+
+def _plain(figures: dict[str, Estimate]) -> dict[str, dict[str, float | None]]:
+    """Figures for JSON; what is not finite as None."""
+    return {
+        name: {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(figure).items()}
+        for name, figure in figures.items()
+    }
