@@ -73,6 +73,15 @@ def contents_of(
     return [Content(entry["sha256"], entry["largest"]) for entry in entries]
 
 
+def remember(folder: Path, contents: dict[str, Content], dtype: str) -> None:
+    """Keep what the files of a new folder hold, which its writer knows: nobody else has written to them."""
+    entries = {
+        name: {"sha256": content.sha256, "largest": content.largest} | _marks(folder / name, dtype)
+        for name, content in contents.items()
+    }
+    (folder / MEMO).write_text(json.dumps(entries), encoding="utf-8")
+
+
 def find_above(path: Path, dtype: str, bound: int) -> tuple[int, int] | None:
     """The first id of a token file that is ``bound`` or more, and its position from 0 on; None without one."""
     start = 0

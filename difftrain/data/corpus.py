@@ -12,6 +12,7 @@ from torch import Tensor
 
 from difftrain.config import Config
 from difftrain.data.philox import random_words
+from difftrain.data.shards import Shards
 from difftrain.data.vocabulary import Vocabulary
 from difftrain.errors import UserError
 
@@ -24,18 +25,20 @@ class Corpus:
     """Two token files and their vocabulary.
 
     Attributes:
-        train, val: 1-d arrays of token ids (uint16 or uint32), mapped from their files.
+        train, val: token ids (uint16 or uint32), mapped from their files: 1-d arrays, or shards read as one.
         vocabulary: words of the ids.
         folder: where the files lie.
         record: what a run keeps of them, to know them again: the digest of each file, and the
             type of their ids.
+        counts: how often each word stands in "train" and "val", (n_words,) int64, where that is known.
     """
 
-    train: np.ndarray
-    val: np.ndarray
+    train: np.ndarray | Shards
+    val: np.ndarray | Shards
     vocabulary: Vocabulary
     folder: Path
     record: dict[str, str] = dataclasses.field(default_factory=dict)
+    counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def windows(self, split: str, samples: Tensor, *, seed: int, length: int) -> Tensor:
         """Clean tokens of the given samples: (B, length) int64 on the CPU.
@@ -58,16 +61,21 @@ class Corpus:
     @functools.cached_property
     def unigram_counts(self) -> Tensor:
         """How often each word stands in the training text: (n_words,) int64 on the CPU."""
-        counts = np.zeros(self.vocabulary.n_words, dtype=np.int64)
-        for first in range(0, len(self.train), COUNTED_AT_ONCE):
-            counts += np.bincount(self.train[first : first + COUNTED_AT_ONCE], minlength=len(counts))
-        return torch.from_numpy(counts)
+        return torch.from_numpy(self._count("train"))
 
     def unigram_entropy(self) -> float:
         """Entropy of the validation file's words in nats: what guessing by frequency costs."""
-        counts = np.bincount(self.val)
+        counts = self._count("val")
         share = counts[counts > 0] / len(self.val)
         return max(0.0, float(-(share * np.log(share)).sum()))
+
+    def _count(self, split: str) -> np.ndarray:
+        if split in self.counts:
+            return self.counts[split]
+        tokens, counts = getattr(self, split), np.zeros(self.vocabulary.n_words, dtype=np.int64)
+        for first in range(0, len(tokens), COUNTED_AT_ONCE):
+            counts += np.bincount(tokens[first : first + COUNTED_AT_ONCE], minlength=len(counts))
+        return counts
 
     def check_length(self, length: int) -> None:
         """Raise UserError unless both splits hold a window of ``length`` tokens."""

@@ -13,6 +13,7 @@ import numpy as np
 from difftrain.data.contents import contents_of, find_above
 from difftrain.data.corpus import Corpus
 from difftrain.data.preparing import prepare
+from difftrain.data.shards import is_sharded, read_index
 from difftrain.data.vocabulary import Ids, from_meta
 from difftrain.errors import UserError
 
@@ -24,23 +25,24 @@ def open_corpus(name: str, say: Callable[[str], None] | None = None) -> Corpus:
     """The corpus that the option ``data`` names; a text is prepared on first use.
 
     Args:
-        name: "stdlib", a text file, a folder with ``train.bin`` and ``val.bin``, or any other
-            folder, whose text files are taken.
+        name: "stdlib", a text file, a folder with ``train.bin`` and ``val.bin`` or with shards, or any
+            other folder, whose text files are taken.
         say: is told what is taken from a folder of texts, and of what takes long.
 
     Raises:
         UserError: nothing usable is there.
     """
     path = Path(name)
-    if name != "stdlib" and path.is_dir() and (path / "train.bin").exists():
+    if name != "stdlib" and path.is_dir() and ((path / "train.bin").exists() or is_sharded(path)):
         return read_folder(path, say)
     return read_folder(prepare(name, say=say), say)
 
 
 def read_folder(folder: Path, say: Callable[[str], None] | None = None) -> Corpus:
-    """A folder in nanoGPT's format: ``train.bin``, ``val.bin`` and ``meta.json`` or ``meta.pkl``.
+    """A folder in nanoGPT's format: ``train.bin``, ``val.bin`` and ``meta.json`` or ``meta.pkl``; or one of shards.
 
-    The first time, every token is read, to check that it is an id of the vocabulary.
+    The first time, every token is read, to check that it is an id of the vocabulary; shards
+    were checked when they were made.
     """
     meta: dict[str, Any] = {}
     if (folder / "meta.json").exists():
@@ -54,6 +56,17 @@ def read_folder(folder: Path, say: Callable[[str], None] | None = None) -> Corpu
     dtype = meta.get("dtype", "uint16")
     if dtype not in ("uint16", "uint32"):
         raise UserError(f"{folder}: dtype must be uint16 or uint32, got {dtype!r}")
+    if is_sharded(folder):
+        index = read_index(folder, dtype, vocabulary.n_words, say)
+        digests = {f"{split}.bin": digest for split, digest in index.digests.items()}
+        counts = dict(zip(index.splits, index.counts, strict=True))
+        return Corpus(
+            **index.splits,
+            vocabulary=vocabulary,
+            folder=folder,
+            record={"dtype": dtype, **digests},
+            counts=counts,
+        )
     for name in FILES:
         _check_size(folder / name, dtype)
     record = {"dtype": dtype}

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from difftrain.config.paths import expand_path
+from difftrain.data.encoding import Encoder, dtype_of
 from difftrain.data.texts import NEWLINES, NotText, read_text, read_texts
-from difftrain.data.vocabulary import Characters, Vocabulary, make_vocabulary, read_tokenizer
+from difftrain.data.vocabulary import Bytes, Characters, Vocabulary, make_vocabulary, read_tokenizer
 from difftrain.errors import UserError
 from difftrain.progress import progress
 
@@ -39,7 +40,7 @@ def prepare(
     Args:
         name: "stdlib", a text file or a folder of text files. One file in ten is held out for
             validation; of a single file, its last tenth.
-        tokenizer: "char", the path of a ``tokenizer.json``, or a tiktoken encoding's name.
+        tokenizer: "char", "bytes", the path of a ``tokenizer.json``, or a tiktoken encoding's name.
         out: the folder to make; by default one in the cache, named by the text's digest.
         patterns: which files of a folder to take, by name or path; by default every text.
         newline: "universal": a byte-order mark goes, CRLF and CR become LF; "keep": as they are.
@@ -136,7 +137,6 @@ def _split(texts: list[str]) -> tuple[str, str]:
 def _write_folder(folder: Path, train: str, val: str, tokenizer: str, say: Callable[[str], None]) -> None:
     """Write the token files aside and rename the folder into place, so that no half of it is ever read."""
     vocabulary = make_vocabulary(tokenizer, train + val)
-    dtype = np.uint16 if vocabulary.n_words <= 1 << 16 else np.uint32
     if folder.exists():
         raise UserError(f"{folder} exists already")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -145,8 +145,8 @@ def _write_folder(folder: Path, train: str, val: str, tokenizer: str, say: Calla
     try:
         for split, text in (("train", train), ("val", val)):
             say(f"preparing {folder}: {split}.bin from {len(text):,} characters")
-            _encode(vocabulary, text, dtype).tofile(aside / f"{split}.bin")
-        meta = vocabulary.to_meta() | {"dtype": np.dtype(dtype).name}
+            _encode(vocabulary, text).tofile(aside / f"{split}.bin")
+        meta = vocabulary.to_meta() | {"dtype": dtype_of(vocabulary.n_words).name}
         (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         try:
             aside.rename(folder)
@@ -157,10 +157,11 @@ def _write_folder(folder: Path, train: str, val: str, tokenizer: str, say: Calla
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _encode(vocabulary: Vocabulary, text: str, dtype: type) -> np.ndarray:
+def _encode(vocabulary: Vocabulary, text: str) -> np.ndarray:
     """The ids of a text. Where words may be longer than a character, a text cannot be cut without changing them."""
-    if not isinstance(vocabulary, Characters):
-        return np.asarray(vocabulary.encode(text), dtype=dtype)
+    encoder = Encoder(vocabulary)
+    if not isinstance(vocabulary, Characters | Bytes):
+        return encoder.encode(text)
     starts = progress(range(0, len(text), PIECE), what="encoding", unit="piece")
-    pieces = [np.asarray(vocabulary.encode(text[start : start + PIECE]), dtype=dtype) for start in starts]
-    return np.concatenate(pieces) if pieces else np.empty(0, dtype=dtype)
+    pieces = [encoder.encode(text[start : start + PIECE]) for start in starts]
+    return np.concatenate(pieces) if pieces else np.empty(0, encoder.dtype)

@@ -57,7 +57,7 @@ def read_texts(root: Path, patterns: Sequence[str], newline: str) -> tuple[list[
     """
     left_out: dict[str, list[str]] = defaultdict(list)
     texts = []
-    for path in progress(_find_files(root, patterns, left_out), what="reading", unit="file"):
+    for path in progress(find_files(root, patterns, left_out), what="reading", unit="file"):
         try:
             text = read_text(path, newline)
             reason = "" if text else EMPTY
@@ -66,13 +66,13 @@ def read_texts(root: Path, patterns: Sequence[str], newline: str) -> tuple[list[
         except PermissionError:
             reason = UNREADABLE
         if reason:
-            left_out[reason].append(_name(path, root))
+            left_out[reason].append(name_in(root, path))
         else:
             texts.append(text)
-    return texts, _summary(len(texts), left_out)
+    return texts, summarize(len(texts), left_out)
 
 
-def _find_files(root: Path, patterns: Sequence[str], left_out: dict[str, list[str]]) -> list[Path]:
+def find_files(root: Path, patterns: Sequence[str], left_out: dict[str, list[str]]) -> list[Path]:
     """Files below a folder by path, each once; where one can be reached without a link, by that way."""
     found, folders, links = [], [root], []  # links: a heap
     home = root.resolve()
@@ -84,7 +84,7 @@ def _find_files(root: Path, patterns: Sequence[str], left_out: dict[str, list[st
             try:
                 inside = list(folder.iterdir())
             except PermissionError:
-                left_out[UNREADABLE].append(_name(folder, root))
+                left_out[UNREADABLE].append(name_in(root, folder))
                 continue
             for entry in inside:
                 if entry.is_symlink():
@@ -96,7 +96,7 @@ def _find_files(root: Path, patterns: Sequence[str], left_out: dict[str, list[st
         for entry in sorted(entries):
             reason = _why_not(entry, patterns, seen, root)
             if reason:
-                left_out[reason].append(_name(entry, root))
+                left_out[reason].append(name_in(root, entry))
                 continue
             seen.add(entry.resolve())
             (folders if entry.is_dir() else found).append(entry)
@@ -119,14 +119,16 @@ def _why_not(entry: Path, patterns: Sequence[str], seen: set[Path], root: Path) 
 
 def _matches(path: Path, pattern: str, root: Path) -> bool:
     pattern = pattern.replace("**/", "")  # any folders or none, which * is too
-    return fnmatchcase(_name(path, root) if "/" in pattern else path.name, pattern)
+    return fnmatchcase(name_in(root, path) if "/" in pattern else path.name, pattern)
 
 
-def _name(path: Path, root: Path) -> str:
+def name_in(root: Path, path: Path) -> str:
+    """A file's or a folder's path below a folder, as it is written in lists of what was left out."""
     return path.relative_to(root).as_posix() + ("/" if os.path.isdir(path) else "")
 
 
-def _summary(n_taken: int, left_out: dict[str, list[str]]) -> str:
+def summarize(n_taken: int, left_out: dict[str, list[str]]) -> str:
+    """The line about a folder: how many files were taken, and which were left out for what reason."""
     parts = []
     for reason, names in left_out.items():
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""

@@ -36,6 +36,10 @@ class Vocabulary:
         """Ids of a text with [MASK] for what is outside the vocabulary, and that by its place among the ids."""
         return self.encode(text), {}
 
+    def encode_marked(self, text: str) -> list[int]:
+        """As :meth:`encode`, where marks such as ``<|endoftext|>`` are the words that a tokenizer has for them."""
+        return self.encode(text)
+
     def decode_words(self, ids: list[int]) -> str:
         """Text of ids without [MASK]."""
         raise NotImplementedError
@@ -103,6 +107,29 @@ class Characters(Vocabulary):
 
 
 @dataclass(frozen=True)
+class Bytes(Vocabulary):
+    """One word a byte of the text as UTF-8; an id is the byte. What is no UTF-8 is shown as U+FFFD."""
+
+    n_words = 256
+
+    def to_meta(self) -> dict[str, Any]:
+        return {"kind": "bytes", "vocab_size": self.n_words}
+
+    def to_bytes(self, text: str) -> bytes:
+        """A text as UTF-8; raises UserError where it has no such form."""
+        try:
+            return text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text holds {text[error.start]!r}, which is no character") from None
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.to_bytes(text))
+
+    def decode_words(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+
+@dataclass(frozen=True)
 class Tokenizer(Vocabulary):
     """The words of a Hugging Face ``tokenizer.json``, kept whole in the meta data (extra: tok)."""
 
@@ -154,6 +181,9 @@ class Tiktoken(Vocabulary):
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
 
+    def encode_marked(self, text: str) -> list[int]:
+        return self._encoding.encode(text, allowed_special="all")
+
     def decode_words(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
 
@@ -174,6 +204,8 @@ def from_meta(meta: dict[str, Any], origin: str) -> Vocabulary:
         if not isinstance(itos, list) or not all(isinstance(c, str) and len(c) == 1 for c in itos):
             raise UserError(f"{origin}: itos must list one character for each id from 0 on")
         vocabulary: Vocabulary = Characters(tuple(itos))
+    elif kind == "bytes":
+        vocabulary = Bytes()
     elif kind == "tokenizer" and isinstance(meta.get("definition"), str):
         vocabulary = Tokenizer(meta["definition"])
     elif kind == "tiktoken" and isinstance(meta.get("name"), str):
@@ -181,25 +213,29 @@ def from_meta(meta: dict[str, Any], origin: str) -> Vocabulary:
     elif kind == "ids" and isinstance(meta.get("vocab_size"), int):
         vocabulary = Ids(meta["vocab_size"])
     else:
-        raise UserError(f"{origin} must give vocab_size, or a kind of char, tokenizer, tiktoken or ids")
-    return _with_two_words(vocabulary, origin)
+        raise UserError(
+            f"{origin} must give vocab_size, or a kind of char, bytes, tokenizer, tiktoken or ids"
+        )
+    return with_two_words(vocabulary, origin)
 
 
 def make_vocabulary(name: str, text: str) -> Vocabulary:
     """The vocabulary that ``difftrain prepare --tokenizer NAME`` asks for.
 
     Args:
-        name: "char" (the text's own characters), the path of a ``tokenizer.json``, or the name of
+        name: "char" (the text's own characters), "bytes", the path of a ``tokenizer.json``, or the name of
             a tiktoken encoding.
         text: the text to prepare.
     """
     if name == "char":
         vocabulary: Vocabulary = Characters(tuple(sorted(set(text))))
+    elif name == "bytes":
+        vocabulary = Bytes()
     elif name.endswith(".json"):
         vocabulary = Tokenizer(read_tokenizer(name))
     else:
         vocabulary = Tiktoken(name)
-    return _with_two_words(vocabulary, "the text")
+    return with_two_words(vocabulary, "the text")
 
 
 def read_tokenizer(name: str) -> str:
@@ -214,7 +250,7 @@ def read_tokenizer(name: str) -> str:
         raise UserError(f"{name} is not UTF-8 text") from None
 
 
-def _with_two_words(vocabulary: Vocabulary, origin: str) -> Vocabulary:
+def with_two_words(vocabulary: Vocabulary, origin: str) -> Vocabulary:
     """The vocabulary, if a word can be replaced by another one."""
     if vocabulary.n_words < 2:
         raise UserError(f"{origin}: a vocabulary must have at least 2 words, got {vocabulary.n_words}")

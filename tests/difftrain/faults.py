@@ -238,7 +238,7 @@ MUTANTS = [
     (TEXTS, "a link leads out above", "seen = {home, *home.parents}", "seen = {home}"),
     (TEXTS, "the byte-order mark stays", '"utf-8-sig"', '"utf-8"'),
     (TEXTS, "a lone CR stays", '.replace("\\r", "\\n")', ""),
-    (TEXTS, "patterns see names alone", '_name(path, root) if "/" in pattern else path.name', "path.name"),
+    (TEXTS, "patterns see names alone", 'name_in(root, path) if "/" in pattern else path.name', "path.name"),
     (PREPARING, "an edited tokenizer comes from the cache", "{read_tokenizer(tokenizer)}", "{tokenizer}"),
     (PREPARING, "an edited validation text comes from the cache", "_digest(key, train, val)", "_digest(key, train)"),
     (PREPARING, "what was left out is not said", "        if summary:\n", "        if not summary:\n"),
