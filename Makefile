@@ -1,4 +1,4 @@
-# make demo: install, train a small model, plot, restore a held-out text.  make test: ruff and pytest.
+# make demo: install, train a small model, plot, restore and repair a held-out text.  make test: ruff and pytest.
 # make test-all: with the tests that repeat at length.  make test-core: each kernel and command once.
 # make install: only their common set-up. make docs: the site, into site/. Nothing is installed twice.
 PYTHON ?= python3
@@ -10,14 +10,17 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 demo: export PYTHONUNBUFFERED = 1
 demo:
-	@echo "demo, 1 of 4: installing into .venv, if that is not done yet"
+	@echo "demo, 1 of 5: installing into .venv, if that is not done yet"
 	@$(MAKE) --no-print-directory install
-	@echo "demo, 2 of 4: training (loading torch first)"
+	@echo "demo, 2 of 5: training (loading torch first)"
 	$(BIN)/difftrain train demo --overwrite
-	@echo "demo, 3 of 4: drawing the curves"
+	@echo "demo, 3 of 5: drawing the curves"
 	$(BIN)/difftrain plot runs/demo
-	@echo "demo, 4 of 4: masking and restoring a held-out text"
+	@echo "demo, 4 of 5: masking and restoring a held-out text"
 	$(BIN)/difftrain sample runs/demo --held_out --temperature 0 --seed 1
+	@echo "demo, 5 of 5: planting errors in a held-out text and repairing it"
+	$(BIN)/difftrain repair runs/demo --held_out --seed 1
+	@echo "curves: runs/demo/plots/curves.png"
 
 test: lint
 	$(PYTEST) -n auto

@@ -6,7 +6,14 @@ import argparse
 import dataclasses
 import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from difftrain.sampling.repairing import RepairRequest
+
+TRIAL_OPTIONS = ("errors", "seed", "allow_changed_data")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -18,7 +25,23 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
-    parser.add_argument("file", metavar="FILE", type=Path, help="a text, or - for standard input")
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, nargs="?", help="a text, or - for standard input"
+    )
+    parser.add_argument(
+        "--held_out", action="store_true",
+        help="instead of FILE: plant errors in a piece of the validation text, and show what becomes of them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--errors", type=float, metavar="PERCENT", help="with --held_out: words that are made wrong [5]"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="with --held_out: which piece, and errors [0]"
+    )
+    parser.add_argument(
+        "--allow_changed_data", action="store_true", default=None,
+        help="with --held_out: take the text even if the data has changed since the training",
+    )  # fmt: skip
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument(
         "--diff", action="store_true", help="print the changed lines alone, changed words marked"
@@ -63,9 +86,16 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.diff and args.check:
         raise UserError("--diff shows what was changed, and --check changes nothing")
+    if (args.file is None) != args.held_out:
+        raise UserError("give either FILE, which - makes standard input, or --held_out")
     names = [field.name for field in dataclasses.fields(RepairRequest)]
     options = {name: getattr(args, name) for name in names}
-    RepairRequest(**options)  # before a model is loaded
+    request = RepairRequest(**options)  # before a model is loaded
+    if args.held_out:
+        return _run_held_out(args, request)
+    for name in TRIAL_OPTIONS:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} goes with --held_out alone")
     name, text = _read(args.file)
     repaired = load(args.run, args.checkpoint, args.device).repair(text, **options)
     if args.json:
@@ -73,11 +103,39 @@ def _run(args: argparse.Namespace) -> int:
     elif args.check:
         _write("".join(f"{line}\n" for line in place_lines(name, repaired)))
     elif args.diff:
-        is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        _write("".join(f"{line}\n" for line in diff_lines(text, repaired, is_coloured=is_coloured)))
+        _write("".join(f"{line}\n" for line in diff_lines(text, repaired, is_coloured=_is_coloured())))
     else:
         _write(repaired.text)
     return int(args.check and bool(repaired.edits))
+
+
+def _run_held_out(args: argparse.Namespace, how: RepairRequest) -> int:
+    from difftrain.errors import UserError
+    from difftrain.sampling.marking import marked
+    from difftrain.sampling.trial import TrialRequest, try_repair
+
+    for name in ("diff", "json", "check", "keep_unknown"):
+        if getattr(args, name):
+            raise UserError(f"--{name} goes with FILE alone")
+    given = {name: getattr(args, name) for name in TRIAL_OPTIONS if getattr(args, name) is not None}
+    request = TrialRequest(checkpoint=args.checkpoint, device=args.device, **given)
+    trial = try_repair(args.run, request, how)
+    show = partial(marked, is_coloured=_is_coloured())
+    parts = [
+        "--- held-out text",
+        trial.original,
+        f"--- with {len(trial.planted)} words made wrong, and what the model suspects marked",
+        show(trial.wrong, trial.suspects),
+        "--- repaired, what was changed marked",
+        show(trial.wrong, trial.repair.edits),
+        f"--- {trial.summary}",
+    ]
+    _write("\n".join(parts) + "\n")
+    return 0
+
+
+def _is_coloured() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _read(file: Path) -> tuple[str, str]:

@@ -13,7 +13,7 @@ OLD, NEW, END = "\033[9;31m", "\033[1;32m", "\033[0m"  # struck red, bold green
 
 def diff_lines(text: str, repair: Repair, *, is_coloured: bool) -> Iterator[str]:
     """Each changed line with its number, whole words struck and added, as ``wdiff`` marks them without colours."""
-    old_marks, new_marks = ((OLD, END), (NEW, END)) if is_coloured else (("[-", "-]"), ("{+", "+}"))
+    old_marks, new_marks = _marks(is_coloured)
     parts, end = [], 0
     for start, stop, new in _words(text, repair.edits):
         parts.append((text[end:start], ""))
@@ -34,6 +34,22 @@ def diff_lines(text: str, repair: Repair, *, is_coloured: bool) -> Iterator[str]
             number, line, is_changed, n_ends = number + 1 + n_ends, piece, False, 0
     if is_changed:
         yield f"{number}: {line}"
+
+
+def marked(text: str, edits: tuple[Edit, ...], *, is_coloured: bool) -> str:
+    """The whole text with each edit's new word in place of the old one, or the old one struck where there is none."""
+    old_marks, new_marks = _marks(is_coloured)
+    parts, end = [], 0
+    for edit in edits:
+        marks, word = (old_marks, edit.old) if edit.new is None else (new_marks, edit.new)
+        parts += [text[end : edit.position], marks[0], word, marks[1]]
+        end = edit.position + len(edit.old)
+    return "".join((*parts, text[end:]))
+
+
+def _marks(is_coloured: bool) -> tuple[tuple[str, str], tuple[str, str]]:
+    """What stands around an old word, and around a new one."""
+    return ((OLD, END), (NEW, END)) if is_coloured else (("[-", "-]"), ("{+", "+}"))
 
 
 def _words(text: str, edits: tuple[Edit, ...]) -> Iterator[tuple[int, int, str]]:

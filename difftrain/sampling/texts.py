@@ -177,21 +177,31 @@ def _start(writer: Writer, request: SampleRequest) -> list[int]:
 
 def _held_out(checkpoint: Checkpoint, request: SampleRequest) -> tuple[Tensor, Tensor]:
     """A piece of the validation text, as is and partly masked: (W, block_size) each."""
-    config, vocabulary = checkpoint.config, checkpoint.vocabulary
-    corpus = open_held_out(checkpoint, is_change_allowed=request.allow_changed_data)
-    n_windows = max(1, min(HELD_OUT_WINDOWS, len(corpus.val) // config.block_size))
-    index = torch.tensor([request.seed], dtype=torch.int64, device="cpu")
-    tokens = corpus.windows("val", index, seed=config.seed, length=n_windows * config.block_size)
-    tokens = tokens.view(n_windows, config.block_size)
+    tokens, samples = held_out_windows(
+        checkpoint, request.seed, is_change_allowed=request.allow_changed_data
+    )
     x, _ = mask_share(
         tokens,
-        torch.arange(n_windows, dtype=torch.int64, device="cpu") + request.seed * n_windows,
-        seed=config.seed,
+        samples,
+        seed=checkpoint.config.seed,
         split="val",
-        vocab_size=vocabulary.vocab_size,
+        vocab_size=checkpoint.vocabulary.vocab_size,
         share=request.share,
     )
     return tokens, x
+
+
+def held_out_windows(
+    checkpoint: Checkpoint, seed: int, *, is_change_allowed: bool
+) -> tuple[Tensor, Tensor]:
+    """A piece of a run's validation text that the seed chooses, (W, block_size) int64, and its windows' numbers (W,)."""
+    config = checkpoint.config
+    corpus = open_held_out(checkpoint, is_change_allowed=is_change_allowed)
+    n_windows = max(1, min(HELD_OUT_WINDOWS, len(corpus.val) // config.block_size))
+    index = torch.tensor([seed], dtype=torch.int64, device="cpu")
+    tokens = corpus.windows("val", index, seed=config.seed, length=n_windows * config.block_size)
+    samples = torch.arange(n_windows, dtype=torch.int64, device="cpu") + seed * n_windows
+    return tokens.view(n_windows, config.block_size), samples
 
 
 def encode_template(text: str, vocabulary: Vocabulary) -> list[int]:

@@ -41,7 +41,7 @@ def test_each_phase_of_the_demo_speaks_before_it_works_and_is_not_buffered(folde
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     phases = [i for i, line in enumerate(lines) if line.startswith("demo, ")]
-    assert [lines[i].split(":")[0] for i in phases] == [f"demo, {i} of 4" for i in (1, 2, 3, 4)]
+    assert [lines[i].split(":")[0] for i in phases] == [f"demo, {i} of 5" for i in (1, 2, 3, 4)]
     assert phases[0] == 0
     works = [i for i, line in enumerate(lines) if line.startswith(("python -m pip", "difftrain "))]
     assert [lines[i].split()[1] for i in works] == ["-m", "train", "plot", "sample"]
@@ -64,5 +64,5 @@ def test_installing_is_neither_silent_nor_compiles_and_is_done_once(folder):
 def test_an_installation_that_fails_ends_the_demo_and_is_tried_again(folder):
     done = make(folder, "demo", PIP_FAILS="1")
     assert done.returncode != 0
-    assert "demo, 2 of 4" not in done.stdout
+    assert "demo, 2 of 5" not in done.stdout
     assert make(folder, "demo").returncode == 0
