@@ -2,7 +2,7 @@
 Takes about ten minutes on two CPU cores for three models of curriculum.py's size. Prints tables, and writes the figures
 to the file that --json names.
 
-    python benchmarks/bench_sampling.py RUN [RUN ...] --judge RUN [--passes N ...] [--policies NAME ...] [--texts N]
+    python benchmarks/bench_sampling.py RUN [RUN ...] --judge RUN [--passes N ...] [--ways NAME ...] [--texts N]
         [--share S] [--temperature T] [--sure S ...] [--json FILE] [--plot FILE.png]
 
 Each RUN is one training of the same model, such as with another seed; figures are means over them with their standard
@@ -42,42 +42,37 @@ from text_quality.written import nll_under, quality, words_of
 PASSES = (4, 8, 16, 32, 64)
 ERRORS = (1.0, 5.0, 15.0)  # per cent of the words
 SURE = (0.9, 0.5)
+BLOCKS = 4  # of a text
+WAYS: dict[str, dict[str, Any]] = {
+    **{name: {"policy": name} for name in POLICIES},
+    **{f"remask, suspect {p:g}": {"policy": "remask", "suspect": p} for p in (0.5, 0.2, 0.05)},
+    "ancestral, blocks": {"policy": "ancestral", "blocks": BLOCKS},
+    "ancestral, blocks, approximate": {"policy": "ancestral", "blocks": BLOCKS, "approximate": True},
+    "remask, blocks": {"policy": "remask", "blocks": BLOCKS},
+    "remask, blocks, approximate": {"policy": "remask", "blocks": BLOCKS, "approximate": True},
+}
 STRETCHES = 4  # of consecutive held-out text, evenly spaced
 
 
 def written(
-    model: Loaded, x: Tensor, policy: str, passes: int, temperature: float
+    model: Loaded, x: Tensor, way: str, passes: int, temperature: float
 ) -> tuple[Tensor, float, int]:
-    """x (B, T) with every [MASK] written, the CPU seconds that took, and the passes of the model.
-
-    Args:
-        policy: its name, and after a colon its ``suspect``.
-    """
-    name, _, suspect = policy.partition(":")
-    how = How(
-        policy=name, suspect=float(suspect) if suspect else None, steps=passes,
-        choice=Choice(temperature=temperature), seed=0,
-    )  # fmt: skip
+    """x (B, T) with every [MASK] written, the CPU seconds that took, and the passes of the model."""
+    options = dict(WAYS[way])
+    if parts := options.pop("blocks", 0):
+        options["block_length"] = max(1, model.config.block_size // parts)
+    how = How(steps=passes, choice=Choice(temperature=temperature), seed=0, **options)
     writer = Writer(model.module, model.tokenizer, model.config)
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    hook = model.module.register_forward_hook(count)
+    seen = []
     began = time.process_time()
-    try:
-        filled = writer.fill(x, how)
-    finally:
-        hook.remove()
-    return filled, time.process_time() - began, calls
+    filled = writer.fill(x, how, lambda _: seen.append(None))
+    return filled, time.process_time() - began, len(seen) - 1
 
 
 def measure_policies(
     model: Loaded, judge: Loaded, clean: Tensor, known: set[str], number: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """An entry for each task, policy and number of passes: "free", texts from nothing, and "gaps", held-out text of
+    """An entry for each task, way and number of passes: "free", texts from nothing, and "gaps", held-out text of
     which a share is masked."""
     words, mask_id = model.tokenizer, model.tokenizer.mask_id
     clean = clean[: options.texts]
@@ -87,18 +82,18 @@ def measure_policies(
     )
     tasks = {"free": torch.full_like(clean, mask_id), "gaps": masked}
     entries = []
-    cases = [(t, p, n) for t in tasks for p in options.policies for n in options.passes]
-    for task, policy, passes in progress(cases, what=f"writing, model {number + 1}", unit="way"):
-        if policy.partition(":")[0] in ("fill", "remask") and not model.config.has_penalties:
+    cases = [(t, w, n) for t in tasks for w in options.ways for n in options.passes]
+    for task, way, passes in progress(cases, what=f"writing, model {number + 1}", unit="way"):
+        if WAYS[way]["policy"] in ("fill", "remask") and not model.config.has_penalties:
             continue
-        filled, seconds, calls = written(model, tasks[task], policy, passes, options.temperature)
+        filled, seconds, calls = written(model, tasks[task], way, passes, options.temperature)
         figures = quality(filled, words.decode, judge, known)
         was_masked = tasks[task] == mask_id
         figures["tokens_per_cpu_second"] = int(was_masked.sum()) / max(seconds, 1e-9)
         if task == "gaps":
             figures["restored"] = (filled == clean)[was_masked].double().mean().item()
         entries.append(
-            {"task": task, "policy": policy, "passes": passes, "model": number, "calls": calls}
+            {"task": task, "way": way, "passes": passes, "model": number, "calls": calls}
             | {"figures": figures}
         )
     return entries
@@ -137,9 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--judge", type=user_path, required=True, metavar="RUN", help="a run in gpt2 mode")
     parser.add_argument("--passes", type=int, nargs="+", default=list(PASSES), help="of the model, a text")
     parser.add_argument(
-        "--policies", nargs="+", metavar="NAME", default=[*POLICIES, "remask:0.5", "remask:0.2", "remask:0.05"],
-        help="of difftrain sample; NAME:P is NAME with --suspect P",
-    )  # fmt: skip
+        "--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="of writing [all]"
+    )
     parser.add_argument("--texts", type=int, default=64, help="of each kind [64]")
     parser.add_argument("--share", type=float, default=0.5, help="of held-out text that is masked [0.5]")
     parser.add_argument("--temperature", type=float, default=1.0, help="[1.0]")

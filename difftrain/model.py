@@ -29,17 +29,24 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias, **where)
 
     def forward(self, h: Tensor, rotation: Tensor | None) -> Tensor:  # (B, T, D) -> (B, T, D)
+        q, k, v = self.in_heads(h, rotation)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.is_causal)
+        return F.dropout(self.merged(out), self.dropout, self.training)
+
+    def in_heads(self, h: Tensor, rotation: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries, keys and values of h (B, T, D): (B, n_head, T, D / n_head) each, rotated by their positions."""
         B, T, D = h.shape
         if rotation is None:
             qkv = self.qkv(h)
         else:
             bias = None if self.qkv.bias is None else in_pairs(self.qkv.bias, self.n_head)
             qkv = rotate(F.linear(h, in_pairs(self.qkv.weight, self.n_head), bias), rotation)
-        q, k, v = qkv.view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.is_causal)
-        out = self.proj(out.transpose(1, 2).reshape(B, T, D))
-        return F.dropout(out, self.dropout, self.training)
+        return qkv.view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4).unbind()
+
+    def merged(self, out: Tensor) -> Tensor:
+        """What the heads found (B, n_head, T, D / n_head), as (B, T, D)."""
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

@@ -50,12 +50,12 @@ def tables(result: dict[str, Any]) -> str:
             lines = [
                 f"{task}: {title}{note}, by passes",
                 "",
-                f"| policy | {' | '.join(map(str, passes))} |",
+                f"| way | {' | '.join(map(str, passes))} |",
             ]
             lines.append("|---" * (1 + len(passes)) + "|")
-            for policy in dict.fromkeys(e["policy"] for e in entries):
-                cells = [spread(figures_of(entries, name, policy=policy, passes=n)) for n in passes]
-                lines.append(f"| `{policy}` | {' | '.join(cells)} |")
+            for way in dict.fromkeys(e["way"] for e in entries):
+                cells = [spread(figures_of(entries, name, way=way, passes=n)) for n in passes]
+                lines.append(f"| {way} | {' | '.join(cells)} |")
             parts.append("\n".join(lines))
     if result["repair"]:
         parts.append(_repair_table(result["repair"]))
@@ -85,11 +85,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for panel, (task, name) in zip(panels.flat, shown, strict=True):
         entries = [e for e in result["writing"] if e["task"] == task]
         passes = sorted({e["passes"] for e in entries})
-        policies = [name for name in dict.fromkeys(e["policy"] for e in entries) if ":" not in name]
-        for colour, policy in zip(COLOURS, policies, strict=False):
-            found = {n: figures_of(entries, name, policy=policy, passes=n) for n in passes}
+        ways = [name for name in dict.fromkeys(e["way"] for e in entries) if "," not in name]
+        for colour, way in zip(COLOURS, ways, strict=False):
+            found = {n: figures_of(entries, name, way=way, passes=n) for n in passes}
             means = {n: statistics.mean(values) for n, values in found.items() if values}
-            panel.plot(list(means), list(means.values()), color=colour, marker="o", ms=4, label=policy)
+            panel.plot(list(means), list(means.values()), color=colour, marker="o", ms=4, label=way)
         if name in result["held_out"] and task == "gaps":
             panel.axhline(result["held_out"][name], color="black", ls="--", lw=1, label="held-out text")
         panel.set_xscale("log", base=2)

@@ -53,6 +53,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="tokens that are written before the next ones are begun [all; half of block_size in longer texts]",
     )  # fmt: skip
     parser.add_argument(
+        "--approximate", action="store_true",
+        help="faster: after its first pass, only a block's own tokens go through the model",
+    )  # fmt: skip
+    parser.add_argument(
         "--temperature", type=float, default=0.8, help="divides the logits; 0: greedy [0.8]"
     )
     parser.add_argument(

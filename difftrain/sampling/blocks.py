@@ -27,6 +27,7 @@ def settle_in_blocks(
     seed: int,
     samples: Tensor,
     on_pass: Callable[[Tensor], None] | None = None,
+    on_block: Callable[[slice], None] | None = None,
 ) -> int:
     """Write every [MASK] of texts of any length in at most ``steps`` passes, and give the passes taken.
 
@@ -38,6 +39,7 @@ def settle_in_blocks(
         block_size: tokens the model takes at once.
         block_length: tokens a block; 0: as above.
         on_pass: is given x (B, T) after each pass, the whole of it.
+        on_block: is given the columns of a block in what the scores are to see, before its first pass.
 
     Raises:
         UserError: fewer passes than blocks; those of :func:`settle`.
@@ -61,6 +63,8 @@ def settle_in_blocks(
         part.is_active = torch.zeros_like(part.is_open)
         inside = slice(block.start - window.start, block.stop - window.start)
         part.is_active[:, inside] = part.is_open[:, inside]
+        if on_block:
+            on_block(inside)
         taken += settle(
             scores, part, mask_id, policy,
             steps=share, choice=choice, seed=seed, samples=samples, first_pass=first_pass,

@@ -71,6 +71,7 @@ class Loaded:
         schedule: str | None = None,
         suspect: float | None = None,
         block_length: int | None = None,
+        approximate: bool = False,
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
@@ -96,7 +97,7 @@ class Loaded:
             )
         request = SampleRequest(
             prompt=prompt, infill=infill, length=length, num_samples=n, policy=policy, steps=steps,
-            schedule=schedule, suspect=suspect, block_length=block_length, temperature=temperature, top_k=top_k,
+            schedule=schedule, suspect=suspect, block_length=block_length, approximate=approximate, temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, repetition=repetition, seed=seed,
         )  # fmt: skip
         with quiet():

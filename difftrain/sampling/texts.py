@@ -41,6 +41,7 @@ class SampleRequest:
     schedule: str | None = None
     suspect: float | None = None
     block_length: int | None = None
+    approximate: bool = False
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 1.0
@@ -70,7 +71,7 @@ class SampleRequest:
     def how(self) -> How:
         """How the texts are written; raises UserError where a number is out of its range."""
         choice = Choice(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition)
-        names = ("policy", "steps", "schedule", "suspect", "block_length", "seed")
+        names = ("policy", "steps", "schedule", "suspect", "block_length", "approximate", "seed")
         return How(choice=choice, **{name: getattr(self, name) for name in names})
 
 

@@ -33,13 +33,13 @@ def test_every_policy_is_measured_for_every_model_and_number_of_passes(runs, tmp
     pytest.importorskip("matplotlib")
     a, b, _, judge = runs
     files = ["--json", str(tmp_path / "all.json"), "--plot", str(tmp_path / "all.png")]
-    arguments = [a, b, "--judge", judge, "--passes", "2", "5", "--texts", "8", *files]
+    arguments = [a, b, "--judge", judge, "--passes", "4", "6", "--texts", "8", *files]
     assert bench_sampling.main(arguments) == 0
     result = json.loads((tmp_path / "all.json").read_text())
-    ways = {(e["task"], e["policy"], e["passes"], e["model"]) for e in result["writing"]}
-    policies = [*bench_sampling.POLICIES, "remask:0.5", "remask:0.2", "remask:0.05"]
+    ways = {(e["task"], e["way"], e["passes"], e["model"]) for e in result["writing"]}
+    names = bench_sampling.WAYS
     assert ways == {
-        (t, p, n, m) for t in ("free", "gaps") for p in policies for n in (2, 5) for m in (0, 1)
+        (t, p, n, m) for t in ("free", "gaps") for p in names for n in (4, 6) for m in (0, 1)
     }
     for entry in result["writing"]:
         assert 1 <= entry["calls"] <= entry["passes"]
@@ -47,7 +47,7 @@ def test_every_policy_is_measured_for_every_model_and_number_of_passes(runs, tmp
         assert ("restored" in entry["figures"]) == (entry["task"] == "gaps")
     assert len(result["repair"]) == 2 * 3 * 2 * 2
     out = capsys.readouterr().out
-    assert "| `remask:0.5` |" in out
+    assert "| remask, suspect 0.5 |" in out
     assert "| own, 15 % | 0.5 |" in out
     assert (tmp_path / "all.png").stat().st_size > 10_000
 
@@ -55,11 +55,12 @@ def test_every_policy_is_measured_for_every_model_and_number_of_passes(runs, tmp
 def test_a_model_that_never_learnt_to_suspect_is_left_out_where_that_is_needed(runs, tmp_path, capsys):
     *_, masked, judge = runs
     file = tmp_path / "masked.json"
-    arguments = [masked, "--judge", judge, "--passes", "2", "--texts", "4", "--json", str(file)]
+    arguments = [masked, "--judge", judge, "--passes", "4", "--texts", "4", "--json", str(file)]
     assert bench_sampling.main(arguments) == 0
     result = json.loads(file.read_text())
-    assert {e["policy"] for e in result["writing"]} == {
-        "confidence", "margin", "entropy", "ancestral", "remask_untrained", "edit",
+    assert {e["way"] for e in result["writing"]} == {
+        "confidence", "margin", "entropy", "ancestral", "remask_untrained", "edit", "ancestral, blocks",
+        "ancestral, blocks, approximate",
     }  # fmt: skip
     assert result["repair"] == []
 
@@ -70,7 +71,6 @@ def test_a_model_that_never_learnt_to_suspect_is_left_out_where_that_is_needed(r
         (lambda a, judge: [a, "--judge", a], "is in diffusion mode; the judge alone is to be in gpt2 mode"),
         (lambda a, judge: [judge, "--judge", judge], "is in gpt2 mode; the judge alone is to be in gpt2 mode"),
         (lambda a, judge: [a, "--judge", judge, "--texts", "100000"], "--texts must be at most what the held-out text has"),
-        (lambda a, judge: [a, "--judge", judge, "--policies", "best", "--texts", "4"], "policy must be one of fill"),
         (lambda a, judge: [a + "x", "--judge", judge], "is not a run folder"),
     ],
 )  # fmt: skip

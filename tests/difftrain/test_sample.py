@@ -381,7 +381,7 @@ def test_steps_are_the_calls_of_the_model_for_every_policy(trained, monkeypatch,
     calls = calls_of(monkeypatch)
     text = write(trained, policy=policy, steps=steps, prompt="red ", num_samples=3)
     assert "_" not in text
-    if policy in ("fill", "ancestral"):  # may have written all before
+    if policy in ("fill", "ancestral", "remask", "remask_untrained"):  # may have written all before
         assert 1 <= len(calls) <= steps
     else:
         assert len(calls) == steps
