@@ -79,6 +79,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write how it settles as a page on its own"
     )
+    parser.add_argument(
+        "--gif", type=Path, metavar="FILE", help="write how it settles as a moving picture (extra: plot)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the held-out piece [0]")
     parser.add_argument(
         "--checkpoint", default="best", metavar="WHICH", help="best, latest or a step [best]"
@@ -88,19 +91,24 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from difftrain.errors import import_extra
     from difftrain.progress import quiet
     from difftrain.reporting.page.writing import check_place
+    from difftrain.sampling.picture import write_gif
     from difftrain.sampling.showing import Frames, Terminal, mask_sign, write_page
     from difftrain.sampling.texts import SampleRequest, keep_sample, sample_run
 
     names = {field.name for field in dataclasses.fields(SampleRequest)}
     request = SampleRequest(**{name: value for name, value in vars(args).items() if name in names})
-    if args.html:
-        check_place(args.html)
+    places = [place for place in (args.html, args.gif) if place]
+    for place in places:
+        check_place(place)
+    if args.gif:
+        import_extra("PIL", "plot")
     watch: Frames | None = None
     if args.show and sys.stdout.isatty():
         watch = Terminal(mask_sign())
-    elif args.html:
+    elif places:
         watch = Frames("\u2591")
     with quiet(args.quiet or isinstance(watch, Terminal)):
         sample = sample_run(args.run, request, watch)
@@ -113,5 +121,7 @@ def _run(args: argparse.Namespace) -> None:
             keep_sample(args.run, sample)
         except OSError as error:
             print(f"difftrain: warning: no copy of the text is kept: {error}", file=sys.stderr)
+    if args.gif:
+        write_gif(watch.frames, args.gif)
     if args.html:
         write_page(watch.frames, args.html, f"{args.run.resolve().name}, step {sample.step}")

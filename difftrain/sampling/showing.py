@@ -21,6 +21,10 @@ DELAY = 0.08  # seconds a pass stays in sight
 COLUMNS = 80  # at most; narrower terminals get less
 
 
+Frame = list[tuple[str, str]]
+"""Runs of words with what has become of them: [(text, what)]."""
+
+
 class Frames:
     """The passes of one text, as runs of words that share what has become of them.
 
@@ -31,7 +35,7 @@ class Frames:
 
     def __init__(self, sign: str):
         self.sign = sign
-        self.frames: list[list[tuple[str, str]]] = []
+        self.frames: list[Frame] = []
         self._before: list[int] = []
 
     def __call__(self, ids: list[int], vocabulary: Vocabulary) -> None:
@@ -78,27 +82,34 @@ def _what(is_masked: bool, was_masked: bool, is_same: bool) -> str:
     return SETTLED if is_same else FRESH
 
 
-def coloured_lines(frame: list[tuple[str, str]], width: int) -> Iterator[str]:
-    """Lines of at most ``width`` characters, coloured; each ends plain, so that any may stand alone."""
-    line, n = "", 0
+def laid_out(frame: Frame, width: int) -> Iterator[Frame]:
+    """The frame's lines of at most ``width`` characters; what cannot be shown is U+FFFD."""
+    line, n = [], 0
     for text, what in frame:
         pieces = text.expandtabs(4).split("\n")
         for i, piece in enumerate(pieces):
             if i:
                 yield line
-                line, n = "", 0
+                line, n = [], 0
             while piece:
                 if n == width:
                     yield line
-                    line, n = "", 0
+                    line, n = [], 0
                 part, piece = piece[: width - n], piece[width - n :]
-                shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in part)
-                line += f"{COLOURS[what]}{shown}\x1b[0m" if COLOURS[what] else shown
+                line.append(
+                    ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in part), what)
+                )
                 n += len(part)
     yield line
 
 
-def write_page(frames: list[list[tuple[str, str]]], path: Path, title: str) -> None:
+def coloured_lines(frame: Frame, width: int) -> Iterator[str]:
+    """Lines of at most ``width`` characters, coloured; each ends plain, so that any may stand alone."""
+    for line in laid_out(frame, width):
+        yield "".join(f"{COLOURS[what]}{text}\x1b[0m" if COLOURS[what] else text for text, what in line)
+
+
+def write_page(frames: list[Frame], path: Path, title: str) -> None:
     """The frames as one HTML page that plays them and fetches nothing."""
     data = json.dumps(frames, ensure_ascii=True).replace("<", "\\u003c")
     parts = {"TITLE": html.escape(title), "FRAMES": data}

@@ -38,9 +38,7 @@ def test_every_policy_is_measured_for_every_model_and_number_of_passes(runs, tmp
     result = json.loads((tmp_path / "all.json").read_text())
     ways = {(e["task"], e["way"], e["passes"], e["model"]) for e in result["writing"]}
     names = bench_sampling.WAYS
-    assert ways == {
-        (t, p, n, m) for t in ("free", "gaps") for p in names for n in (4, 6) for m in (0, 1)
-    }
+    assert ways == {(t, p, n, m) for t in ("free", "gaps") for p in names for n in (4, 6) for m in (0, 1)}
     for entry in result["writing"]:
         assert 1 <= entry["calls"] <= entry["passes"]
         assert entry["figures"]["judge_nll"] > 0

@@ -140,12 +140,12 @@ def check_place(out: Path) -> None:
         raise UserError(f"a page must have a place of its own, and {out} {what}")
 
 
-def write_whole(out: Path, text: str) -> None:
-    """Write a page aside and rename it, so that a reader never meets half of it."""
+def write_whole(out: Path, page: str | bytes) -> None:
+    """Write a page or a picture aside and rename it, so that a reader never meets half of it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}-{secrets.token_hex(4)}")
     try:
-        aside.write_text(text, encoding="utf-8", errors="replace")
+        aside.write_bytes(page if isinstance(page, bytes) else page.encode("utf-8", "replace"))
         aside.replace(out)
     finally:
         aside.unlink(missing_ok=True)

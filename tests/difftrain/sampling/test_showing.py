@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from difftrain.cli import main
 from difftrain.data.vocabulary import Characters
 from difftrain.sampling import showing
+from difftrain.sampling.picture import INKS, write_gif
 from difftrain.sampling.showing import Frames, Terminal, coloured_lines, write_page
 
 WORDS = Characters(tuple("ab<\n"))
@@ -153,13 +155,13 @@ def test_a_page_takes_the_place_of_an_older_one_when_it_is_whole(run, tmp_path, 
     words = ["sample", run, "--device", "cpu", "--steps", "2", "--html", str(page)]
     assert main(words) == 0
     before = page.read_text(encoding="utf-8")
-    real = Path.write_text
+    real = Path.write_bytes
 
     def half(path, text, *rest, **options):
         real(path, text[: len(text) // 2], *rest, **options)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     assert main(words) == 1
     assert [p.name for p in page.parent.iterdir()] == ["page.html"]
     assert page.read_text(encoding="utf-8") == before
@@ -174,3 +176,50 @@ def test_gpt2_mode_has_nothing_to_show(tiny, tmp_path, capsys):
     assert main(["sample", str(tmp_path / "run"), "--device", "cpu", "--html", str(page)]) == 2
     assert "there is nothing to see settle" in capsys.readouterr().err
     assert not page.exists()
+
+
+def test_the_gif_has_a_frame_a_pass_in_the_letters_colours_and_rests_on_the_last(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    passes = [
+        [("\u2591" * 90, "masked")],
+        [("ab\tc\n", "fresh"), ("\u2591", "back")],
+        [("ab\tc\nd\x07", "settled")],
+    ]
+    write_gif(passes, tmp_path / "new" / "a.gif")
+    with image.open(tmp_path / "new" / "a.gif") as picture:
+        assert (picture.format, picture.n_frames, picture.info["loop"]) == ("GIF", 3, 0)
+        inks, durations = [], []
+        for i in range(3):
+            picture.seek(i)
+            durations.append(picture.info["duration"])
+            colours = {colour for _, colour in picture.convert("RGB").getcolors(4096)}
+            inks.append({what for what, ink in INKS.items() if any(_near(ink, c) for c in colours)})
+        assert picture.width < 900  # lines of 80 characters
+    assert inks[0] == {"masked"}
+    assert [found - {"masked"} for found in inks[1:]] == [
+        {"fresh", "back"},
+        {"settled"},
+    ]  # edges of letters are grey
+    assert durations == [130, 130, 3000]
+
+
+def _near(ink, colour):
+    return all(abs(int(ink[i : i + 2], 16) - c) < 3 for i, c in zip((1, 3, 5), colour, strict=True))
+
+
+def test_the_command_writes_its_gif_and_says_what_is_missing_before_it_samples(
+    run, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("PIL")
+    gif = tmp_path / "a.gif"
+    words = ["sample", run, "--device", "cpu", "--length", "20", "--steps", "5", "--gif", str(gif)]
+    assert main(words) == 0
+    assert gif.read_bytes().startswith(b"GIF8")
+    text = capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert main(words) == 2
+    done = capsys.readouterr()
+    assert (done.out, done.err.count("\n")) == ("", 1)
+    assert "pip install 'difftrain[plot]'" in done.err
+    assert text
