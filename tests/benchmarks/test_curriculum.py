@@ -59,6 +59,9 @@ def test_it_trains_measures_and_compares_and_a_second_command_only_reads(
         name for name in runs["masked only"] if name.startswith(("random", "fluent", "found", "fill"))
     ]
     assert 0 < runs["curriculum"]["bits_per_character"] < 20
+    curves = [[step for step, _ in run["curve"]] for run in result["runs"]]
+    assert curves == [[0, 1, 2, 3, 4]] * 2
+    assert runs["curriculum"]["early_nll_15"] == result["runs"][0]["curve"][1][1] > 0
     assert set(result["held_out"]) == {"known_words", "distinct", "judge_nll"}
     assert result["setting"]["options"]["max_iters"] == 4
     first = capsys.readouterr().out

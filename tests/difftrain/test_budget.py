@@ -80,26 +80,26 @@ def test_a_budget_takes_the_steps_that_the_machine_can_and_says_so(
 
 def test_what_is_counted_in_steps_is_shortened_with_the_run():
     demo = resolve_config("demo", None, {})
-    short = shorten(demo, 200)
+    short = shorten(demo, 320)
     changed = {k: v for k, v in dataclasses.asdict(short).items() if v != getattr(demo, k)}
     assert changed == {
-        "max_iters": 200, "budget_minutes": 0.0, "masking_warmup_iters": 100, "warmup_iters": 12,
-        "eval_interval": 50, "log_interval": 6,
+        "max_iters": 320, "budget_minutes": 0.0, "masking_warmup_iters": 64, "warmup_iters": 16,
+        "eval_interval": 80, "log_interval": 10,
     }  # fmt: skip
-    for step in (0, 60, 100, 130, 200):
+    for step in (0, 30, 64, 130, 320):
         assert masking_penalties(step, short) == masking_penalties(4 * step, demo)
     assert learning_rate(130, short) == pytest.approx(learning_rate(520, demo), rel=0.01)
-    assert learning_rate(200, short) == demo.min_lr
-    assert shorten(demo, 800) == dataclasses.replace(demo, budget_minutes=0.0)
+    assert learning_rate(320, short) == demo.min_lr
+    assert shorten(demo, 1280) == dataclasses.replace(demo, budget_minutes=0.0)
     late = dataclasses.replace(demo, lr_decay_iters=1000, warmup_iters=0, log_interval=1)
-    assert (shorten(late, 200).lr_decay_iters, shorten(late, 200).warmup_iters) == (250, 0)
-    assert shorten(late, 200).log_interval == 1
+    assert (shorten(late, 320).lr_decay_iters, shorten(late, 320).warmup_iters) == (250, 0)
+    assert shorten(late, 320).log_interval == 1
 
 
 def test_evaluations_stay_at_the_same_shares_of_a_run_of_any_length():
     demo = resolve_config("demo", None, {})
     for share in range(8, 41):
-        short = shorten(demo, 800 * share // 40)
+        short = shorten(demo, 1280 * share // 40)
         assert 4 * short.eval_interval == short.max_iters
 
 
