@@ -91,10 +91,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from difftrain.errors import import_extra
     from difftrain.progress import quiet
     from difftrain.reporting.page.writing import check_place
-    from difftrain.sampling.picture import write_gif
+    from difftrain.sampling.picture import load_letters, write_gif
     from difftrain.sampling.showing import Frames, Terminal, mask_sign, write_page
     from difftrain.sampling.texts import SampleRequest, keep_sample, sample_run
 
@@ -104,7 +103,7 @@ def _run(args: argparse.Namespace) -> None:
     for place in places:
         check_place(place)
     if args.gif:
-        import_extra("PIL", "plot")
+        load_letters()  # or the word that they are missing, before the work
     watch: Frames | None = None
     if args.show and sys.stdout.isatty():
         watch = Terminal(mask_sign())

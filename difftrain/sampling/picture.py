@@ -23,7 +23,7 @@ def write_gif(frames: list[Frame], path: Path) -> None:
         UserError: the extra "plot" is missing, whose Pillow draws it in the fixed-width letters of its matplotlib.
     """
     image, draw = import_extra("PIL.Image", "plot"), import_extra("PIL.ImageDraw", "plot")
-    letters = _letters()
+    letters = load_letters()
     width, height = letters.getlength("0"), round(SIZE * LEADING)
     lines = [list(laid_out(frame, COLUMNS)) for frame in frames]
     columns = max((sum(len(t) for t, _ in line) for page in lines for line in page), default=1)
@@ -62,6 +62,7 @@ def _colours() -> list[tuple[int, ...]]:
     return [tuple(paper), *shades]
 
 
-def _letters() -> Any:
+def load_letters() -> Any:
+    """The font; raises UserError where the extra is missing."""
     fonts = import_extra("matplotlib", "plot").get_data_path()
     return import_extra("PIL.ImageFont", "plot").truetype(f"{fonts}/fonts/ttf/DejaVuSansMono.ttf", SIZE)

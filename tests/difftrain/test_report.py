@@ -368,3 +368,15 @@ def test_a_log_axis_is_offered_where_all_values_are_above_0():
     for values, has_log in (((1.0, 2.0), True), ((0.0, 2.0), False), ((-1.0, 2.0), False)):
         html, data = draw(Picture("t", "u", [Line("a", list(enumerate(values)), 0)]), 0)
         assert (data["log"] is not None) == has_log == ("log axis" in html)
+
+
+def test_a_quantity_that_moves_has_its_picture_beside_the_penalties(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    moved = [r | ({"mask_factor": 0.3 + r["step"] / 100} if r["kind"] == "train" else {}) for r in lines]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, moved)))
+    sections = pictures_of(read_run(run))
+    drawn = [p for p in sections["Curriculum and optimiser"] if any(line.points for line in p.lines)]
+    assert drawn[-1].title == "mask_factor"
+    assert drawn[-1].lines[0].points[0] == (0, 0.3)
+    assert "mask_factor" not in [p.title for p in sections["Other figures"]]

@@ -120,7 +120,7 @@ TRAINER = {
     },
     "sampling": {
         "errors", "progress", "config", "schedule", "data", "model", "runtime", "loss", "reporting", "checkpoints",
-        "evaluation", "numpy", "torch",
+        "evaluation", "numpy", "torch", "PIL", "matplotlib",
     },
     "exchange": {"errors", "config", "data", "model", "loss", "reporting", "checkpoints", "torch", "transformers"},
     "training": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from difftrain.config.schedules import QUANTITIES
 from difftrain.reporting.health import RUNAWAY_GAP, number
 from difftrain.reporting.page.drawing import Line, Picture, Points
 from difftrain.reporting.runs import RunFolder
@@ -43,6 +44,7 @@ def pictures_of(run: RunFolder) -> dict[str, list[Picture]]:
             Picture("Gradient norm", "before clipping",
                     [Line("norm", points(train, "grad_norm"), 1, is_smooth=True)]),
             _gap(train, evals),
+            *(Picture(name, "its schedule's value", [Line(name, points(train, name), 4)]) for name in QUANTITIES),
         ],
         "Speed and memory": [
             Picture("Speed", "tokens a second",
@@ -179,7 +181,10 @@ def _skipped(train: Records) -> list[Picture]:
 def _others(train: Records, evals: Records) -> list[Picture]:
     """Numbers that this page has no picture for, as they are called."""
     names = dict.fromkeys(
-        key for r in (*train, *evals) for key in r if isinstance(key, str) and key not in KNOWN
+        key
+        for r in (*train, *evals)
+        for key in r
+        if isinstance(key, str) and key not in (*KNOWN, *QUANTITIES)
     )
     pictures = []
     for name in names:
