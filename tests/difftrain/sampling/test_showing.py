@@ -217,7 +217,7 @@ def test_the_command_writes_its_gif_and_says_what_is_missing_before_it_samples(
     assert main(words) == 0
     assert gif.read_bytes().startswith(b"GIF8")
     text = capsys.readouterr().out
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.ImageFont", None)
     assert main(words) == 2
     done = capsys.readouterr()
     assert (done.out, done.err.count("\n")) == ("", 1)
