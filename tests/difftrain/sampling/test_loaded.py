@@ -196,6 +196,14 @@ def test_an_evaluation_of_a_text_is_that_of_the_command_line(run, tmp_path, capf
     json.dumps(record)
 
 
+def test_an_evaluation_is_at_what_a_waiting_schedule_had_come_to(tiny):
+    waits = {"shape": "metric", "metric": "nll", "below": 99.0, "values": [0.25, 0.5], "steps": 0}
+    run = difftrain.train(tiny(max_iters=2, schedules={"penalty_keep_mask": waits}))
+    model = difftrain.load(run, "latest", device="cpu")
+    assert model.reached["penalty_keep_mask"][0] == 1
+    assert model.evaluate("red green", draws=1)["loss"][0]["pk"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("text", "options", "told"),
     [
