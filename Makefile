@@ -1,4 +1,4 @@
-# make demo: install, train a small model, plot, restore a held-out text.  make test: ruff and pytest.
+# make demo: install, train a small model, plot, restore a held-out text.  make test: ruff, mypy and pytest.
 # make test-all: with the tests that repeat at length.  make test-core: each kernel and command once.
 # make install: only their common set-up. make docs: the site, into site/. Nothing is installed twice.
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-all test-core lint install install-dev docs options tree report clean
+.PHONY: demo test test-all test-core lint types install install-dev docs options tree report clean
 
 demo: export PYTHONUNBUFFERED = 1
 demo:
@@ -19,10 +19,10 @@ demo:
 	@echo "demo, 4 of 4: masking and restoring a held-out text"
 	$(BIN)/difftrain sample runs/demo --held_out --temperature 0 --seed 1
 
-test: lint
+test: lint types
 	$(PYTEST) -n auto
 
-test-all: lint
+test-all: lint types
 	$(PYTEST) -n auto -m ""
 
 test-core: lint
@@ -31,6 +31,9 @@ test-core: lint
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# What users import, and a program of theirs, strictly; pyproject.toml lists the files.
+types: .venv/.test
 	$(BIN)/mypy
 
 install: .venv/.plot

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -185,7 +186,13 @@ def test_an_evaluation_of_a_text_is_that_of_the_command_line(run, tmp_path, capf
     told = json.loads(out)
     capfd.readouterr()
     record = difftrain.load(run, device="cpu").evaluate(
-        text, windows=5, levels=[20], errors=[5], draws=2, seed=3, penalties=[(0.5, 2)]
+        text,
+        windows=5,
+        levels=[20],
+        errors=[5],
+        draws=2,
+        seed=np.int64(3),
+        penalties=[[np.float32(0.5), 2]],
     )
     assert capfd.readouterr() == ("", "")
     assert told.pop("run") == str(run)
