@@ -1,4 +1,4 @@
-# make demo: install, train a small model, plot, restore a held-out text.  make test: ruff, mypy and pytest.
+# make demo: install, train a small model, plot, restore a held-out text.  make test: ruff and pytest.
 # make test-all: with the tests that repeat at length.  make test-core: each kernel and command once.
 # make install: only their common set-up. make docs: the site, into site/. Nothing is installed twice.
 PYTHON ?= python3
