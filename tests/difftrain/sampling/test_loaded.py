@@ -114,6 +114,7 @@ def test_samples_and_repairs_print_nothing_and_keep_types(run, capfd):
         ({"schedule": ["linear"]}, "schedule must be text, got list"),
         ({"suspect": "0.5"}, "suspect must be a number, got str '0.5'"),
         ({"temperature": "hot"}, "temperature must be a number, got str 'hot'"),
+        ({"temperature": True}, "temperature must be a number, got bool True"),
         ({"min_p": float("nan")}, "min_p must be in .*, got nan"),
     ],
 )
