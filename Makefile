@@ -6,7 +6,7 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-all test-core lint install install-dev docs options tree report clean
+.PHONY: demo test test-all test-core lint types install install-dev docs options tree report clean
 
 demo: export PYTHONUNBUFFERED = 1
 demo:
@@ -22,10 +22,10 @@ demo:
 	$(BIN)/difftrain repair runs/demo --held_out --seed 1
 	@echo "curves: runs/demo/plots/curves.png"
 
-test: lint
+test: lint types
 	$(PYTEST) -n auto
 
-test-all: lint
+test-all: lint types
 	$(PYTEST) -n auto -m ""
 
 test-core: lint
@@ -34,6 +34,9 @@ test-core: lint
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# What users import, and a program of theirs, strictly; pyproject.toml lists the files.
+types: .venv/.test
 	$(BIN)/mypy
 
 install: .venv/.plot

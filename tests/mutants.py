@@ -40,7 +40,8 @@ def survives(file: str, fault: str, text: str, replacement: str) -> str:
         copy = Path(folder)
         for name in ("kernels", "difftrain", "tests", "benchmarks"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", copy)
+        for name in ("pyproject.toml", "setup.py"):  # which tests of the trainer read
+            shutil.copy(ROOT / name, copy)
         source = copy / file
         source.write_text(source.read_text().replace(text, replacement))
         for stage in [*hinted, *STAGES[file]]:

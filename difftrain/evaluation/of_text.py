@@ -72,12 +72,16 @@ class EvaluationRequest:
         for name in self.estimators:
             if name not in ESTIMATORS:
                 raise UserError(f"estimators must be among {', '.join(ESTIMATORS)}, got {name!r}")
+        object.__setattr__(self, "penalties", tuple(map(_pair, self.penalties)))
         for pair in self.penalties:
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise UserError(f"penalties must be pairs of numbers (pk, pm), got {pair!r}")
-            pair = tuple(real_number("penalties", p) for p in pair)
             if not all(0 <= p <= LARGEST_FLOAT for p in pair):
                 raise UserError(f"penalties must be in [0, {LARGEST_FLOAT:g}], got {pair[0]:g},{pair[1]:g}")
+
+
+def _pair(value: Any) -> tuple[float, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise UserError(f"penalties must be pairs of numbers (pk, pm), got {value!r}")
+    return real_number("penalties", value[0]), real_number("penalties", value[1])
 
 
 @dataclass(frozen=True)

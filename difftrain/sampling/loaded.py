@@ -195,11 +195,13 @@ class Loaded:
 def load(
     run_or_folder: str | os.PathLike[str], checkpoint: str | int = "best", device: str = "auto"
 ) -> Loaded:
-    """A trained model from a run's folder, or from the folder of one of its checkpoints.
+    """A trained model from a run, or from one of its checkpoints.
 
     Nothing in a checkpoint can execute code, and its files are verified by their digests.
 
     Args:
+        run_or_folder: a run's folder or :class:`difftrain.Run`; a checkpoint's folder, ``checkpoints/best`` or
+            ``checkpoints/latest``, or one of ``Run.checkpoints``.
         checkpoint: of a run's folder: "best", "latest" or a step.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import sys
 from collections.abc import Callable
@@ -82,7 +83,7 @@ class Console:
         self._tell(self._listeners.on_evaluation, record)
 
     def _tell(self, listener: Listener | None, record: dict[str, Any]) -> None:
-        if listener and listener(dict(record)) is True:
+        if listener and listener(copy.deepcopy(record)) is True:
             self._is_enough = True
 
     def check(self) -> None:

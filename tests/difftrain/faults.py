@@ -34,6 +34,11 @@ BLOCKS, CHOOSING, POLICIES, SCORING, SETTLING, WRITING_TEXTS, REPAIRING, MARKING
     )
 )  # fmt: skip
 REPAIR_COMMAND, OPTIONS = "difftrain/cli/repair.py", "difftrain/config/options.py"
+FROM_PYTHON, RUN, COLUMNS = (
+    "difftrain/training/from_python.py",
+    "difftrain/run.py",
+    "difftrain/reporting/columns.py",
+)
 HEALTH, LINES, SESSIONS = (f"difftrain/reporting/{name}.py" for name in ("health", "lines", "sessions"))
 DRAWING, PICTURES, REPORT_TEXTS, REPORT, RUNS, WATCH, PROGRESS = (
     f"difftrain/{name}.py"
@@ -46,6 +51,7 @@ CONFIG_SCHEDULES, SELF_ERRORS = "difftrain/config/schedules.py", "difftrain/data
 REPORT_TESTS = ["tests/difftrain/test_report.py"]
 SETTLING_TESTS = ["tests/difftrain/sampling/test_settling.py"]
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
+PYTHON_TESTS = ["tests/difftrain/test_from_python.py"]
 BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
 SELF_ERROR_TESTS = ["tests/difftrain/test_self_errors.py"]
 SCHEDULE_TESTS = ["tests/difftrain/test_schedules.py"]
@@ -82,6 +88,7 @@ STAGES = {
     ),
     VERDICT: (WAIT_TESTS, BAD_STEP_TESTS, TRAIN_TESTS, ["tests/difftrain/test_distributed.py"]),
     LOOP: (
+        PYTHON_TESTS,
         ["tests/difftrain/test_train.py", "-k", "finished_run"],
         TRAIN_TESTS,
         WAIT_TESTS,
@@ -90,7 +97,12 @@ STAGES = {
         BUDGET_TESTS,
         ["tests/difftrain/test_cli.py"],
     ),
-    RUNTIME: (["tests/difftrain/test_runtime.py"], TRAIN_TESTS, ["tests/difftrain/test_distributed.py"]),
+    RUNTIME: (
+        PYTHON_TESTS,
+        ["tests/difftrain/test_runtime.py"],
+        TRAIN_TESTS,
+        ["tests/difftrain/test_distributed.py"],
+    ),
     LOG: (["tests/difftrain/test_metrics.py"], RESUME_TESTS),
     SCHEDULE: (["tests/difftrain/test_schedule.py"], SCHEDULE_TESTS, DEFAULTS),
     CONFIG_SCHEDULES: (SCHEDULE_TESTS,),
@@ -136,7 +148,10 @@ STAGES = {
     RUN_FOLDER: (["tests/difftrain/test_sessions.py"], DATA_TESTS, RECIPE_TESTS, TRAIN_TESTS),
     SAMPLING: (["tests/difftrain/test_sample.py"], DATA_TESTS),
     BUDGET: (BUDGET_TESTS, SCHEDULE_TESTS),
-    CONSOLE: (CLOSED_TESTS,),
+    CONSOLE: (PYTHON_TESTS, CLOSED_TESTS),
+    FROM_PYTHON: (PYTHON_TESTS,),
+    RUN: (["tests/difftrain/test_run.py"],),
+    COLUMNS: (["tests/difftrain/test_run.py"],),
     SAMPLE_COMMAND: (CLOSED_TESTS, ["tests/difftrain/sampling/test_showing.py"]),
     ERRORS: (["tests/difftrain/test_errors.py"], ["tests/difftrain/sampling/test_loaded.py"]),
     OPTIONS: (["tests/difftrain/test_config.py"],),
@@ -431,4 +446,17 @@ MUTANTS = [
     (REPORT, "a page is written in place", "aside = out.with_name(", "aside = out or out.with_name("),
     (SAMPLE_COMMAND, "a page's place is looked at too late", "        check_place(args.html)\n", "        pass\n"),
     (OPTIONS, "corruption is asked of gpt2 mode in vain", '"gpt2": CORRUPTING}', '"gpt2": ()}'),
+    (CONSOLE, "any answer of a function stops a run", "listener(copy.deepcopy(record)) is True", "listener(copy.deepcopy(record))"),
+    (CONSOLE, "a function can change what the run tells at its end", "listener(copy.deepcopy(record)) is True", "listener(dict(record)) is True"),
+    (CONSOLE, "every process tells", "if is_main else NOBODY", "if True else NOBODY"),
+    (LOOP, "evaluations are told to nobody", "                say.evaluation(record)\n", ""),
+    (LOOP, "steps are told where they are logged", "            say.step(step_record)\n", "            if is_logged:\n                say.step(step_record)\n"),
+    (RUNTIME, "signals are heard in a thread", "is not threading.main_thread()", "is None"),
+    (FROM_PYTHON, "paths are taken as they stand", "out_dir=expand_path(config.out_dir)", "out_dir=config.out_dir"),
+    (FROM_PYTHON, "lines are printed unasked", "print_line if progress else None", "print_line"),
+    (RUN, "a run that was moved goes on where it was", "dataclasses.replace(config, out_dir=str(self.path))", "config"),
+    (RUN, "a checkpoint that is gone is damaged", "if damage and step in there}", "if damage}"),
+    (COLUMNS, "what is missing is 0", 'float("nan")', "0.0"),
+    (COLUMNS, "steps are fractions", "dtype=np.int64", "dtype=np.float64"),
+    (LOADED, "schedules that waited begin anew", "self.config, self.step, self.reached)", "self.config, self.step, {})"),
 ]  # fmt: skip

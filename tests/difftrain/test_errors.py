@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftrain.cli import main
+from difftrain.cli import _parse, main
 from difftrain.data.vocabulary import Tiktoken, Tokenizer
 from difftrain.errors import UserError, import_extra
+from difftrain.reporting.columns import Columns
 from difftrain.reporting.log import check_trackers
 from difftrain.reporting.plot import plot_run
 from difftrain.training.loop import train
@@ -38,6 +39,16 @@ PACKAGE = ROOT / "difftrain"
             "tiktoken",
             lambda tiny: Tiktoken("gpt2").n_words,
             "tiktoken is not installed: pip install 'difftrain[tok]'",
+        ),
+        (
+            "shtab",
+            lambda tiny: _parse(["--print-completion", "bash"]),
+            "shtab is not installed: pip install 'difftrain[completion]'",
+        ),
+        (
+            "pandas",
+            lambda tiny: Columns([]).to_pandas(),
+            "pandas is not installed: pip install 'difftrain[pandas]'",
         ),
     ],
 )
@@ -106,6 +117,6 @@ def test_every_extra_that_is_asked_for_exists_and_the_command_stands_in_one_plac
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_extra"
     }
-    assert asked >= {"plot", "tb", "tok", "wandb"}
+    assert asked >= {"completion", "pandas", "plot", "tb", "tok", "wandb"}
     assert asked <= extras
     assert [path for path, source in sources.items() if "pip install" in source] == [PACKAGE / "errors.py"]

@@ -100,9 +100,19 @@ def test_what_a_function_returns_stops_nothing_unless_it_is_true(tiny):
     assert run.state == "finished"
 
 
-def test_a_function_that_fails_ends_the_run_with_its_error_and_can_change_no_record(tiny):
-    def fail(record):
+def test_a_function_may_do_to_its_record_what_it_likes(tiny):
+    def spoil(record):
+        record["masked_nll"].clear()
         record.clear()
+
+    lines = []
+    difftrain.train(tiny(max_iters=1), on_evaluation=spoil, progress=lines.append)
+    assert lines[-1].startswith("unigram entropy")
+    assert "at 15 %" in lines[-1]
+
+
+def test_a_function_that_fails_ends_the_run_with_its_error(tiny):
+    def fail(record):
         raise KeyError("mine")
 
     config = tiny()

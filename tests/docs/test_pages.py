@@ -47,6 +47,21 @@ def test_every_row_of_works_with_names_a_test():
         assert any(title.startswith("test_") for _, title in links_of(row[-1])), row[0]
 
 
+def test_the_changelog_keeps_its_form():
+    """Keep a Changelog 1.1.0: versions, the newest first, and six kinds of changes in them."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    first, *versions = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert first == "[Unreleased]"
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", version) for version in versions)
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    for section in text.split("\n## ")[1:]:
+        headings = re.findall(r"^### (.+)$", section, re.MULTILINE)
+        assert set(headings) <= kinds
+        assert len(set(headings)) == len(headings)
+        for part in section.split("\n### ")[1:]:
+            assert re.fullmatch(r"\w+\n\n(- .+\n(  .+\n)*)+\n?", part + "\n"), part.splitlines()[0]
+
+
 def test_every_warning_of_a_run_has_a_section_that_says_what_to_do():
     text = (ROOT / PAGE).read_text(encoding="utf-8")
     assert {kind.anchor for kind in KINDS.values()} <= anchors_of(text)

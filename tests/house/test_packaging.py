@@ -152,7 +152,7 @@ def build(kind, source, out):
 def built(tmp_path_factory):
     """The sdist of this checkout, what it unpacks to, and the wheel that is made of that."""
     setuptools = pytest.importorskip("setuptools", reason="setuptools is not installed")
-    if int(setuptools.__version__.split(".")[0]) < 71:
+    if int(setuptools.__version__.split(".")[0]) < 71:  # torch brings a newer one
         pytest.skip("setuptools before 71 makes wheels with another package")
     folder = tmp_path_factory.mktemp("built")
     copy = shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*LEFT_OUT))
@@ -229,7 +229,7 @@ def test_the_page_on_installing_has_every_extra_and_each_requirement_of_it(built
 INSTALLED = """
 import importlib, pkgutil, sys
 import difftrain, difftrain_kernels
-from difftrain.config import preset_names, resolve_config
+from difftrain.config.sources import preset_names, resolve_config
 assert "site-packages" in difftrain.__file__ and "site-packages" in difftrain_kernels.__file__
 for package in (difftrain, difftrain_kernels):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
@@ -243,13 +243,10 @@ assert [resolve_config(name, None, {}).out_dir for name in preset_names()]
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "source"])
 def test_what_is_installed_in_a_fresh_environment_works_from_any_folder(built, tmp_path, kind):
     sdist, unpacked, wheel = built
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
-    # torch and what else is installed here is taken as it is, ours is not.
-    outer = [p for p in sys.path if p.endswith("site-packages")]
-    (site / "outer.pth").write_text("\n".join(outer))
-    for path in (p for folder in outer for p in Path(folder).glob("__editable__*difftrain*")):
-        assert path.exists()  # a .pth of another folder's does not count
+    # torch, pip and what else is installed here is taken as it is; ours is not, since it is found by a .pth there.
+    (site / "outer.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
     bin = tmp_path / "venv/bin"
     pip = [str(bin / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
     what = {"wheel": wheel, "sdist": sdist, "source": unpacked}[kind]

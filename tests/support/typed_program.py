@@ -1,4 +1,4 @@
-"""A user's program, for the type checker (make lint): each name of the face as it is meant to be used. It is not run."""
+"""A user's program, for the type checker (make types): each name of the face as it is meant to be used. It is not run."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,6 +114,7 @@ def test_samples_and_repairs_print_nothing_and_keep_types(run, capfd):
         ({"schedule": ["linear"]}, "schedule must be text, got list"),
         ({"suspect": "0.5"}, "suspect must be a number, got str '0.5'"),
         ({"temperature": "hot"}, "temperature must be a number, got str 'hot'"),
+        ({"temperature": True}, "temperature must be a number, got bool True"),
         ({"min_p": float("nan")}, "min_p must be in .*, got nan"),
     ],
 )
@@ -185,7 +187,13 @@ def test_an_evaluation_of_a_text_is_that_of_the_command_line(run, tmp_path, capf
     told = json.loads(out)
     capfd.readouterr()
     record = difftrain.load(run, device="cpu").evaluate(
-        text, windows=5, levels=[20], errors=[5], draws=2, seed=3, penalties=[(0.5, 2)]
+        text,
+        windows=5,
+        levels=[20],
+        errors=[5],
+        draws=2,
+        seed=np.int64(3),
+        penalties=[[np.float32(0.5), 2]],
     )
     assert capfd.readouterr() == ("", "")
     assert told.pop("run") == str(run)
@@ -194,6 +202,14 @@ def test_an_evaluation_of_a_text_is_that_of_the_command_line(run, tmp_path, capf
     assert record == told
     assert record["loss"][-1]["pm"] == 2.0
     json.dumps(record)
+
+
+def test_an_evaluation_is_at_what_a_waiting_schedule_had_come_to(tiny):
+    waits = {"shape": "metric", "metric": "nll", "below": 99.0, "values": [0.25, 0.5], "steps": 0}
+    run = difftrain.train(tiny(max_iters=2, schedules={"penalty_keep_mask": waits}))
+    model = difftrain.load(run, "latest", device="cpu")
+    assert model.reached["penalty_keep_mask"][0] == 1
+    assert model.evaluate("red green", draws=1)["loss"][0]["pk"] == 0.5
 
 
 @pytest.mark.parametrize(
