@@ -444,7 +444,7 @@ MUTANTS = [
     (LOADED, "ids outside the vocabulary reach the model", "if ids.numel() and not 0", "if False and not 0"),
     (READING, "a pointer is no checkpoint", "if folder.is_file() and (target := read_pointer(folder.parent, folder.name)):", "if target := None:"),
     (REPORT, "a page is written in place", "aside = out.with_name(", "aside = out or out.with_name("),
-    (SAMPLE_COMMAND, "a page's place is looked at too late", "        check_place(args.html)\n", "        pass\n"),
+    (SAMPLE_COMMAND, "a page's place is looked at too late", "        check_place(place)\n", "        pass\n"),
     (OPTIONS, "corruption is asked of gpt2 mode in vain", '"gpt2": CORRUPTING}', '"gpt2": ()}'),
     (CONSOLE, "any answer of a function stops a run", "listener(copy.deepcopy(record)) is True", "listener(copy.deepcopy(record))"),
     (CONSOLE, "a function can change what the run tells at its end", "listener(copy.deepcopy(record)) is True", "listener(dict(record)) is True"),
