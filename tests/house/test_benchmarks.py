@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 COMMANDS = {
-    "bench_loss", "bench_cpu", "bench_cpu_linear", "bench_train", "bench_codegen", "bench_host", "bench_rows", "gpu_session",
+    "bench_loss", "bench_cpu", "bench_cpu_linear", "bench_prepare", "bench_train", "bench_codegen", "bench_host", "bench_rows", "gpu_session",
     "predict", "report", "sweep_tiles",
 }  # fmt: skip
 # Each room, and the rooms whose modules it may import.

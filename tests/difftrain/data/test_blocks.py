@@ -27,7 +27,10 @@ def source_of(path, content):
 def random_text(rng):
     """Lines of any length, some longer than blocks and some of many blocks; characters of one to four bytes."""
     letters = "abcé€\U0001f600"
-    lines = ["".join(rng.choices(letters, k=rng.choice([0, 1, 3, 9, 30, 100]))) for _ in range(rng.randrange(1, 12))]
+    lines = [
+        "".join(rng.choices(letters, k=rng.choice([0, 1, 3, 9, 30, 100])))
+        for _ in range(rng.randrange(1, 12))
+    ]
     return rng.choice(["\n", "\r\n"]).join(lines) + rng.choice(["", "\n"])
 
 
@@ -40,7 +43,9 @@ def test_ranges_give_the_blocks_of_the_whole_wherever_a_file_is_parted(tmp_path,
         content = content or b"\n"
         whole = list(Blocks(source, whole_lines=whole_lines))
         assert b"".join(block for _, block in whole) == content
-        assert [offset + len(block) for offset, block in whole] == [o for o, _ in whole[1:]] + [len(content)]
+        assert [offset + len(block) for offset, block in whole] == [o for o, _ in whole[1:]] + [
+            len(content)
+        ]
         cuts = sorted(rng.sample(range(16, 16 * 40, 16), k=3))
         ends = [0, *(cut for cut in cuts if cut < len(content)), len(content)]
         parted = [b for pair in pairwise(ends) for b in Blocks(source, *pair, whole_lines=whole_lines)]
@@ -64,7 +69,9 @@ def test_a_long_line_is_read_in_a_time_that_grows_with_its_length_alone(tmp_path
     source = source_of(tmp_path / "a.jsonl", b"x" * 16000 + b"\n" + b"y\n")
     cuts = []
     real = Blocks._cut
-    monkeypatch.setattr(Blocks, "_cut", lambda self, nominal: (cuts.append(nominal), real(self, nominal))[1])
+    monkeypatch.setattr(
+        Blocks, "_cut", lambda self, nominal: (cuts.append(nominal), real(self, nominal))[1]
+    )
     assert len(list(Blocks(source, whole_lines=True))) == 2
     assert len(cuts) < 6
 
@@ -77,7 +84,9 @@ def test_packed_files_give_the_blocks_of_what_they_hold(tmp_path):
     assert packed.name == plain.name == "a.txt"
 
 
-@pytest.mark.parametrize("harm", [lambda b: b[:-9], lambda b: b[:40], lambda b: b[:30] + b"\0\0\0" + b[33:]])
+@pytest.mark.parametrize(
+    "harm", [lambda b: b[:-9], lambda b: b[:40], lambda b: b[:30] + b"\0\0\0" + b[33:]]
+)
 def test_a_packed_file_that_is_cut_off_or_damaged_is_named(tmp_path, harm):
     content = gzip.compress(random.Random(0).randbytes(400).hex().encode())
     with pytest.raises(UserError, match=r"a\.txt\.gz is cut off or damaged"):
