@@ -367,8 +367,9 @@ def test_a_bad_line_is_named_in_whichever_part_it_lies(tmp_path, capsys, name, h
     path = tmp_path / name
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     with pytest.raises(UserError, match=message):
-        made(path, tmp_path / "out", workers=workers, shard_bytes=1 << 16)
+        made(path, tmp_path / "out", workers=workers, shard_bytes=1 << 16, tokenizer="bytes")
     assert not (tmp_path / "out").exists()
+    assert not [*(tmp_path / ".out.partial").glob(f"*{parts.HALF}")]
 
 
 def test_what_is_not_there_or_holds_nothing_is_named(tmp_path):
