@@ -239,6 +239,8 @@ def _write_index(job: Job, meta: dict[str, Any]) -> None:
     records = [
         json.loads(record_file(folder, n).read_text(encoding="utf-8")) for n in range(len(job.parts))
     ]
+    if not any(record[name] for record in records for name in SPLIT_NAMES):
+        raise UserError("the sources hold no text")
     for name in SPLIT_NAMES:
         shards = [record[name] for record in records if record[name]]
         if not shards:

@@ -38,7 +38,7 @@ def test_no_two_processes_ever_take_a_sample_twice(batch):
 @pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_a_run_of_four_processes_goes_on_with_three_and_then_two(tiny, tmp_path, parallel):
     last = tiny(
-        max_iters=6, lr_decay_iters=6, batch_size=12, dtype="float64", parallel=parallel, eval_interval=2,
+        max_iters=6, lr_decay_iters=6, batch_size=12, dtype="float64", parallel=parallel, eval_interval=100, eval_iters=2,
         out_dir=str(tmp_path / "many"),
     )  # fmt: skip
     train_all([(dataclasses.replace(last, max_iters=2), None)], 4, tmp_path)

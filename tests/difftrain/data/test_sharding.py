@@ -274,7 +274,7 @@ def test_other_sources_or_options_begin_anew(tmp_path, monkeypatch, change):
 
 
 def test_a_killed_preparation_of_several_processes_goes_on(tmp_path):
-    (tmp_path / "a.txt").write_text(text_of(400000) * 8, encoding="utf-8")
+    (tmp_path / "a.txt").write_text(text_of(400000) * 3, encoding="utf-8")
     command = [
         sys.executable, "-m", "difftrain", "prepare", "a.txt", "--out", "out", "--workers", "2", "--shard_mib", "1",
     ]  # fmt: skip
@@ -385,6 +385,9 @@ def test_what_is_not_there_or_holds_nothing_is_named(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             prepare_shards([str(tmp_path / name) for name in names], tmp_path / "out", ShardRequest())
+    (tmp_path / "rows.jsonl").write_text('{"text": ""}\n\n')
+    with pytest.raises(UserError, match="the sources hold no text"):
+        made(tmp_path / "rows.jsonl", tmp_path / "out", tokenizer="bytes")
     (tmp_path / "a.txt").write_text("ab" * 50)
     with pytest.raises(UserError, match="exists already"):
         made(tmp_path / "a.txt", tmp_path / "saved")
