@@ -112,7 +112,9 @@ def _run_shards(args: argparse.Namespace, names: list[str], say) -> tuple[Path, 
     from difftrain.data.shards import INDEX
 
     if args.out is None:
-        raise UserError("shards need a folder of their own: give --out DIR")
+        raise UserError(
+            "more than one text of at most 64 MiB becomes shards, which need a folder of their own: give --out DIR"
+        )
     given = {name: getattr(args, name) for name in SHARDS if getattr(args, name) is not None}
     if args.shard_mib is not None:
         given["shard_bytes"] = args.shard_mib << 20

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from difftrain.data.documents import SPLITS, Piece, is_held_out, read_pieces
-from difftrain.data.encoding import Alphabet, Encoder
+from difftrain.data.encoding import Alphabet, Encoder, count_words
 from difftrain.data.sources import Range, Source
 from difftrain.data.texts import NEWLINES
 from difftrain.data.vocabulary import from_meta
@@ -192,4 +192,4 @@ class _Shard:
         self._file.write(ids.data)
         self._digest.update(ids.data)
         self._tokens += len(ids)
-        self.counts += np.bincount(ids, minlength=len(self.counts))
+        self.counts += count_words(ids, len(self.counts))

@@ -72,6 +72,7 @@ def work(
 def _begin(function: Callable, read: Any, stop: Any) -> None:
     global _shared
     _shared = function, read, stop
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has a core of its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears of it, and says when to stop
     threading.Thread(target=_end_with_the_first, daemon=True).start()
 

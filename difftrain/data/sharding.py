@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from difftrain.data.blocks import BLOCK
 from difftrain.data.byte_pairs import learn_byte_pairs
 from difftrain.data.contents import Content, remember
 from difftrain.data.encoding import Alphabet, dtype_of
@@ -86,7 +87,8 @@ def prepare_shards(
     out.parent.mkdir(parents=True, exist_ok=True)
     with _under_way(out, _identity(request, sources), say) as folder:
         sources = [_kept(source, folder) for source in sources]
-        job = Job(request, sources, plan_parts(sources, request.shard_bytes), folder)
+        part_bytes = max(1, request.shard_bytes // BLOCK) * BLOCK  # so that parts end where blocks do
+        job = Job(request, sources, plan_parts(sources, part_bytes), folder)
         run = partial(_work, job, workers=workers)
         meta = _vocabulary(job, run).to_meta()
         meta["dtype"] = dtype_of(meta["vocab_size"]).name
@@ -237,6 +239,8 @@ def _write_index(job: Job, meta: dict[str, Any]) -> None:
     records = [
         json.loads(record_file(folder, n).read_text(encoding="utf-8")) for n in range(len(job.parts))
     ]
+    if not any(record[name] for record in records for name in SPLIT_NAMES):
+        raise UserError("the sources hold no text")
     for name in SPLIT_NAMES:
         shards = [record[name] for record in records if record[name]]
         if not shards:

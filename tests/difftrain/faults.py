@@ -48,6 +48,11 @@ DRAWING, PICTURES, REPORT_TEXTS, REPORT, RUNS, WATCH, PROGRESS = (
     )
 )  # fmt: skip
 CONFIG_SCHEDULES, SELF_ERRORS = "difftrain/config/schedules.py", "difftrain/data/self_errors.py"
+DATA_BLOCKS, DOCUMENTS, ENCODING, PARTS, SHARDING, SHARDS = (
+    f"difftrain/data/{name}.py"
+    for name in ("blocks", "documents", "encoding", "parts", "sharding", "shards")
+)
+SHARD_TESTS = (["tests/difftrain/data/test_shards.py"], ["tests/difftrain/data/test_sharding.py"])
 REPORT_TESTS = ["tests/difftrain/test_report.py"]
 SETTLING_TESTS = ["tests/difftrain/sampling/test_settling.py"]
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
@@ -107,7 +112,13 @@ STAGES = {
     SCHEDULE: (["tests/difftrain/test_schedule.py"], SCHEDULE_TESTS, DEFAULTS),
     CONFIG_SCHEDULES: (SCHEDULE_TESTS,),
     SELF_ERRORS: (SELF_ERROR_TESTS,),
-    CORPUS: (["tests/difftrain/test_data.py"], RESUME_TESTS, DEFAULTS),
+    CORPUS: (["tests/difftrain/test_data.py"], SHARD_TESTS[0], RESUME_TESTS, DEFAULTS),
+    DATA_BLOCKS: (["tests/difftrain/data/test_blocks.py"], *SHARD_TESTS),
+    DOCUMENTS: SHARD_TESTS,
+    ENCODING: SHARD_TESTS,
+    PARTS: SHARD_TESTS,
+    SHARDING: (SHARD_TESTS[1],),
+    SHARDS: SHARD_TESTS,
     MODEL: (["tests/difftrain/test_model.py"], DEFAULTS),
     CAUSAL: (["tests/difftrain/test_sample.py"],),
     BLOCKS: (["tests/difftrain/sampling/test_blocks.py"], ["tests/difftrain/test_sample.py"]),
@@ -143,7 +154,7 @@ STAGES = {
         ["tests/difftrain/test_texts.py"],
         ["tests/difftrain/test_permissions.py"],
     ),
-    CONTENTS: (["tests/difftrain/test_opening.py"],),
+    CONTENTS: (["tests/difftrain/test_opening.py"], SHARD_TESTS[0]),
     OPENING: (["tests/difftrain/test_data.py"], ["tests/difftrain/test_opening.py"]),
     RUN_FOLDER: (["tests/difftrain/test_sessions.py"], DATA_TESTS, RECIPE_TESTS, TRAIN_TESTS),
     SAMPLING: (["tests/difftrain/test_sample.py"], DATA_TESTS),
@@ -271,6 +282,25 @@ MUTANTS = [
     (STEP, "the data is not recorded", '            "data": self.corpus.record,\n', ""),
     (RUN_FOLDER, "changed data needs no permission", "if not is_change_allowed:", "if is_change_allowed is None:"),
     (READING, "held-out text from changed data", "if changed and not is_change_allowed:", "if changed is None:"),
+    (DATA_BLOCKS, "a cut parts a character", "return offset + inside + ", "return offset + "),
+    (DATA_BLOCKS, "a long line is looked over at each cut", "max(nominal, begin) if self._longest == NEVER else nominal", "nominal"),
+    (DATA_BLOCKS, "lines are counted from the part on", "return before + self.lines + ends + 1", "return self.lines + ends + 1"),
+    (DATA_BLOCKS, "the first line of a part is taken twice", "begin = self._first = self._cut(self._start) if self._start else 0", "begin = self._first = self._start"),
+    (DOCUMENTS, "what is held out ignores the seed", 'f"{seed} {key}"', 'f"{key}"'),
+    (DOCUMENTS, "a text's last part ends no document", "is_last = not part.stop or part.stop == source.size", "is_last = not part.stop"),
+    (ENCODING, "an odd last word is not counted", "if len(ids) % 2:", "if False:"),
+    (PARTS, "half a shard stays", "        half.unlink(missing_ok=True)", "        pass"),
+    (PARTS, "a shard's digest is of its last piece", "self._digest.update(ids.data)", "self._digest = hashlib.sha256(ids.data)"),
+    (SHARDING, "another preparation's parts are taken over", 'job.read_text(encoding="utf-8") != identity', "False"),
+    (SHARDING, "two processes write one folder", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+    (SHARDING, "finished parts are made again", "if record_file(folder, n).exists()]", "if False]"),
+    (SHARDING, "half-written files stay", 'folder.glob(f"*{HALF}")', "[]"),
+    (SHARDING, "a source that changes meanwhile passes", "if _has_changed(source):", "if False:"),
+    (SHARDS, "a shard's content goes unchecked", "if content.sha256 != told[name][0]:", "if False:"),
+    (SHARDS, "a shard's size goes unchecked", "if size != tokens * width or not size:", "if False:"),
+    (SHARDS, "the first token of a shard is the last of the one before", 'flat, side="right"', 'flat, side="left"'),
+    (CONTENTS, "a writer's digests are not kept", ' | _marks(folder / name, dtype)\n        for', "\n        for"),
+    (CORPUS, "known counts are counted again", "if split in self.counts:", "if False:"),
     (CORRUPTION, "one less is told than masked", "return int(is_masked.sum())", "return int(is_masked.sum()) - 1"),
     (CORRUPTION, "one more masked", "is_masked = rank < n_mask[:, None]", "is_masked = rank <= n_mask[:, None]"),
     (REPLACEMENT, "a word replaced by itself", "other + (other >= tokens).long()", "other + 0"),

@@ -92,7 +92,8 @@ def check_command(line):
     words = shlex.split(line, comments=True)
     program = words.pop(0)
     if program == "torchrun":
-        words = words[words.index("-m") :]
+        while words[0].startswith("--"):  # torchrun's own
+            words.pop(0)
         program = "python"
     if program == "python" and words[:2] == ["-m", "difftrain"]:
         program, words = "difftrain", words[2:]

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from difftrain_kernels import recipes
+from processes import run_in_processes
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
 
@@ -18,6 +20,22 @@ def example(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def train_on_mesh(rank, n_data, n_vocab):
+    """In one of several processes: losses and weights of the mesh's training."""
+    return example("mesh_training").train(4, n_data, n_vocab, torch.float64)
+
+
+@pytest.mark.xdist_group("processes")
+def test_two_by_two_processes_of_data_and_vocabulary_train_as_one(tmp_path):
+    (alone,) = run_in_processes(1, partial(train_on_mesh, n_data=1, n_vocab=1), tmp_path)
+    for losses, weights in run_in_processes(4, partial(train_on_mesh, n_data=2, n_vocab=2), tmp_path):
+        assert losses == pytest.approx(alone[0], abs=1e-12)
+        assert weights.keys() == alone[1].keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, alone[1][name], rtol=0, atol=1e-12)
+    assert len(set(alone[0])) == 4
 
 
 def mean(values):

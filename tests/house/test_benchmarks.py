@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 COMMANDS = {
-    "bench_loss", "bench_cpu", "bench_cpu_linear", "bench_train", "bench_codegen", "bench_host", "bench_rows", "bench_sampling", "curriculum",
-    "gpu_session", "predict", "report", "sweep_tiles",
+    "bench_loss", "bench_cpu", "bench_cpu_linear", "bench_prepare", "bench_train", "bench_codegen", "bench_host",
+    "bench_rows", "bench_sampling", "curriculum", "gpu_session", "predict", "report", "sweep_tiles",
 }  # fmt: skip
 # Each room, and the rooms whose modules it may import.
 ROOMS = {

@@ -101,7 +101,9 @@ TRAINER = {
     "progress": {"tqdm"},
     "config": {"errors", "tomli"},
     "schedule": {"config", "torch"},  # torch: a compiled step reads its penalties from tensors
-    "data": {"errors", "progress", "config", "numpy", "tiktoken", "tokenizers", "torch"},
+    "data": {
+        "errors", "progress", "config", "numpy", "pyarrow", "tiktoken", "tokenizers", "torch", "zstandard",
+    },
     "model": {"config", "torch"},
     "runtime": {"errors", "progress", "config", "torch"},
     "parallel": {"config", "model", "runtime", "torch"},
