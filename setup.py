@@ -47,6 +47,7 @@ setup(
         "tb": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.16"],
         "tok": ["tokenizers>=0.20", "tiktoken>=0.7"],
+        "hf": ["transformers>=5.0"],
         "bench": [*PLOT, "liger-kernel>=0.5; platform_system == 'Linux'"],
         "examples": ["transformers>=5.0", "accelerate>=1.0", "kernels>=0.17"],
         "docs": DOCS,

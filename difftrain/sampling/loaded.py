@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from difftrain.checkpoints.reading import open_run_or_checkpoint
+from difftrain.checkpoints.exported import open_model
 from difftrain.config import Config
 from difftrain.config.paths import expand_path
 from difftrain.data.vocabulary import Vocabulary
@@ -127,7 +127,7 @@ class Loaded:
 
 
 def load(run_or_folder: str | os.PathLike, checkpoint: str | int = "best", device: str = "auto") -> Loaded:
-    """A trained model from a run's folder, or from the folder of one of its checkpoints.
+    """A trained model from a run's folder, from the folder of one of its checkpoints, or from ``difftrain export hf``'s.
 
     Nothing in a checkpoint can execute code, and its files are verified by their digests.
 
@@ -138,5 +138,5 @@ def load(run_or_folder: str | os.PathLike, checkpoint: str | int = "best", devic
     Raises:
         UserError: there is no such run, checkpoint or device, or the checkpoint is damaged.
     """
-    found = open_run_or_checkpoint(Path(expand_path(os.fspath(run_or_folder))), str(checkpoint))
+    found = open_model(Path(expand_path(os.fspath(run_or_folder))), str(checkpoint))
     return Loaded(found.make_model(resolve_device(device)), found.vocabulary, found.config, found.step)

@@ -43,7 +43,12 @@ DRAWING, PICTURES, REPORT_TEXTS, REPORT, RUNS, WATCH, PROGRESS = (
     )
 )  # fmt: skip
 CONFIG_SCHEDULES, SELF_ERRORS = "difftrain/config/schedules.py", "difftrain/data/self_errors.py"
+EXPORTED, TO_HF, HF_MODEL, HF_CARD, HF_TOKENIZER = (
+    f"difftrain/{name}.py"
+    for name in ("checkpoints/exported", "exchange/to_hf", "exchange/hf_model", "exchange/hf_card", "exchange/hf_tokenizer")
+)  # fmt: skip
 REPORT_TESTS = ["tests/difftrain/test_report.py"]
+HF_TESTS = ["tests/difftrain/exchange/test_hf.py"]
 SETTLING_TESTS = ["tests/difftrain/sampling/test_settling.py"]
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
 BUDGET_TESTS = ["tests/difftrain/test_budget.py"]
@@ -106,6 +111,7 @@ STAGES = {
     WRITING_TEXTS: (["tests/difftrain/sampling/test_loaded.py"], ["tests/difftrain/test_sample.py"]),
     REPAIRING: (["tests/difftrain/sampling/test_repairing.py"],),
     MARKING: (["tests/difftrain/sampling/test_repairing.py"],),
+    **dict.fromkeys((EXPORTED, TO_HF, HF_MODEL, HF_CARD, HF_TOKENIZER), (HF_TESTS,)),
     LOADED: (["tests/difftrain/sampling/test_loaded.py"],),
     SHOWING: (["tests/difftrain/sampling/test_showing.py"],),
     REPAIR_COMMAND: (["tests/difftrain/test_repair.py"],),
@@ -416,4 +422,14 @@ MUTANTS = [
     (LOSS, "levels that are not even weigh alike", " * weight_of_level(level, config.mask_level)", ""),
     (OF_RUN, "nats for bits", "1.0 / math.log(2.0)", "1.0"),
     (OF_RUN, "the first token of a causal text counts", "t[int(is_causal) :]", "t[0:]"),
+    (TO_HF, "an export says the mask takes part where it is forbidden", '"forbid_mask": checkpoint.config.forbids_mask', '"forbid_mask": False'),
+    (TO_HF, "an export forgets the soft cap", '"softcap": checkpoint.config.softcap', '"softcap": 0.0'),
+    (TO_HF, "a causal model is exported", 'if config.mode == "gpt2":', "if False:"),
+    (TO_HF, "an exported file is its owner's alone", "(aside / WEIGHTS).chmod((aside / CONFIG).stat().st_mode)", "(aside / WEIGHTS).chmod(0o600)"),
+    (HF_MODEL, "padding is seen as words", "not bool(attention_mask.all())", "False"),
+    (HF_MODEL, "rotary angles are whatever memory held", "module.rotation is not None", "module.rotation is None"),
+    (HF_TOKENIZER, "words are put around a text", 'definition["post_processor"] = None', "pass"),
+    (HF_TOKENIZER, "a mask of the tokenizer's is taken for ours", 'mask = "[DIFFTRAIN_MASK]"', "mask = MASK"),
+    (HF_CARD, "figures of another step", 'r.get("step") == step', "True"),
+    (EXPORTED, "a foreign model is taken for a run", "if not isinstance(found, dict):", "if False:"),
 ]  # fmt: skip

@@ -117,7 +117,7 @@ TRAINER = {
     "sampling": {
         "errors", "progress", "config", "data", "model", "runtime", "loss", "reporting", "checkpoints", "torch",
     },
-    "exchange": {"errors", "config", "data", "model", "loss", "reporting", "checkpoints", "torch", "transformers"},
+    "exchange": {"errors", "config", "data", "model", "loss", "reporting", "checkpoints", "safetensors", "torch", "transformers"},
     "training": {
         "errors", "progress", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",
         "reporting", "checkpoints", "difftrain_kernels", "torch", "tqdm",
