@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias, **where)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias, **where)
 
-    def forward(self, h: Tensor, rotation: Tensor | None) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, h: Tensor, rotation: Tensor | None, visible: Tensor | None = None) -> Tensor:
         B, T, D = h.shape
         if rotation is None:
             qkv = self.qkv(h)
@@ -37,7 +37,9 @@ class Attention(nn.Module):
             qkv = rotate(F.linear(h, in_pairs(self.qkv.weight, self.n_head), bias), rotation)
         q, k, v = qkv.view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.is_causal)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=self.is_causal
+        )
         out = self.proj(out.transpose(1, 2).reshape(B, T, D))
         return F.dropout(out, self.dropout, self.training)
 
@@ -65,8 +67,8 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(config.n_embd, bias=config.bias, **where)
         self.mlp = MLP(config, **where)
 
-    def forward(self, h: Tensor, rotation: Tensor | None) -> Tensor:
-        h = h + self.attention(self.norm_1(h), rotation)
+    def forward(self, h: Tensor, rotation: Tensor | None, visible: Tensor | None) -> Tensor:
+        h = h + self.attention(self.norm_1(h), rotation, visible)
         return h + self.mlp(self.norm_2(h))
 
 
@@ -95,6 +97,7 @@ class Transformer(nn.Module):
         head_size = config.n_embd // config.n_head
         rotation = None if is_learned else rotation_table(config.block_size, head_size, device)
         self.register_buffer("rotation", rotation, persistent=False)
+        self.visible: Tensor | None = None  # who sees whom, (T, T) bool, where it is not everybody
         self.apply(_initialise)
         for name, parameter in self.named_parameters():
             if name.endswith("proj.weight"):  # GPT-2: keep the residual stream's variance
@@ -114,7 +117,7 @@ class Transformer(nn.Module):
         h = F.dropout(h, self.dropout, self.training)
         rotation = None if self.rotation is None else self.rotation[:T]
         for block in self.blocks:
-            h = block(h, rotation)
+            h = block(h, rotation, self.visible)
         h = self.norm(h)
         return h if return_hidden else self.head(h)
 

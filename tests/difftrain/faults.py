@@ -48,6 +48,10 @@ EXPORTED, TO_HF, HF_MODEL, HF_CARD, HF_TOKENIZER = (
     for name in ("checkpoints/exported", "exchange/to_hf", "exchange/hf_model", "exchange/hf_card", "exchange/hf_tokenizer")
 )  # fmt: skip
 REPORT_TESTS = ["tests/difftrain/test_report.py"]
+WARM_START, FROM_GPT2, ANNEALING = (
+    f"difftrain/{name}.py" for name in ("exchange/warm_start", "exchange/from_gpt2", "training/annealing")
+)
+WARM_TESTS = ["tests/difftrain/exchange/test_warm_start.py"]
 HF_TESTS = ["tests/difftrain/exchange/test_hf.py"]
 SETTLING_TESTS = ["tests/difftrain/sampling/test_settling.py"]
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
@@ -111,6 +115,7 @@ STAGES = {
     WRITING_TEXTS: (["tests/difftrain/sampling/test_loaded.py"], ["tests/difftrain/test_sample.py"]),
     REPAIRING: (["tests/difftrain/sampling/test_repairing.py"],),
     MARKING: (["tests/difftrain/sampling/test_repairing.py"],),
+    **dict.fromkeys((WARM_START, FROM_GPT2, ANNEALING), (WARM_TESTS,)),
     **dict.fromkeys((EXPORTED, TO_HF, HF_MODEL, HF_CARD, HF_TOKENIZER), (HF_TESTS,)),
     LOADED: (["tests/difftrain/sampling/test_loaded.py"],),
     SHOWING: (["tests/difftrain/sampling/test_showing.py"],),
@@ -432,4 +437,14 @@ MUTANTS = [
     (HF_TOKENIZER, "a mask of the tokenizer's is taken for ours", 'mask = "[DIFFTRAIN_MASK]"', "mask = MASK"),
     (HF_CARD, "figures of another step", 'r.get("step") == step', "True"),
     (EXPORTED, "a foreign model is taken for a run", "if not isinstance(found, dict):", "if False:"),
+    (WARM_START, "[MASK] takes the sum of the words", "rows.double().mean(0)", "rows.double().sum(0)"),
+    (WARM_START, "a [MASK] that was trained is lost", "if source.mask_id is None:\n        notes", "if True:\n        notes"),
+    (WARM_START, "characters are matched by number", "[(i, place[c])", "[(i, i)"),
+    (WARM_START, "positions that are too many end a run", "n = min(len(parameter), len(theirs))", "n = len(parameter)"),
+    (WARM_START, "any table is taken for padded", "if not 0 <= padding <", "if not padding <"),
+    (FROM_GPT2, "matrices stay as GPT-2 keeps them", "tensor.t() if", "tensor if"),
+    (FROM_GPT2, "a head of its own is dropped in silence", "if head is not None and not", "if False and not"),
+    (ANNEALING, "a resumed run sees something else", '"annealing {config.seed} {step}"', '"annealing {id(config)} {step}"'),
+    (ANNEALING, "what lies before is hidden", "| ~is_later", "& is_later"),
+    (ANNEALING, "the mask never goes", "u < step / config.causal_anneal_iters", "u < 0 * step"),
 ]  # fmt: skip

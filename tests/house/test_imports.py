@@ -120,7 +120,7 @@ TRAINER = {
     "exchange": {"errors", "config", "data", "model", "loss", "reporting", "checkpoints", "safetensors", "torch", "transformers"},
     "training": {
         "errors", "progress", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",
-        "reporting", "checkpoints", "difftrain_kernels", "torch", "tqdm",
+        "reporting", "checkpoints", "exchange", "difftrain_kernels", "torch", "tqdm",
     },
     "cli": {
         "errors", "progress", "config", "data", "evaluation", "exchange", "reporting", "runtime", "sampling",
