@@ -102,7 +102,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"{folder / INDEX} is damaged") from None
     found: dict[str, Tensor] = {}
     for file in files:
-        if Path(file).name != file or not (folder / file).is_file():
+        if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
             raise UserError(f"{folder / str(file)} is missing")
         try:
             found |= load_file(folder / file)

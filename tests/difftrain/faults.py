@@ -79,6 +79,7 @@ STAGES = {
     WRITING: CHECKPOINT_STAGES,
     SAVER: (["tests/difftrain/test_saver.py"], TRAIN_TESTS),
     STEP: (
+        WARM_TESTS,
         BAD_STEP_TESTS,
         RECIPE_TESTS,
         SCHEDULE_TESTS,
@@ -447,4 +448,6 @@ MUTANTS = [
     (ANNEALING, "a resumed run sees something else", '"annealing {config.seed} {step}"', '"annealing {id(config)} {step}"'),
     (ANNEALING, "what lies before is hidden", "| ~is_later", "& is_later"),
     (ANNEALING, "the mask never goes", "u < step / config.causal_anneal_iters", "u < 0 * step"),
+    (STEP, "evaluation sees no more than the step did", "        self.model.visible = None\n", ""),
+    (STEP, "a run that has weights to begin with begins at random", "elif config.init_from:", "elif False:"),
 ]  # fmt: skip

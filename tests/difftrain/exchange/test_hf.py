@@ -210,7 +210,9 @@ def a_tokenizer():
 
 
 @NEED_TRANSFORMERS
-def test_transformers_computes_our_bits_and_reads_our_words(runs, tmp_path):
+def test_transformers_computes_our_bits_and_reads_our_words(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))  # where it copies the code to
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     data = tmp_path / "words"
     (tmp_path / "tokenizer.json").write_text(a_tokenizer(), encoding="utf-8")
     prepare(str(runs / "text.txt"), out=data, tokenizer=str(tmp_path / "tokenizer.json"))

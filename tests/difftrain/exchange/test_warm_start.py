@@ -170,6 +170,14 @@ def change(name, tensor):
     return damage
 
 
+def index_of(content):
+    def damage(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return damage
+
+
 def say(**options):
     def damage(folder):
         content = json.loads((folder / "config.json").read_text())
@@ -194,6 +202,10 @@ def say(**options):
         (say(model_type="llama"), "type llama"),
         (lambda folder: (folder / "config.json").write_text("{"), "holds no JSON"),
         (lambda folder: (folder / "model.safetensors").unlink(), "is missing"),
+        (index_of({"weight_map": {"a": 1}}), "1 is missing"),
+        (index_of({"weight_map": {"a": "../x"}}), "x is missing"),
+        (index_of({"weight_map": {"a": ["x"]}}), "is damaged"),
+        (index_of([]), "is damaged"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(tmp_path, begun, damage, words):
