@@ -73,13 +73,16 @@ CHECKPOINT_STAGES = (
     ["tests/difftrain/test_kills.py"],
     TRAIN_TESTS,
 )
+HINTS = {
+    "evaluation sees no more": "resume_reads_them_no_more",
+    "a run that has weights to begin with": "resume_reads_them_no_more",
+}
 STAGES = {
     FOLDER: CHECKPOINT_STAGES,
     READING: (*CHECKPOINT_STAGES, DEFAULTS),
     WRITING: CHECKPOINT_STAGES,
     SAVER: (["tests/difftrain/test_saver.py"], TRAIN_TESTS),
     STEP: (
-        WARM_TESTS,
         BAD_STEP_TESTS,
         RECIPE_TESTS,
         SCHEDULE_TESTS,
