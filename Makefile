@@ -6,7 +6,7 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-all test-core lint types install install-dev docs options tree report clean
+.PHONY: demo test test-all test-hf test-core lint types install install-dev docs options tree report clean
 
 demo: export PYTHONUNBUFFERED = 1
 demo:
@@ -28,6 +28,10 @@ test: lint types
 test-all: lint types
 	$(PYTEST) -n auto -m ""
 
+# The tests that need transformers, which others skip.
+test-hf: .venv/.test .venv/.hf
+	$(PYTEST) -n auto -m "" tests/difftrain/exchange tests/examples
+
 test-core: lint
 	$(PYTEST) -m core tests/house
 
@@ -47,7 +51,7 @@ install-dev: .venv/.test .venv/.dev
 
 # One stamp a set of extras, made anew when what is to be installed changes. pip is silent while it
 # fetches into a pipe and while it unpacks: every ten seconds a line says how much is there.
-.venv/.plot .venv/.test .venv/.dev .venv/.docs: .venv/.%: setup.py constraints.txt pyproject.toml
+.venv/.plot .venv/.test .venv/.dev .venv/.docs .venv/.hf: .venv/.%: setup.py constraints.txt pyproject.toml
 	@echo "making .venv with the extra $*"
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	@mkdir -p .venv/fetched

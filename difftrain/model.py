@@ -28,10 +28,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias, **where)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias, **where)
 
-    def forward(self, h: Tensor, rotation: Tensor | None) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, h: Tensor, rotation: Tensor | None, visible: Tensor | None = None) -> Tensor:
         q, k, v = self.in_heads(h, rotation)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.is_causal)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=self.is_causal
+        )
         return F.dropout(self.merged(out), self.dropout, self.training)
 
     def in_heads(self, h: Tensor, rotation: Tensor | None) -> tuple[Tensor, ...]:
@@ -72,8 +74,8 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(config.n_embd, bias=config.bias, **where)
         self.mlp = MLP(config, **where)
 
-    def forward(self, h: Tensor, rotation: Tensor | None) -> Tensor:
-        h = h + self.attention(self.norm_1(h), rotation)
+    def forward(self, h: Tensor, rotation: Tensor | None, visible: Tensor | None) -> Tensor:
+        h = h + self.attention(self.norm_1(h), rotation, visible)
         return h + self.mlp(self.norm_2(h))
 
 
@@ -102,6 +104,7 @@ class Transformer(nn.Module):
         head_size = config.n_embd // config.n_head
         rotation = None if is_learned else rotation_table(config.block_size, head_size, device)
         self.register_buffer("rotation", rotation, persistent=False)
+        self.visible: Tensor | None = None  # who sees whom, (T, T) bool, where it is not everybody
         self.apply(_initialise)
         for name, parameter in self.named_parameters():
             if name.endswith("proj.weight"):  # GPT-2: keep the residual stream's variance
@@ -121,7 +124,7 @@ class Transformer(nn.Module):
         h = F.dropout(h, self.dropout, self.training)
         rotation = None if self.rotation is None else self.rotation[:T]
         for block in self.blocks:
-            h = block(h, rotation)
+            h = block(h, rotation, self.visible)
         h = self.norm(h)
         return h if return_hidden else self.head(h)
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from difftrain.checkpoints.folder import (
     CONFIG,
-    DIGESTS,
     OPTIMIZER,
     STATE,
     WEIGHTS,
@@ -65,11 +64,7 @@ class Checkpoint:
 
     def load_weights(self, model: nn.Module) -> None:
         """Copy the weights into ``model``; raises UserError where names or shapes differ."""
-        try:
-            load_model(model, self.folder / WEIGHTS)
-        except (RuntimeError, safetensors.SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.folder} does not fit this model: {reason[:200]}") from None
+        load_weights(model, self.folder)
 
     def read_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Fill tensors with the optimiser's saved ones of the same names; each process its own part.
@@ -105,6 +100,15 @@ class Checkpoint:
         model = Transformer(self.config, self.vocabulary.vocab_size)
         self.load_weights(model)
         return model.to(device).eval()
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Copy a folder's weights into ``model``; raises UserError where names or shapes differ."""
+    try:
+        load_model(model, folder / WEIGHTS)
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder} does not fit this model: {reason[:200]}") from None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -148,16 +152,6 @@ def find_checkpoint(run_dir: Path, which: str) -> Checkpoint:
         known = ", ".join(str(step_of(p)) for p in step_folders(home)) or "none"
         raise UserError(f"{run_dir} has no checkpoint {which!r}; steps there: {known}")
     return open_checkpoint(home / name)
-
-
-def open_run_or_checkpoint(folder: Path, which: str) -> Checkpoint:
-    """The checkpoint that a folder is, or that one of its run which is named as for :func:`find_checkpoint`.
-
-    ``checkpoints/best`` and ``checkpoints/latest``, which are files, are the checkpoints that they name.
-    """
-    if folder.is_file() and (target := read_pointer(folder.parent, folder.name)):
-        folder = folder.parent / target
-    return open_checkpoint(folder) if (folder / DIGESTS).is_file() else find_checkpoint(folder, which)
 
 
 def find_newest_good(run_dir: Path) -> tuple[Checkpoint, list[str]]:

@@ -17,7 +17,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "docs/evaluation.md states each formula.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder, or what export hf wrote")
     parser.add_argument(
         "--data", default="", metavar="TEXT",
         help="a text, - for standard input, or what training's --data takes [the run's held-out text]",

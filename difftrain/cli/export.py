@@ -10,12 +10,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "export",
         help="write a run's model for another program",
-        description="Write a run's model as nanoGPT's ckpt.pt.",
+        description="Write a run's model as nanoGPT's ckpt.pt, or as a folder that Hugging Face's transformers loads, with "
+        "its tokenizer and a card.",
         allow_abbrev=False,
     )
-    parser.add_argument("format", choices=("nanogpt",), help="for which program")
+    parser.add_argument("format", choices=("nanogpt", "hf"), help="for which program")
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
-    parser.add_argument("--out", required=True, metavar="PATH", type=Path, help="the file to make")
+    parser.add_argument(
+        "--out", required=True, metavar="PATH", type=Path, help="the file or folder to make"
+    )
     parser.add_argument(
         "--checkpoint", default="best", metavar="WHICH", help="best, latest or a step [best]"
     )
@@ -23,7 +26,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from difftrain.exchange.to_nanogpt import export_nanogpt
+    if args.format == "hf":
+        from difftrain.exchange.to_hf import export_hf as export
+    else:
+        from difftrain.exchange.to_nanogpt import export_nanogpt as export
 
-    for line in export_nanogpt(args.run, args.out, which=args.checkpoint):
+    for line in export(args.run, args.out, which=args.checkpoint):
         print(line)

@@ -90,6 +90,13 @@ class Config:
     position: Literal["rotary", "learned"] = option(
         "rotary", "rotary: rotation of queries and keys; learned: nanoGPT's embedding"
     )
+    init_from: str = option(
+        "", "begin with the weights of a GPT-2 folder, of nanoGPT's ckpt.pt or of a run; see docs/huggingface.md",
+        is_path=True,
+    )  # fmt: skip
+    causal_anneal_iters: int = option(
+        0, "steps in which a causal mask goes little by little, for a model that had one; 0: at once", low=0
+    )
 
     recipe: Literal["specification", "llada", "mdlm"] = option(
         "specification",
@@ -227,6 +234,8 @@ class Config:
             raise UserError(
                 "forbid_mask must be false with recipe specification, where [MASK] is the answer to a wrong word"
             )
+        if self.causal_anneal_iters and (self.mode == "gpt2" or self.compile != "off"):
+            raise UserError("causal_anneal_iters must be 0 in gpt2 mode and with compile")
         if self.compile != "off" and self.parallel == "fsdp":
             raise UserError(f"compile must be off with parallel fsdp, got {self.compile}")
         if 0.0 < self.spike_factor <= 1.0:
@@ -333,14 +342,3 @@ def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
         high = LARGEST_INT
     if high is not None and value > high:
         raise UserError(f"{field.name} must be at most {high}, got {value}")
-
-
-def options_table() -> str:
-    """The options as a Markdown table, generated from the dataclass; docs/options.md holds it."""
-    rows = ["| option | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(Config):
-        if field.name in GROUPS:
-            rows.append(f"| **{GROUPS[field.name]}** | | |")
-        meaning = field.metadata["help"].replace("|", "\\|")
-        rows.append(f"| `{field.name}` | `{json.dumps(field.default)}` | {meaning} |")
-    return "\n".join(rows)

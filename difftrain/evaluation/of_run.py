@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from difftrain.checkpoints.reading import Checkpoint, find_checkpoint, open_held_out
+from difftrain.checkpoints.exported import open_model
+from difftrain.checkpoints.reading import Checkpoint, open_held_out
 from difftrain.data import open_corpus
 from difftrain.data.texts import NotText, decode_text, read_text
 from difftrain.errors import UserError
@@ -26,7 +27,7 @@ def evaluate_run(run_dir: Path, request: EvaluationRequest) -> dict[str, Any]:
     Raises:
         UserError: not a run folder, no such checkpoint, or a text that the vocabulary does not hold.
     """
-    checkpoint = find_checkpoint(run_dir, request.checkpoint)
+    checkpoint = open_model(run_dir, request.checkpoint)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     config = dataclasses.replace(
         checkpoint.config,

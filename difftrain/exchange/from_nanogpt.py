@@ -77,8 +77,7 @@ def import_nanogpt(
     Raises:
         UserError: not such a checkpoint, or a model that ours would not compute exactly.
     """
-    foreign = _read(file)
-    was, mask_id = _trained_as(foreign)
+    foreign, was, mask_id = read_nanogpt(file)
     mode = mode or was
     if (was, mode) == ("diffusion", "gpt2"):
         raise UserError(f"{file} was trained without a causal mask, so mode must be diffusion, got gpt2")
@@ -110,6 +109,12 @@ def import_nanogpt(
         *notes,
         f"{out}: {model.n_parameters():,} parameters ({size}), {mode} mode, vocabulary {vocabulary.vocab_size}",
     ]
+
+
+def read_nanogpt(file: Path) -> tuple[_Foreign, str, int | None]:
+    """What a checkpoint holds, the mode of its training, and the id of [MASK] where it has one; see import_nanogpt."""
+    foreign = _read(file)
+    return foreign, *_trained_as(foreign)
 
 
 def _read(file: Path) -> _Foreign:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difftrain.checkpoints.reading import open_run_or_checkpoint
+from difftrain.checkpoints.exported import open_model
 from difftrain.config import Config
 from difftrain.config.paths import path_of
 from difftrain.data.vocabulary import Vocabulary
@@ -195,7 +195,7 @@ class Loaded:
 def load(
     run_or_folder: str | os.PathLike[str], checkpoint: str | int = "best", device: str = "auto"
 ) -> Loaded:
-    """A trained model from a run, or from one of its checkpoints.
+    """A trained model from a run, from one of its checkpoints, or from what ``difftrain export hf`` wrote.
 
     Nothing in a checkpoint can execute code, and its files are verified by their digests.
 
@@ -208,7 +208,7 @@ def load(
     Raises:
         UserError: there is no such run, checkpoint or device, or the checkpoint is damaged.
     """
-    found = open_run_or_checkpoint(path_of("run_or_folder", run_or_folder), str(checkpoint))
+    found = open_model(path_of("run_or_folder", run_or_folder), str(checkpoint))
     try:
         reached = reached_of(found.state, found.config)
     except (TypeError, ValueError) as error:

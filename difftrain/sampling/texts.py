@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from difftrain.checkpoints.reading import Checkpoint, find_checkpoint, open_held_out
+from difftrain.checkpoints.exported import open_model
+from difftrain.checkpoints.reading import Checkpoint, open_held_out
 from difftrain.data import mask_share
 from difftrain.data.vocabulary import Vocabulary
 from difftrain.errors import UserError, plain_text, whole_number
@@ -92,7 +93,7 @@ def sample_run(run_dir: Path, request: SampleRequest, watch: Watch | None = None
     Raises:
         UserError: not a run folder, no such checkpoint, or a text that does not fit the model.
     """
-    checkpoint = find_checkpoint(run_dir, request.checkpoint)
+    checkpoint = open_model(run_dir, request.checkpoint)
     if checkpoint.config.mode == "gpt2" and request.held_out:
         raise _no_gaps()
     if checkpoint.config.mode == "gpt2" and watch:

@@ -23,7 +23,9 @@ from difftrain.training.step import LiveRun
 FIRST_STEPS, TIMED_STEPS = 2, 8  # the first ones set things up: threads, buffers, compiled code
 EVALUATED = 4  # batches a process
 SHARES = 40  # steps are a fortieth of max_iters or a multiple: a quarter's evaluation stays at a quarter
-SCALED = ("warmup_iters", "lr_decay_iters", "masking_warmup_iters", "eval_interval", "log_interval")
+SCALED = (
+    "warmup_iters", "lr_decay_iters", "masking_warmup_iters", "causal_anneal_iters", "eval_interval", "log_interval",
+)  # fmt: skip
 
 
 def fit_to_budget(config: Config, runtime: Runtime, corpus: Corpus, say: Callable[[str], None]) -> Config:

@@ -20,6 +20,7 @@ from difftrain.data import Corpus, corrupt_by_recipe, count_masked, sample_indic
 from difftrain.data.self_errors import choose_errors, draw_errors
 from difftrain.errors import UserError
 from difftrain.evaluation import FIXED, LEVELS, TRAINING, evaluate, make_validation_set
+from difftrain.exchange.warm_start import warm_start
 from difftrain.loss import bent_logits, choose_loss, loss_terms, model_loss, token_weights, wants_count
 from difftrain.model import Transformer, make_optimizer, restore_optimizer
 from difftrain.parallel import gradient_sync, replicate, reshard, shard, whole
@@ -35,6 +36,7 @@ from difftrain.schedule import (
     other_values,
     reached_of,
 )
+from difftrain.training.annealing import visible
 from difftrain.training.verdict import Judge, Verdict
 from difftrain_kernels import CaseTable
 from difftrain_kernels.cases import MASKED
@@ -54,6 +56,9 @@ class LiveRun:
         model.to(runtime.device, torch.float64 if runtime.dtype == torch.float64 else None)
         if checkpoint:
             checkpoint.load_weights(model)
+        elif config.init_from:
+            for line in warm_start(model, config, corpus.vocabulary):
+                say(f"init_from: {line}")
         shard(model, config, runtime)
         self.model = model
         self.optimizer = make_optimizer(model, config)
@@ -175,6 +180,7 @@ class LiveRun:
             self.penalties
         )  # always, where asking now and then would compile twice
         loss_sum, tables = torch.zeros((), dtype=torch.float32, device=runtime.device), []
+        self.model.visible = visible(self.step, config.block_size, config, runtime.device)
         for micro_step in range(self.micro_steps):
             samples = sample_indices(self.step, micro_step, runtime.rank, runtime.world_size, config)
             x, y, weights = _make_batch(self.corpus, samples, config, runtime, corruption, own_errors)
@@ -192,6 +198,7 @@ class LiveRun:
                     tables.append(table)
                 self.scaler.scale(loss / self.micro_steps).backward()
             loss_sum += loss.detach()
+        self.model.visible = None
         self.scaler.unscale_(self.optimizer)
         return loss_sum, tables
 

@@ -53,7 +53,16 @@ DATA_BLOCKS, DOCUMENTS, ENCODING, PARTS, SHARDING, SHARDS = (
     for name in ("blocks", "documents", "encoding", "parts", "sharding", "shards")
 )
 SHARD_TESTS = (["tests/difftrain/data/test_shards.py"], ["tests/difftrain/data/test_sharding.py"])
+EXPORTED, TO_HF, HF_MODEL, HF_CARD, HF_TOKENIZER = (
+    f"difftrain/{name}.py"
+    for name in ("checkpoints/exported", "exchange/to_hf", "exchange/hf_model", "exchange/hf_card", "exchange/hf_tokenizer")
+)  # fmt: skip
 REPORT_TESTS = ["tests/difftrain/test_report.py"]
+WARM_START, FROM_GPT2, ANNEALING = (
+    f"difftrain/{name}.py" for name in ("exchange/warm_start", "exchange/from_gpt2", "training/annealing")
+)
+WARM_TESTS = ["tests/difftrain/exchange/test_warm_start.py"]
+HF_TESTS = ["tests/difftrain/exchange/test_hf.py"]
 SETTLING_TESTS = ["tests/difftrain/sampling/test_settling.py"]
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
 PYTHON_TESTS = ["tests/difftrain/test_from_python.py"]
@@ -75,6 +84,10 @@ CHECKPOINT_STAGES = (
     ["tests/difftrain/test_kills.py"],
     TRAIN_TESTS,
 )
+HINTS = {
+    "evaluation sees no more": "resume_reads_them_no_more",
+    "a run that has weights to begin with": "resume_reads_them_no_more",
+}
 STAGES = {
     FOLDER: CHECKPOINT_STAGES,
     READING: (["tests/difftrain/sampling/test_loaded.py"], *CHECKPOINT_STAGES, DEFAULTS),
@@ -129,6 +142,8 @@ STAGES = {
     WRITING_TEXTS: (["tests/difftrain/sampling/test_loaded.py"], ["tests/difftrain/test_sample.py"]),
     REPAIRING: (["tests/difftrain/sampling/test_repairing.py"],),
     MARKING: (["tests/difftrain/sampling/test_repairing.py"],),
+    **dict.fromkeys((WARM_START, FROM_GPT2, ANNEALING), (WARM_TESTS,)),
+    **dict.fromkeys((EXPORTED, TO_HF, HF_MODEL, HF_CARD, HF_TOKENIZER), (HF_TESTS,)),
     LOADED: (["tests/difftrain/sampling/test_loaded.py"],),
     SHOWING: (["tests/difftrain/sampling/test_showing.py"],),
     REPAIR_COMMAND: (["tests/difftrain/test_repair.py"],),
@@ -472,7 +487,7 @@ MUTANTS = [
     (SAMPLING, "a length beside gaps is ignored", "if is_given and self.length is not None:", "if False:"),
     (SAMPLING, "a text that is no characters cannot be kept", 'encoding="utf-8", errors="backslashreplace")', 'encoding="utf-8")'),
     (LOADED, "ids outside the vocabulary reach the model", "if ids.numel() and not 0", "if False and not 0"),
-    (READING, "a pointer is no checkpoint", "if folder.is_file() and (target := read_pointer(folder.parent, folder.name)):", "if target := None:"),
+    (EXPORTED, "a pointer is no checkpoint", "if folder.is_file() and (target := read_pointer(folder.parent, folder.name)):", "if target := None:"),
     (REPORT, "a page is written in place", "aside = out.with_name(", "aside = out or out.with_name("),
     (SAMPLE_COMMAND, "a page's place is looked at too late", "        check_place(place)\n", "        pass\n"),
     (OPTIONS, "corruption is asked of gpt2 mode in vain", '"gpt2": CORRUPTING}', '"gpt2": ()}'),
@@ -489,4 +504,28 @@ MUTANTS = [
     (COLUMNS, "what is missing is 0", 'float("nan")', "0.0"),
     (COLUMNS, "steps are fractions", "dtype=np.int64", "dtype=np.float64"),
     (LOADED, "schedules that waited begin anew", "self.config, self.step, self.reached)", "self.config, self.step, {})"),
+    (OF_RUN, "nats for bits", "1.0 / math.log(2.0)", "1.0"),
+    (OF_RUN, "the first token of a causal text counts", "t[int(is_causal) :]", "t[0:]"),
+    (TO_HF, "an export says the mask takes part where it is forbidden", '"forbid_mask": checkpoint.config.forbids_mask', '"forbid_mask": False'),
+    (TO_HF, "an export forgets the soft cap", '"softcap": checkpoint.config.softcap', '"softcap": 0.0'),
+    (TO_HF, "a causal model is exported", 'if config.mode == "gpt2":', "if False:"),
+    (TO_HF, "an exported file is its owner's alone", "(aside / WEIGHTS).chmod((aside / CONFIG).stat().st_mode)", "(aside / WEIGHTS).chmod(0o600)"),
+    (HF_MODEL, "padding is seen as words", "not bool(attention_mask.all())", "False"),
+    (HF_MODEL, "rotary angles are whatever memory held", "module.rotation is not None", "module.rotation is None"),
+    (HF_TOKENIZER, "words are put around a text", 'definition["post_processor"] = None', "pass"),
+    (HF_TOKENIZER, "a mask of the tokenizer's is taken for ours", 'mask = "[DIFFTRAIN_MASK]"', "mask = MASK"),
+    (HF_CARD, "figures of another step", 'r.get("step") == step', "True"),
+    (EXPORTED, "a foreign model is taken for a run", "if not isinstance(found, dict):", "if False:"),
+    (WARM_START, "[MASK] takes the sum of the words", "rows.double().mean(0)", "rows.double().sum(0)"),
+    (WARM_START, "a [MASK] that was trained is lost", "if source.mask_id is None:\n        notes", "if True:\n        notes"),
+    (WARM_START, "characters are matched by number", "[(i, place[c])", "[(i, i)"),
+    (WARM_START, "positions that are too many end a run", "n = min(len(parameter), len(theirs))", "n = len(parameter)"),
+    (WARM_START, "any table is taken for padded", "if not 0 <= padding <", "if not padding <"),
+    (FROM_GPT2, "matrices stay as GPT-2 keeps them", "tensor.t() if", "tensor if"),
+    (FROM_GPT2, "a head of its own is dropped in silence", "if head is not None and not", "if False and not"),
+    (ANNEALING, "a resumed run sees something else", '"annealing {config.seed} {step}"', '"annealing {id(config)} {step}"'),
+    (ANNEALING, "what lies before is hidden", "| ~is_later", "& is_later"),
+    (ANNEALING, "the mask never goes", "u < step / config.causal_anneal_iters", "u < 0 * step"),
+    (STEP, "evaluation sees no more than the step did", "        self.model.visible = None\n", ""),
+    (STEP, "a run that has weights to begin with begins at random", "elif config.init_from:", "elif False:"),
 ]  # fmt: skip

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from difftrain.config import Config
-from difftrain.config.options import GROUPS, options_table
+from difftrain.config.options import GROUPS
 from difftrain.config.sources import (
     LARGEST_TOML,
     parse_word,
@@ -14,6 +14,7 @@ from difftrain.config.sources import (
     read_toml,
     resolve_config,
 )
+from difftrain.config.table import options_table
 from difftrain.errors import UserError
 
 

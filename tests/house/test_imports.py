@@ -124,10 +124,10 @@ TRAINER = {
         "errors", "progress", "config", "schedule", "data", "model", "runtime", "loss", "reporting", "checkpoints",
         "evaluation", "numpy", "torch", "PIL", "matplotlib",
     },
-    "exchange": {"errors", "config", "data", "model", "loss", "reporting", "checkpoints", "torch", "transformers"},
+    "exchange": {"errors", "config", "data", "model", "loss", "reporting", "checkpoints", "safetensors", "torch", "transformers"},
     "training": {
         "errors", "progress", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",
-        "reporting", "checkpoints", "run", "difftrain_kernels", "torch", "tqdm",
+        "reporting", "checkpoints", "exchange", "run", "difftrain_kernels", "torch", "tqdm",
     },
     "cli": {
         "errors", "progress", "config", "data", "evaluation", "exchange", "reporting", "runtime", "sampling",

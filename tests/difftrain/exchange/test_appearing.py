@@ -69,9 +69,10 @@ def full_disk(monkeypatch):
 def test_a_full_disk_says_so_and_leaves_nothing(tmp_path, full_disk, size):
     model, args = nanogpt.gpt()
     torch.save(nanogpt.checkpoint_of(model, args), tmp_path / "ckpt.pt")
-    import_nanogpt(tmp_path / "ckpt.pt", tmp_path / "run")
+    import_nanogpt(tmp_path / "ckpt.pt", tmp_path / "run", mode="diffusion")
     commands = {
         "nanogpt": ["export", "nanogpt", tmp_path / "run", "--out", tmp_path / "out"],
+        "hf": ["export", "hf", tmp_path / "run", "--out", tmp_path / "out"],
         "import": ["import", "nanogpt", tmp_path / "ckpt.pt", "--out", tmp_path / "out"],
     }
     for words in commands.values():
