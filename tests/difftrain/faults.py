@@ -504,8 +504,6 @@ MUTANTS = [
     (COLUMNS, "what is missing is 0", 'float("nan")', "0.0"),
     (COLUMNS, "steps are fractions", "dtype=np.int64", "dtype=np.float64"),
     (LOADED, "schedules that waited begin anew", "self.config, self.step, self.reached)", "self.config, self.step, {})"),
-    (OF_RUN, "nats for bits", "1.0 / math.log(2.0)", "1.0"),
-    (OF_RUN, "the first token of a causal text counts", "t[int(is_causal) :]", "t[0:]"),
     (TO_HF, "an export says the mask takes part where it is forbidden", '"forbid_mask": checkpoint.config.forbids_mask', '"forbid_mask": False'),
     (TO_HF, "an export forgets the soft cap", '"softcap": checkpoint.config.softcap', '"softcap": 0.0'),
     (TO_HF, "a causal model is exported", 'if config.mode == "gpt2":', "if False:"),

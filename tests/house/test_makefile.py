@@ -44,7 +44,7 @@ def test_each_phase_of_the_demo_speaks_before_it_works_and_is_not_buffered(folde
     assert [lines[i].split(":")[0] for i in phases] == [f"demo, {i} of 5" for i in (1, 2, 3, 4, 5)]
     assert phases[0] == 0
     works = [i for i, line in enumerate(lines) if line.startswith(("python -m pip", "difftrain "))]
-    assert [lines[i].split()[1] for i in works] == ["-m", "train", "plot", "sample"]
+    assert [lines[i].split()[1] for i in works] == ["-m", "train", "plot", "sample", "repair"]
     assert all(phase < work for phase, work in zip(phases, works, strict=True))
     assert all(work < phase for work, phase in zip(works, phases[1:], strict=False))
     assert all("unbuffered=1" in lines[i] for i in works)
