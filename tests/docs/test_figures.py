@@ -118,3 +118,15 @@ def test_the_losss_cpu_figures_are_those_of_their_file():
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {shape} |")]
         peaks = f"{eager['peak_mib']:.1f}, {ours['peak_mib']:.1f}"
         assert line.endswith(f" | {ours['ratio']:.2f} | {tabled['ratio']:.2f} | {peaks} |")
+
+
+def test_the_experiments_tables_are_those_of_its_file():
+    from experiment.tables import TABLES, table
+
+    result = json.loads((RESULTS / "curriculum-cpu-2026-11-28.json").read_text())
+    text = page("docs/curriculum.md")
+    for columns in TABLES.values():
+        assert table(result["runs"], columns, "curriculum") in text
+    for arm, what in result["setting"]["arms"].items():
+        assert f"| {arm} | {what} |" in text
+    assert f"{result['held_out']['judge_nll']:.2f} nats a character from it" in text
