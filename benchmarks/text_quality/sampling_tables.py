@@ -27,9 +27,9 @@ def spread(values: Iterable[float]) -> str:
     values = list(values)
     if not values:
         return ""
-    return f"{statistics.mean(values):.3f}" + (
-        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    )
+    digits = 3 if statistics.mean(values) < 100 else 0
+    text = f"{statistics.mean(values):,.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else "")
 
 
 def figures_of(entries: list[dict[str, Any]], name: str, **of: Any) -> list[float]:

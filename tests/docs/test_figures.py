@@ -130,3 +130,29 @@ def test_the_experiments_tables_are_those_of_its_file():
     for arm, what in result["setting"]["arms"].items():
         assert f"| {arm} | {what} |" in text
     assert f"{result['held_out']['judge_nll']:.2f} nats a character from it" in text
+
+
+def test_the_figures_of_sampling_are_those_of_their_file():
+    from text_quality.sampling_tables import figures_of, spread
+
+    result = json.loads((RESULTS / "sampling-cpu-2026-11-28.json").read_text())
+    lines = page("docs/sampling.md").splitlines()
+    for task, name in (("free", "judge_nll"), ("gaps", "restored")):
+        entries = [e for e in result["writing"] if e["task"] == task]
+        for way in (
+            "fill",
+            "ancestral",
+            "remask_untrained",
+            "remask",
+            "margin",
+            "entropy",
+            "confidence",
+            "edit",
+        ):
+            cells = [spread(figures_of(entries, name, way=way, passes=n)) for n in (4, 8, 16, 32, 64)]
+            assert any(line.startswith(f"| {way} | {' | '.join(cells)} |") for line in lines), (task, way)
+    names = ("put_right", "harmed", "wrong_before", "wrong_after", "nll_before", "nll_after")
+    for entry in result["repair"]:
+        of = {key: entry[key] for key in ("kind", "errors", "sure")}
+        cells = [spread(figures_of(result["repair"], name, **of)) for name in names]
+        assert f"| {of['kind']}, {of['errors']:g} % | {of['sure']:g} | {' | '.join(cells)} |" in lines
