@@ -117,6 +117,8 @@ def _run_shards(args: argparse.Namespace, names: list[str], say) -> tuple[Path, 
         )
     given = {name: getattr(args, name) for name in SHARDS if getattr(args, name) is not None}
     if args.shard_mib is not None:
+        if args.shard_mib < 1:
+            raise UserError(f"shard_mib must be at least 1, got {args.shard_mib}")
         given["shard_bytes"] = args.shard_mib << 20
     request = ShardRequest(
         tokenizer=expand_path(args.tokenizer), patterns=tuple(args.pattern), newline=args.newline, **given

@@ -91,6 +91,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from difftrain.errors import UserError
     from difftrain.progress import quiet
     from difftrain.reporting.page.writing import check_place
     from difftrain.sampling.picture import load_letters, write_gif
@@ -103,6 +104,8 @@ def _run(args: argparse.Namespace) -> None:
     for place in places:
         check_place(place)
     if args.gif:
+        if args.gif.suffix != ".gif":
+            raise UserError(f"gif must be a .gif file, got {args.gif}")
         load_letters()  # or the word that they are missing, before the work
     watch: Frames | None = None
     if args.show and sys.stdout.isatty():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -52,7 +53,8 @@ def work(
         with ProcessPoolExecutor(
             min(workers, len(numbers)), context, initializer=_begin, initargs=(function, read, stop)
         ) as pool:
-            running = {pool.submit(_call, number): number for number in numbers}
+            with _unheard():
+                running = {pool.submit(_call, number): number for number in numbers}
             try:
                 while running:
                     done, _ = wait(running, LOOK, FIRST_COMPLETED)
@@ -67,6 +69,19 @@ def work(
                 stop.set()
                 for future in running:
                     future.cancel()
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Processes that are begun within it do not hear of Ctrl-C, not even before :func:`_begin`."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what is heard
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _begin(function: Callable, read: Any, stop: Any) -> None:

@@ -164,8 +164,12 @@ def _load(file: Path) -> Any:
         if named := re.search(r"GLOBAL (\S+)", text):
             why = f"it names {named[1]}, and must hold tensors and plain data only"
         else:
-            reason = re.search(r"WeightsUnpickler error: (.+)", text) or re.search(r"(.*)", text)
-            why = f"it is no whole PyTorch file ({reason[1][:200]})"
+            # Before the error itself stands advice to load without this protection.
+            _, _, cause = text.partition("WeightsUnpickler error: ")
+            reason = ("" if text.startswith("Weights only") and not cause else cause or text).partition(
+                "\n"
+            )[0]
+            why = "it is no whole PyTorch file" + (f" ({reason[:200]})" if reason else "")
         raise UserError(f"{file} is refused: {why}") from None
 
 

@@ -69,7 +69,7 @@ def test_a_file_of_just_this_name_is_taken(tmp_path, monkeypatch):
 
 
 def test_the_options_that_are_paths_are_marked():
-    assert PATHS == ["out_dir", "data"]
+    assert PATHS == ["out_dir", "data", "init_from"]
 
 
 @pytest.mark.parametrize("way", WAYS[:2])

@@ -2,9 +2,12 @@
 
 import contextlib
 import io
+import signal
+import threading
 
 import pytest
 
+from difftrain.data import processes
 from difftrain.data.processes import work
 from difftrain.errors import UserError
 from part_work import be_killed, fail_at_three, square
@@ -40,3 +43,18 @@ def test_a_worker_that_is_killed_is_a_line():
         UserError, match="a process was killed, perhaps for its memory; take fewer --workers"
     ):
         list(work(be_killed, range(4), workers=2, what="dying", total=None))
+
+
+def test_ctrl_c_is_unheard_while_processes_begin_and_heard_again_afterwards():
+    before, found = signal.getsignal(signal.SIGINT), []
+
+    def begin():
+        with processes._unheard():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    begin()
+    assert (found, signal.getsignal(signal.SIGINT)) == ([signal.SIG_IGN], before)
+    thread = threading.Thread(target=begin)  # may not say what is heard, and does not
+    thread.start()
+    thread.join()
+    assert found[1:] == [before]

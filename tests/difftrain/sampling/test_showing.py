@@ -217,6 +217,8 @@ def test_the_command_writes_its_gif_and_says_what_is_missing_before_it_samples(
     assert main(words) == 0
     assert gif.read_bytes().startswith(b"GIF8")
     text = capsys.readouterr().out
+    assert main([*words[:-1], str(tmp_path / "a.png")]) == 2
+    assert "gif must be a .gif file, got" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "PIL.ImageFont", None)
     assert main(words) == 2
     done = capsys.readouterr()
