@@ -137,7 +137,10 @@ STAGES = {
     BLOCKS: (["tests/difftrain/sampling/test_blocks.py"], ["tests/difftrain/test_sample.py"]),
     CHOOSING: (SETTLING_TESTS, ["tests/difftrain/test_sample.py"]),
     POLICIES: (SETTLING_TESTS, DEFAULTS),
-    SCORING: (["tests/difftrain/test_sample.py"],),
+    SCORING: (
+        ["tests/difftrain/sampling/test_scoring.py"],
+        ["tests/difftrain/test_sample.py"],
+    ),
     SETTLING: (SETTLING_TESTS,),
     WRITING_TEXTS: (["tests/difftrain/sampling/test_loaded.py"], ["tests/difftrain/test_sample.py"]),
     REPAIRING: (["tests/difftrain/sampling/test_repairing.py"],),

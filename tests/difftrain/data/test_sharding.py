@@ -1,6 +1,7 @@
 """Texts become shards: the same bytes in any number of processes and after any kill, and nothing half-written."""
 
 import gzip
+import hashlib
 import json
 import os
 import signal
@@ -585,3 +586,14 @@ def test_300_mb_of_text_are_prepared_within_500_mb(tmp_path, words, megabytes):
     resident = int(done.stdout.splitlines()[-1]) * 1024
     print(words, resident)
     assert resident < 500_000_000
+
+
+@pytest.mark.usefixtures("_small")
+def test_the_digest_of_a_shard_that_was_written_in_many_pieces_is_that_of_its_file(tmp_path):
+    (tmp_path / "a.txt").write_text(text_of(2000))
+    folder = made(tmp_path / "a.txt", tmp_path / "out", shard_bytes=4096)
+    index = json.loads((folder / INDEX).read_text())
+    told = [shard for split in index["splits"].values() for shard in split["shards"]]
+    assert max(shard["tokens"] for shard in told) > 10 * parts.AT_ONCE
+    for shard in told:
+        assert hashlib.sha256((folder / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
