@@ -16,17 +16,14 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
-from difftrain.checkpoints.reading import find_checkpoint, open_held_out
 from difftrain.data import mask_share
 from difftrain.errors import UserError
-from difftrain.evaluation.windows import cut
 from difftrain.progress import progress
 from difftrain.sampling.choosing import Choice
 from difftrain.sampling.loaded import Loaded, load
@@ -35,9 +32,10 @@ from difftrain.sampling.writing import How, Writer
 from measuring.arguments import user_path
 from measuring.environment import environment
 from text_quality.errors import KINDS, plant
-from text_quality.repaired import found_at, repaired
+from text_quality.held_out import HeldOut
+from text_quality.repaired import found_at, outcome, rewritten
 from text_quality.sampling_tables import draw, tables
-from text_quality.written import nll_under, quality, words_of
+from text_quality.written import nll_under, quality
 
 PASSES = (4, 8, 16, 32, 64)
 ERRORS = (1.0, 5.0, 15.0)  # per cent of the words
@@ -51,7 +49,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "remask, blocks": {"policy": "remask", "blocks": BLOCKS},
     "remask, blocks, approximate": {"policy": "remask", "blocks": BLOCKS, "approximate": True},
 }
-STRETCHES = 4  # of consecutive held-out text, evenly spaced
 
 
 def written(
@@ -75,7 +72,6 @@ def measure_policies(
     """An entry for each task, way and number of passes: "free", texts from nothing, and "gaps", held-out text of
     which a share is masked."""
     words, mask_id = model.tokenizer, model.tokenizer.mask_id
-    clean = clean[: options.texts]
     samples = torch.arange(len(clean), dtype=torch.int64, device="cpu")
     masked, _ = mask_share(
         clean, samples, seed=number, split="val", vocab_size=words.vocab_size, share=options.share
@@ -103,20 +99,14 @@ def measure_repair(
     model: Loaded, judge: Loaded, clean: Tensor, number: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """An entry for each kind and share of errors and each --sure."""
-    words, entries = model.tokenizer, []
+    entries = []
     cases = [(kind, share) for kind in KINDS for share in ERRORS]
     for kind, share in progress(cases, what=f"repairing, model {number + 1}", unit="text"):
         wrong = plant(kind, model, clean, share / 100, seed=number)
-        at_1 = found_at(model, clean, wrong)
+        before = {"found_at_1": found_at(model, clean, wrong), "nll_before": nll_under(judge, wrong)}
         for sure in options.sure:
-            figures = repaired(model, clean, wrong, sure=sure)
-            text = model.repair(words.decode_words(wrong.flatten().tolist()), sure=sure).text
-            after = torch.tensor(words.encode(text), dtype=torch.int64, device="cpu").view_as(clean)
-            figures |= {
-                "found_at_1": at_1,
-                "nll_before": nll_under(judge, wrong),
-                "nll_after": nll_under(judge, after),
-            }
+            after = rewritten(model, wrong, sure=sure)
+            figures = outcome(clean, wrong, after) | before | {"nll_after": nll_under(judge, after)}
             entries.append(
                 {"kind": kind, "errors": share, "sure": sure, "model": number, "figures": figures}
             )
@@ -153,7 +143,12 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(
                     f"{run} is in {model.config.mode} mode; the judge alone is to be in gpt2 mode"
                 )
-        clean, known = _held_out(options.runs[0], options.texts)
+        held_out = HeldOut.of(options.runs[0], options.texts)
+        clean, known = held_out.tokens, held_out.known
+        if len(clean) < options.texts:
+            raise UserError(
+                f"--texts must be at most what the held-out text has, {held_out.n_windows}, got {options.texts}"
+            )
         result: dict[str, Any] = {
             "environment": environment(),
             "setting": {"texts": options.texts, "share": options.share, "temperature": options.temperature},
@@ -174,20 +169,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plot:
         draw(result, options.plot)
     return 0
-
-
-def _held_out(run: Path, n: int) -> tuple[Tensor, set[str]]:
-    """``n`` windows (n, T) of held-out text, consecutive in each stretch, and all words of that text."""
-    checkpoint = find_checkpoint(run, "latest")
-    ids = open_held_out(checkpoint, is_change_allowed=False).val
-    length, per_stretch = checkpoint.config.block_size, -(-n // STRETCHES)
-    stretches = cut(ids, per_stretch * length, at_most=STRETCHES).tokens
-    whole = [s.view(-1, length) for s in stretches if len(s) == per_stretch * length]
-    if len(whole) * per_stretch < n:
-        raise UserError(
-            f"--texts must be at most what the held-out text has, {len(ids) // length}, got {n}"
-        )
-    return torch.cat(whole)[:n], set(words_of(checkpoint.vocabulary.decode(ids.tolist())))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ experiment's, for all arms alike, such as another model or device.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -28,13 +29,15 @@ from difftrain.config.sources import read_toml
 from difftrain.errors import UserError
 from difftrain.progress import quiet
 from difftrain.reporting.log import read_metrics
+from difftrain.reporting.page.writing import write_whole
 from difftrain.sampling.loaded import Loaded, load
 from difftrain.training.loop import train
 from experiment.arms import ARMS, BASE, JUDGE, JUDGE_SEED, run_config, run_folder
-from experiment.measures import Effort, HeldOut, measure, reference
+from experiment.measures import Effort, measure, reference
 from experiment.tables import TABLES, draw, table
 from measuring.arguments import user_path
 from measuring.environment import environment
+from text_quality.held_out import HeldOut
 
 MEASURED = "measured.json"
 FLUENT = "masked only"  # whose first run draws the fluent errors
@@ -49,37 +52,27 @@ def train_piece(piece: Piece, out: Path, changes: dict[str, Any]) -> None:
         train(config, resume=has_begun)
 
 
-def measure_piece(piece: Piece, out: Path, effort: Effort, shared: dict[str, Any]) -> dict[str, Any]:
+def measure_piece(piece: Piece, out: Path, effort: Effort) -> dict[str, Any]:
     """What was measured of a run, now or before."""
     file = run_folder(out, *piece) / MEASURED
-    key = {"effort": vars(effort)}
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-        if {name: found.get(name) for name in key} == key:
+        if found.get("effort") == vars(effort):
             return found
-    judge, fluent, held_out = _shared(out, effort, shared)
+    judge, fluent, held_out = _shared(out, effort)
     with quiet():
         figures = measure(file.parent, judge, fluent, held_out, effort)
-    record = {"arm": piece[0], "seed": piece[1], **key, "figures": figures}
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    aside.rename(file)
+    record = {"arm": piece[0], "seed": piece[1], "effort": vars(effort), "figures": figures}
+    write_whole(file, json.dumps(record, indent=1))
     return record
 
 
-def _shared(out: Path, effort: Effort, shared: dict[str, Any]) -> tuple[Loaded, Loaded, HeldOut]:
+@functools.cache
+def _shared(out: Path, effort: Effort) -> tuple[Loaded, Loaded, HeldOut]:
     """The judge, the model that draws fluent errors, and the held-out text, opened once."""
-    if not shared:
-        judge = run_folder(out, JUDGE, JUDGE_SEED)
-        fluent = shared_fluent(out)
-        shared["all"] = (
-            load(judge, "latest", device="cpu"), load(fluent, "latest", device="cpu"), HeldOut.of(fluent, effort),
-        )  # fmt: skip
-    return shared["all"]
-
-
-def shared_fluent(out: Path) -> Path:
-    return run_folder(out, FLUENT, 1)
+    judge, fluent = run_folder(out, JUDGE, JUDGE_SEED), run_folder(out, FLUENT, 1)
+    models = (load(run, "latest", device="cpu") for run in (judge, fluent))
+    return *models, HeldOut.of(fluent, effort.windows)
 
 
 def curve_of(run: Path) -> list[list[float]]:
@@ -93,9 +86,7 @@ def is_trained(piece: Piece, out: Path, changes: dict[str, Any]) -> bool:
     return (Path(config.out_dir) / "checkpoints" / f"step-{config.max_iters:08d}").is_dir()
 
 
-def report(
-    records: list[dict[str, Any]], setting: dict[str, Any], options: argparse.Namespace, shared: dict
-) -> None:
+def report(records: list[dict[str, Any]], setting: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the tables, and write what was asked for."""
     for record in records:
         record["curve"] = curve_of(run_folder(options.out, record["arm"], record["seed"]))
@@ -105,7 +96,7 @@ def report(
     for name, columns in TABLES.items():
         print(f"\n{name}\n\n{table(records, columns, 'curriculum')}")
     if options.json:
-        judge, _, held_out = _shared(options.out, Effort(), shared)
+        judge, _, held_out = _shared(options.out, Effort())
         result = {
             "environment": environment(), "setting": setting, "held_out": reference(judge, held_out, Effort()),
             "runs": records,
@@ -158,19 +149,18 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{len(missing)} runs are still to be trained by other parts; then give the command again"
             )
             return 0
-        shared: dict[str, Any] = {}
         records = []
         for number, piece in enumerate(arms):
             is_mine = number % parts == part - 1
             if is_mine or (run_folder(options.out, *piece) / MEASURED).exists():
                 if time.monotonic() > end:
                     return 0
-                records.append(measure_piece(piece, options.out, Effort(), shared))
+                records.append(measure_piece(piece, options.out, Effort()))
         if len(records) < len(arms):
             print(f"{len(arms) - len(records)} runs are still to be measured by other parts")
             return 0
         setting = {"options": BASE | changes, "arms": {arm: ARMS[arm].what for arm in options.arms}}
-        report(records, setting, options, shared)
+        report(records, setting, options)
     except UserError as error:
         print(f"curriculum: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftrain.checkpoints.reading import find_checkpoint, open_held_out
 from difftrain.evaluation.of_run import EvaluationRequest, evaluate_run
-from difftrain.evaluation.windows import cut
 from difftrain.sampling.loaded import Loaded, load
 from text_quality.errors import plant
+from text_quality.held_out import HeldOut
 from text_quality.repaired import found_at, repaired
-from text_quality.written import quality, words_of
+from text_quality.written import finite, quality
 
 LEVELS = (15.0, 50.0, 85.0)
 ERRORS = 5.0  # per cent of the words
-STRETCHES = 4  # of consecutive held-out text, evenly spaced
 POLICIES = ("ancestral", "fill")  # exact in distribution, for every model; the specification's
 
 
@@ -31,25 +28,6 @@ class Effort:
     windows: int = 128
     draws: int = 8
     texts: int = 96
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out text: consecutive windows (W, T) int64 of each stretch, and all its words."""
-
-    tokens: Tensor
-    known: set[str]
-
-    @classmethod
-    def of(cls, run: Path, effort: Effort) -> HeldOut:
-        """That of a run's data, in its vocabulary and windows of its block size."""
-        checkpoint = find_checkpoint(run, "latest")
-        ids = open_held_out(checkpoint, is_change_allowed=False).val
-        length = checkpoint.config.block_size
-        per_stretch = max(1, effort.windows // STRETCHES)
-        stretches = cut(ids, per_stretch * length, at_most=STRETCHES).tokens
-        tokens = torch.cat([s.view(-1, length) for s in stretches if len(s) == per_stretch * length])
-        return cls(tokens, set(words_of(checkpoint.vocabulary.decode(ids.tolist()))))
 
 
 def measure(
@@ -87,23 +65,19 @@ def measure(
             held_out.known,
         )
         figures |= {f"{policy}_{name}": value for name, value in written.items()}
-    return {
-        name: None if value is None or not math.isfinite(value) else value
-        for name, value in figures.items()
-    }
+    return finite(figures)
 
 
 def _repairs(model: Loaded, fluent: Loaded, clean: Tensor) -> dict[str, float]:
     figures = {}
-    for kind, by in (("random", model), ("own", fluent)):
+    for name, kind, by in (("random", "random", model), ("fluent", "own", fluent)):
         wrong = plant(kind, by, clean, ERRORS / 100, seed=0)
-        name = "random" if kind == "random" else "fluent"
         figures[f"{name}_found_at_1"] = found_at(model, clean, wrong)
         figures |= {f"{name}_{key}": value for key, value in repaired(model, clean, wrong).items()}
     return figures
 
 
 def reference(judge: Loaded, held_out: HeldOut, effort: Effort) -> dict[str, Any]:
-    """What held-out text itself gets: as many of its windows as texts are written, and words of the other half."""
+    """What held-out text itself gets: as many of its windows as texts are written."""
     tokens = held_out.tokens[:: max(1, len(held_out.tokens) // effort.texts)][: effort.texts]
     return quality(tokens, judge.tokenizer.decode, judge, held_out.known)

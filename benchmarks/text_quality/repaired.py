@@ -33,27 +33,36 @@ def found_at(model: Loaded, clean: Tensor, wrong: Tensor, harmed: float = HARMED
 
 
 def repaired(model: Loaded, clean: Tensor, wrong: Tensor, **options: Any) -> dict[str, float]:
-    """What ``model.repair`` makes of windows with errors, as shares.
+    """The :func:`outcome` of what ``model.repair`` makes of windows with errors; arguments as there and for it."""
+    return outcome(clean, wrong, rewritten(model, wrong, **options))
 
-    Args:
-        clean, wrong: (W, T) int64, consecutive windows of a text before and after errors were planted.
-        options: of ``repair``.
 
-    Returns:
-        ``wrong_before`` and ``wrong_after``, shares of all words; ``put_right`` and ``touched``, the shares of the wrong
-        words that are right afterwards, and that are changed; ``harmed``, the share of right words that are wrong now.
+def rewritten(model: Loaded, wrong: Tensor, **options: Any) -> Tensor:
+    """Consecutive windows of a text (W, T) int64 after ``model.repair``, which takes the options.
 
     Raises:
         UserError: the repaired text is cut into words otherwise than before, so places do not correspond.
     """
     words = model.tokenizer
-    text = words.decode_words(wrong.flatten().tolist())
-    after = torch.tensor(words.encode(model.repair(text, **options).text), dtype=torch.int64, device="cpu")
+    text = model.repair(words.decode_words(wrong.flatten().tolist()), **options).text
+    after = torch.tensor(words.encode(text), dtype=torch.int64, device="cpu")
     if len(after) != wrong.numel():
         raise UserError(
             "the vocabulary cuts the repaired text into other words; this measure needs characters"
         )
-    clean, wrong = clean.flatten(), wrong.flatten()
+    return after.view_as(wrong)
+
+
+def outcome(clean: Tensor, wrong: Tensor, after: Tensor) -> dict[str, float]:
+    """How a repair went, as shares.
+
+    Args:
+        clean, wrong, after: (W, T) int64, a text before and after errors were planted, and repaired.
+
+    Returns:
+        ``wrong_before`` and ``wrong_after``, shares of all words; ``put_right`` and ``touched``, the shares of the wrong
+        words that are right afterwards, and that are changed; ``harmed``, the share of right words that are wrong now.
+    """
     is_wrong = clean != wrong
     return {
         "wrong_before": _mean(is_wrong),

@@ -63,4 +63,9 @@ def quality(
         "distinct": distinct_grams(texts),
         "judge_nll": nll_under(judge, tokens),
     }
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    return finite(figures)
+
+
+def finite(figures: dict[str, float | None]) -> dict[str, float | None]:
+    """Figures for JSON: None for those that are not finite."""
+    return {name: v if v is not None and math.isfinite(v) else None for name, v in figures.items()}

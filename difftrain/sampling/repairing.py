@@ -41,6 +41,14 @@ class Edit:
     new: str | None = None
     probability: float | None = None
 
+    @classmethod
+    def at(cls, text: str, position: int, old: str, suspicion: float, new: str | None = None) -> Edit:
+        """The edit of the word ``old`` at a place of its text."""
+        line_start = text.rfind("\n", 0, position) + 1
+        return cls(
+            position, text.count("\n", 0, position) + 1, position - line_start + 1, old, suspicion, new
+        )
+
 
 @dataclass(frozen=True)
 class Repair:
@@ -215,14 +223,6 @@ def _edits(
         between = {i - before: c for i, c in unknown.items() if before <= i < place}
         position += len(_decode(ids[before:place], vocabulary, between))
         before = place
-        line_start = text.rfind("\n", 0, position) + 1
-        edits.append(
-            Edit(
-                position,
-                text.count("\n", 0, position) + 1,
-                position - line_start + 1,
-                vocabulary.decode_words([ids[place]]),
-                suspicion[place].item(),
-            )
-        )
+        old = vocabulary.decode_words([ids[place]])
+        edits.append(Edit.at(text, position, old, suspicion[place].item()))
     return edits

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.data import replace_share
-from difftrain.errors import UserError
+from difftrain.errors import UserError, real_number, whole_number
 from difftrain.runtime import resolve_device
 from difftrain.sampling.repairing import Edit, Repair, RepairRequest, repair
 from difftrain.sampling.texts import held_out_windows
@@ -31,10 +31,9 @@ class TrialRequest:
     allow_changed_data: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.errors <= 100:
+        if not 0 < real_number("errors", self.errors) <= 100:
             raise UserError(f"errors must be per cents in (0, 100], got {self.errors:g}")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"seed must be at least 0 and below 2^31, got {self.seed}")
+        whole_number("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,7 @@ def try_repair(run_dir: Path, request: TrialRequest, how: RepairRequest) -> Tria
     for old, new in zip(wrong_ids, right_ids, strict=True):
         old_word = vocabulary.decode_words([old])
         if old != new:
-            line_start = text.rfind("\n", 0, position) + 1
-            line, column = text.count("\n", 0, position) + 1, position - line_start + 1
-            planted[position] = Edit(position, line, column, old_word, 1.0, vocabulary.decode_words([new]))
+            planted[position] = Edit.at(text, position, old_word, 1.0, vocabulary.decode_words([new]))
         position += len(old_word)
     writer = Writer(checkpoint.make_model(resolve_device(request.device)), vocabulary, config)
     return Trial(
