@@ -25,15 +25,16 @@ from typing import Any
 import torch
 
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
-from difftrain.config.sources import read_toml
+from difftrain.config.sources import is_run_folder, read_toml
 from difftrain.errors import UserError
 from difftrain.progress import quiet
 from difftrain.reporting.log import read_metrics
 from difftrain.reporting.page.writing import write_whole
+from difftrain.run import Run
 from difftrain.sampling.loaded import Loaded, load
 from difftrain.training.loop import train
-from experiment.arms import ARMS, BASE, JUDGE, JUDGE_SEED, run_config, run_folder
-from experiment.measures import Effort, measure, reference
+from experiment.arms import ARMS, BASE, JUDGE, JUDGE_SEED, options_of, run_config, run_folder
+from experiment.measures import Effort, measure, references
 from experiment.tables import TABLES, draw, table
 from measuring.arguments import user_path
 from measuring.environment import environment
@@ -52,17 +53,18 @@ def train_piece(piece: Piece, out: Path, changes: dict[str, Any]) -> None:
         train(config, resume=has_begun)
 
 
-def measure_piece(piece: Piece, out: Path, effort: Effort) -> dict[str, Any]:
+def measure_piece(piece: Piece, out: Path, changes: dict[str, Any], effort: Effort) -> dict[str, Any]:
     """What was measured of a run, now or before."""
     file = run_folder(out, *piece) / MEASURED
+    of = {"options": options_of(run_config(*piece, out, changes)), "effort": vars(effort)}
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found.get("effort") == vars(effort):
+        if {name: found.get(name) for name in of} == of:
             return found
     judge, fluent, held_out = _shared(out, effort)
     with quiet():
         figures = measure(file.parent, judge, fluent, held_out, effort)
-    record = {"arm": piece[0], "seed": piece[1], "effort": vars(effort), "figures": figures}
+    record = {"arm": piece[0], "seed": piece[1], **of, "figures": figures}
     write_whole(file, json.dumps(record, indent=1))
     return record
 
@@ -82,23 +84,33 @@ def curve_of(run: Path) -> list[list[float]]:
 
 
 def is_trained(piece: Piece, out: Path, changes: dict[str, Any]) -> bool:
+    """Whether a run is at its end; raises UserError where its folder holds a run of other options."""
     config = run_config(*piece, out, changes)
-    return (Path(config.out_dir) / "checkpoints" / f"step-{config.max_iters:08d}").is_dir()
+    folder = Path(config.out_dir)
+    if not is_run_folder(folder):
+        return False
+    was, now = options_of(Run(folder).config), options_of(config)
+    if differing := [name for name in now if was[name] != now[name]]:
+        raise UserError(
+            f"{folder} holds a run of other options ({', '.join(differing)}); give another --out"
+        )
+    return (folder / "checkpoints" / f"step-{config.max_iters:08d}").is_dir()
 
 
 def report(records: list[dict[str, Any]], setting: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the tables, and write what was asked for."""
     for record in records:
+        record["base"] = ARMS[record["arm"]].base
         record["curve"] = curve_of(run_folder(options.out, record["arm"], record["seed"]))
         if len(record["curve"]) > 1:
             record["figures"]["early_nll_15"] = record["curve"][1][1]
     records = sorted(records, key=lambda record: (list(ARMS).index(record["arm"]), record["seed"]))
     for name, columns in TABLES.items():
-        print(f"\n{name}\n\n{table(records, columns, 'curriculum')}")
+        print(f"\n{name}\n\n{table(records, columns)}")
     if options.json:
         judge, _, held_out = _shared(options.out, Effort())
         result = {
-            "environment": environment(), "setting": setting, "held_out": reference(judge, held_out, Effort()),
+            "environment": environment(), "setting": setting, "references": references(judge, held_out, Effort()),
             "runs": records,
         }  # fmt: skip
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -144,6 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
                 if time.monotonic() > end:
                     return 0
                 train_piece(piece, options.out, changes)
+                if not is_trained(piece, options.out, changes):
+                    return 130  # Ctrl-C: the run has saved where it is
         if missing := [piece for piece in trained if not is_trained(piece, options.out, changes)]:
             print(
                 f"{len(missing)} runs are still to be trained by other parts; then give the command again"
@@ -155,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
             if is_mine or (run_folder(options.out, *piece) / MEASURED).exists():
                 if time.monotonic() > end:
                     return 0
-                records.append(measure_piece(piece, options.out, Effort()))
+                records.append(measure_piece(piece, options.out, changes, Effort()))
         if len(records) < len(arms):
             print(f"{len(arms) - len(records)} runs are still to be measured by other parts")
             return 0

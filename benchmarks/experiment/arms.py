@@ -29,11 +29,15 @@ class Arm:
         what: it, in a few words for the table.
         options: beside those of all.
         warmup: share of the steps over which the penalties move; 0: they are the final ones from the first step on.
+        base: the arm that it is compared with; one that is its own base begins a group.
+        length: steps, in those of the experiment.
     """
 
     what: str
     options: dict[str, object] = dataclasses.field(default_factory=dict)
     warmup: float = 0.0
+    base: str = "curriculum"
+    length: int = 1
 
 
 def _constant(pk: float, pm: float) -> dict[str, object]:
@@ -41,6 +45,21 @@ def _constant(pk: float, pm: float) -> dict[str, object]:
 
 
 CURRICULUM = 0.2  # of the steps, the options' own share: 1000 of 5000
+SPECIFIED = {"mask_factor": 1.0, "replace_factor": 1.0}  # the specification's shares
+LONG = 3  # times the steps, for what is asked again of a model that has learnt more
+
+
+def _penalties(base: str, shares: dict[str, object], where: str, length: int = 1) -> dict[str, Arm]:
+    """The curriculum under the name of its group, and what it is held against there."""
+    return {
+        base: Arm(f"the curriculum{where}", shares, CURRICULUM, base, length),
+        f"{base}: constant final": Arm(f"pk 0.25, pm 0.5{where}", shares, 0.0, base, length),
+        f"{base}: constant (1, 1)": Arm(
+            f"no penalties{where}", shares | _constant(1.0, 1.0), 0.0, base, length
+        ),
+    }
+
+
 ARMS = {
     "curriculum": Arm("pk 1 to 0.25, pm 0 to 0.5 over a fifth of the steps", {}, CURRICULUM),
     "constant final": Arm("pk 0.25, pm 0.5 from the first step on"),
@@ -57,12 +76,22 @@ ARMS = {
     ),
     "masked only": Arm(
         "recipe mdlm at equal weights: no wrong words, no [MASK] answers",
-        {"recipe": "mdlm", "token_weighting": "uniform", "mask_factor": 1.0, "replace_factor": 1.0},
+        {"recipe": "mdlm", "token_weighting": "uniform"} | SPECIFIED,
     ),
-    "specification's shares": Arm(
-        "the curriculum; as much masked and replaced as the specification says",
-        {"mask_factor": 1.0, "replace_factor": 1.0},
-        CURRICULUM,
+    **_penalties(
+        "specification's shares", SPECIFIED, "; as much masked and replaced as the specification says"
+    ),
+    "specification's shares: constant (1, 0)": Arm(
+        "a right word answered [MASK] weighs nothing; as much masked and replaced as the specification says",
+        SPECIFIED | _constant(1.0, 0.0),
+        base="specification's shares",
+    ),
+    **_penalties("long", {}, "; three times the steps", LONG),
+    **_penalties(
+        "long, specification's shares",
+        SPECIFIED,
+        "; the specification's shares, three times the steps",
+        LONG,
     ),
 }
 
@@ -86,6 +115,12 @@ def run_config(name: str, seed: int, out: Path, changes: dict[str, object]) -> C
         own = {"mode": "gpt2", "mask_factor": 1.0, "replace_factor": 1.0}
     else:
         arm = ARMS[name]
+        steps *= arm.length
         own = arm.options | {"masking_warmup_iters": round(arm.warmup * steps)}
     own |= {"max_iters": steps, "seed": seed, "out_dir": str(run_folder(out, name, seed))}
     return Config(**{"eval_interval": max(1, steps // 4)} | base | own)
+
+
+def options_of(config: Config) -> dict[str, object]:
+    """What a run was trained with, wherever its folder lies."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name != "out_dir"}

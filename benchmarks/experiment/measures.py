@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,8 @@ from text_quality.written import finite, quality
 
 LEVELS = (15.0, 50.0, 85.0)
 ERRORS = 5.0  # per cent of the words
-POLICIES = ("ancestral", "fill")  # exact in distribution, for every model; the specification's
+# Exact in distribution, for every model; the one that this training is for; the specification's.
+POLICIES = ("ancestral", "remask", "fill")
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def measure(
         figures |= {"found": answers["found"]["value"], "harmed": answers["harmed"]["value"]}
         figures |= _repairs(model, fluent, held_out.tokens)
     for policy in POLICIES:
-        if policy == "fill" and not model.config.has_penalties:
-            continue  # it would write all in one pass
+        if policy != "ancestral" and not model.config.has_penalties:
+            continue  # it never answers [MASK]: fill would write all in one pass, remask send nothing back
         texts = model.sample(effort.texts, policy=policy, temperature=1.0, seed=0)
         ids = [model.tokenizer.encode(text) for text in texts]
         written = quality(
@@ -77,7 +77,15 @@ def _repairs(model: Loaded, fluent: Loaded, clean: Tensor) -> dict[str, float]:
     return figures
 
 
-def reference(judge: Loaded, held_out: HeldOut, effort: Effort) -> dict[str, Any]:
-    """What held-out text itself gets: as many of its windows as texts are written."""
+def references(judge: Loaded, held_out: HeldOut, effort: Effort) -> dict[str, dict[str, float | None]]:
+    """What held-out text itself gets, and what its characters get in a random order, each text's among themselves.
+
+    As many windows as texts are written.
+    """
     tokens = held_out.tokens[:: max(1, len(held_out.tokens) // effort.texts)][: effort.texts]
-    return quality(tokens, judge.tokenizer.decode, judge, held_out.known)
+    generator = torch.Generator("cpu").manual_seed(0)
+    order = torch.rand(tokens.shape, generator=generator, dtype=torch.float32, device="cpu").argsort(1)
+    return {
+        "held-out text": quality(tokens, judge.tokenizer.decode, judge, held_out.known),
+        "shuffled": quality(tokens.gather(1, order), judge.tokenizer.decode, judge, held_out.known),
+    }

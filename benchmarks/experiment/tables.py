@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Tables of the page: title of each column, figure, digits, and whether less is better.
+# Tables of the page: title of each column, figure, digits, and whether less is better (None: neither).
 KNOWLEDGE = (
     ("nll, 15 % masked, after a quarter of the steps", "early_nll_15", 3, True),
     ("after all", "masked_nll_15", 3, True),
@@ -26,7 +26,11 @@ REPAIR = (
 )
 WRITING = (
     ("ancestral: words that exist", "ancestral_known_words", 3, False),
+    ("distinct", "ancestral_distinct", 3, None),
     ("nll under the judge", "ancestral_judge_nll", 3, True),
+    ("remask: words that exist", "remask_known_words", 3, False),
+    ("distinct", "remask_distinct", 3, None),
+    ("nll under the judge", "remask_judge_nll", 3, True),
     ("fill: words that exist", "fill_known_words", 3, False),
     ("nll under the judge", "fill_judge_nll", 3, True),
 )
@@ -35,9 +39,11 @@ PANELS = (
     ("masked_nll_15", "nll of masked characters, 15 % masked (nats)"),
     ("bits_per_character", "bound on bits a character"),
     ("random_found_at_1", "wrong characters found at 1 % harmed"),
-    ("ancestral_known_words", "share of sampled words that exist"),
+    ("remask_known_words", "share of sampled words that exist (remask)"),
 )
 LEAST_RUNS = 3  # for a difference to be called one
+# What |mean| / standard error exceeds by chance one time in twenty, from LEAST_RUNS runs on: Student's t.
+CHANCE = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def values_of(runs: Iterable[dict[str, Any]], arm: str, figure: str) -> dict[int, float]:
@@ -47,9 +53,14 @@ def values_of(runs: Iterable[dict[str, Any]], arm: str, figure: str) -> dict[int
 
 
 def cell(
-    runs: Sequence[dict[str, Any]], arm: str, figure: str, digits: int, is_less_better: bool, base: str
+    runs: Sequence[dict[str, Any]],
+    arm: str,
+    figure: str,
+    digits: int,
+    is_less_better: bool | None,
+    base: str,
 ) -> str:
-    """Mean and standard deviation over seeds, in bold or in brackets where each seed is better or worse than ``base``."""
+    """Mean and standard deviation over seeds, in bold or in brackets where better or worse than ``base``."""
     values = values_of(runs, arm, figure)
     if not values:
         return ""
@@ -59,29 +70,29 @@ def cell(
     return f"**{text}**" if sign > 0 else f"({text})" if sign < 0 else text
 
 
-def compared(values: dict[int, float], base: dict[int, float], is_less_better: bool) -> int:
-    """1 or -1 where an arm is better or worse than another with every seed, and by more than the spread of that; else 0.
+def compared(values: dict[int, float], base: dict[int, float], is_less_better: bool | None) -> int:
+    """1 or -1 where an arm is better or worse than another by more than chance explains 19 times in 20; else 0.
 
-    Equal seeds share initial weights and data, so differences are taken seed by seed. They must all have one
-    sign, and their mean must be at least twice its standard error.
+    Equal seeds share initial weights and data, so differences are taken seed by seed; Student's t of their mean.
     """
     differences = [values[seed] - base[seed] for seed in values if seed in base]
     if len(differences) < LEAST_RUNS:
         return 0
     mean = statistics.mean(differences)
     error = statistics.stdev(differences) / len(differences) ** 0.5
-    if abs(mean) < 2 * error or len({d > 0 for d in differences}) > 1 or mean == 0:
+    least = CHANCE[min(len(differences) - LEAST_RUNS, len(CHANCE) - 1)]
+    if is_less_better is None or abs(mean) <= least * error:
         return 0
     return 1 if (mean < 0) == is_less_better else -1
 
 
-def table(runs: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, int, bool]], base: str) -> str:
-    """Arms by figures, in Markdown."""
-    arms = list(dict.fromkeys(run["arm"] for run in runs))
+def table(runs: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, int, bool | None]]) -> str:
+    """Arms by figures, in Markdown: an arm in italics begins a group, the others of which are compared with it."""
+    bases = {run["arm"]: run["base"] for run in runs}
     lines = [f"| arm | {' | '.join(title for title, *_ in columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for arm in arms:
+    for arm, base in bases.items():
         cells = [cell(runs, arm, *column, base) for _, *column in columns]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
+        lines.append(f"| {f'*{arm}*' if arm == base else arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -93,7 +104,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     arms = list(dict.fromkeys(run["arm"] for run in runs))
-    figure, panels = plt.subplots(2, 2, figsize=(12, 8), dpi=100, sharey=True, constrained_layout=True)
+    figure, panels = plt.subplots(2, 2, figsize=(12, 11), dpi=100, sharey=True, constrained_layout=True)
     for panel, (name, title) in zip(panels.flat, PANELS, strict=True):
         for place, arm in enumerate(arms):
             values = list(values_of(runs, arm, name).values())

@@ -1,11 +1,11 @@
 """The experiment on the curriculum: runs in pieces, goes on where it was, compares what it measured."""
 
-import dataclasses
 import json
 
 import pytest
 
 import curriculum
+from difftrain.training.console import Listeners
 from experiment.arms import ARMS, JUDGE, run_config
 from experiment.measures import Effort
 
@@ -42,6 +42,10 @@ def test_every_arm_differs_from_the_others_and_trains_as_it_says(tmp_path):
         1.0,
         0,
     )
+    long = configs["long, specification's shares: constant final"]
+    assert (long.max_iters, long.masking_warmup_iters, long.mask_factor) == (3600, 0, 1.0)
+    assert configs["long"].masking_warmup_iters == 720
+    assert {arm.base for arm in ARMS.values()} == {n for n, arm in ARMS.items() if arm.base == n}
     judge = run_config(JUDGE, 1000, tmp_path, {"max_iters": 10})
     assert (judge.mode, judge.max_iters) == ("gpt2", 20)
 
@@ -62,10 +66,12 @@ def test_it_trains_measures_and_compares_and_a_second_command_only_reads(
     curves = [[step for step, _ in run["curve"]] for run in result["runs"]]
     assert curves == [[0, 1, 2, 3, 4]] * 2
     assert runs["curriculum"]["early_nll_15"] == result["runs"][0]["curve"][1][1] > 0
-    assert set(result["held_out"]) == {"known_words", "distinct", "judge_nll"}
+    text, shuffled = result["references"]["held-out text"], result["references"]["shuffled"]
+    assert set(text) == set(shuffled) == {"known_words", "distinct", "judge_nll"}
+    assert text["known_words"] == 1.0 > shuffled["known_words"]
     assert result["setting"]["options"]["max_iters"] == 4
     first = capsys.readouterr().out
-    assert "| curriculum |" in first
+    assert "| *curriculum* |" in first
     assert "| masked only |" in first
 
     def refuse(*_, **__):
@@ -80,23 +86,19 @@ def test_it_trains_measures_and_compares_and_a_second_command_only_reads(
 
 
 def test_a_run_that_was_cut_goes_on_and_the_parts_are_disjoint(arguments, tmp_path, capsys, monkeypatch):
-    chosen = [
-        "--arms",
-        "curriculum",
-    ]  # three runs: the judge, the one that draws fluent errors, and this arm's
+    # Three runs: the judge, the one that draws fluent errors, and this arm's.
+    chosen = ["--arms", "curriculum"]
     seen = []
     train = curriculum.train
 
     def cut(config, *, resume):
         seen.append((config.mode, config.recipe, resume))
-        if len(seen) == 1:  # cut amid its steps
-            train(dataclasses.replace(config, max_iters=4), resume=resume)
-            raise KeyboardInterrupt
-        train(config, resume=resume)
+        cut_amid_its_steps = Listeners(on_step=lambda record: record["step"] == 3)
+        train(config, resume=resume, listeners=cut_amid_its_steps if len(seen) == 1 else None)
 
     monkeypatch.setattr(curriculum, "train", cut)
-    with pytest.raises(KeyboardInterrupt):
-        curriculum.main([*arguments, *chosen, "--part", "1/2"])
+    assert curriculum.main([*arguments, *chosen, "--part", "1/2"]) == 130
+    assert len(seen) == 1
     assert curriculum.main([*arguments, *chosen, "--part", "1/2"]) == 0
     assert seen[:2] == [("gpt2", "specification", False), ("gpt2", "specification", True)]
     assert seen[2] == ("diffusion", "specification", False)
@@ -105,7 +107,29 @@ def test_a_run_that_was_cut_goes_on_and_the_parts_are_disjoint(arguments, tmp_pa
     assert seen[3:] == [("diffusion", "mdlm", False)]
     assert "still to be measured by other parts" in capsys.readouterr().out
     assert curriculum.main([*arguments, *chosen]) == 0
-    assert "| curriculum |" in capsys.readouterr().out
+    assert "| *curriculum* |" in capsys.readouterr().out
+
+
+def test_runs_of_other_options_are_neither_taken_for_these_nor_gone_on_with(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    command = [*arguments, "--arms", "curriculum"]
+    assert curriculum.main(command) == 0
+    measured = tmp_path / "runs" / "curriculum-1" / "measured.json"
+    record = json.loads(measured.read_text())
+    measured.write_text(json.dumps(record | {"options": record["options"] | {"n_embd": 8}, "figures": {}}))
+    assert curriculum.main(command) == 0  # measured anew: these figures were another run's
+    assert json.loads(measured.read_text()) == record
+
+    monkeypatch.setattr(curriculum, "train", lambda *_, **__: pytest.fail("it goes on with another's run"))
+    options = tmp_path / "small.toml"
+    options.write_text(options.read_text() + "learning_rate = 0.5\n")
+    assert curriculum.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"curriculum: {tmp_path}/runs/judge-1000 holds a run of other options (learning_rate"
+    )
+    assert error.endswith("give another --out\n")
 
 
 def test_no_run_begins_after_the_time(arguments, tmp_path):
