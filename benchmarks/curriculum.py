@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
+from difftrain.appearing import write_whole
 from difftrain.config.sources import is_run_folder, read_toml
 from difftrain.errors import UserError
 from difftrain.progress import quiet
 from difftrain.reporting.log import read_metrics
-from difftrain.reporting.page.writing import write_whole
 from difftrain.run import Run
 from difftrain.sampling.loaded import Loaded, load
 from difftrain.training.loop import train

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from difftrain.appearing import HALF, as_os_error, flush
 from difftrain.checkpoints.folder import (
     CONFIG,
     DIGESTS,
@@ -157,7 +156,8 @@ def remove_leftovers(run_dir: Path) -> None:
     """Remove what a killed or failed save left."""
     home = run_dir / "checkpoints"
     put_back_replaced(home)
-    for leftover in [*home.glob(".writing-*"), *home.glob(".old-*"), *home.glob(".removed-*")]:
+    patterns = (".writing-*", ".old-*", ".removed-*")
+    for leftover in [*run_dir.glob(f".*{HALF}"), *(path for each in patterns for path in home.glob(each))]:
         _remove(leftover)
 
 
@@ -166,26 +166,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def flush(path: Path) -> None:
-    """Have a file or a folder on the disk before anything that is done next."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # Some file systems refuse to flush a folder; the rename is still atomic there.
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def as_os_error() -> Iterator[None]:
-    """Let a writer that hides the system's error in its own text fail with that error."""
-    try:
-        yield
-    except BaseException as error:  # a CheckpointException is no Exception
-        number = re.search(r"(?:os error |Errno )(\d+)", str(error))
-        if number and not isinstance(error, OSError):
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
-        raise

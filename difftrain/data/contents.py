@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from difftrain.appearing import write_whole
 from difftrain.data.preparing import cache_folder
 from difftrain.errors import UserError
 from difftrain.progress import progress
@@ -144,13 +144,6 @@ def _read_memo(file: Path) -> dict[str, Any]:
 def _write_memo(folder: Path, entries: dict[str, Any]) -> None:
     """Remember in the first place that can be written, if there is one."""
     for file in _memo_files(folder):
-        aside = file.with_name(f"{file.name}-{secrets.token_hex(4)}")
         with contextlib.suppress(OSError):
-            if file.parent != folder:
-                file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                aside.write_text(json.dumps(entries), encoding="utf-8")
-                aside.replace(file)
-            finally:
-                aside.unlink(missing_ok=True)
+            write_whole(file, json.dumps(entries))
             return

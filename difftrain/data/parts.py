@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from difftrain.appearing import replacing, write_whole
 from difftrain.data.documents import SPLITS, Piece, is_held_out, read_pieces
 from difftrain.data.encoding import Alphabet, Encoder, count_words
 from difftrain.data.sources import Range, Source
@@ -22,7 +22,6 @@ from difftrain.errors import UserError
 
 SPLIT_NAMES = ("train", "val")
 AT_ONCE = 1 << 20  # characters encoded together
-HALF = ".half"  # ends the name of a file that is being written
 
 
 @dataclass(frozen=True)
@@ -129,24 +128,9 @@ def write_part(job: Job, meta: dict[str, Any], number: int, advance: Callable[[i
         for name, shard in zip(SPLIT_NAMES, shards, strict=True):
             record[name] = shard.finish()
         counts = np.stack([shard.counts for shard in shards])
-    with appearing_file(counts_file(job.folder, number)) as file:
+    with replacing(counts_file(job.folder, number)) as file:
         np.save(file, counts)
-    with appearing_file(record_file(job.folder, number)) as file:
-        file.write(json.dumps(record).encode())
-
-
-@contextlib.contextmanager
-def appearing_file(target: Path) -> Iterator[Any]:
-    """A file that has its name once it is whole and on the disk."""
-    half = target.with_name(f"{target.name}.{os.getpid()}{HALF}")
-    try:
-        with half.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(target)
-    finally:
-        half.unlink(missing_ok=True)
+    write_whole(record_file(job.folder, number), json.dumps(record))
 
 
 class _Shard:
@@ -160,7 +144,7 @@ class _Shard:
         self.counts = np.zeros(encoder.vocabulary.n_words, np.int64)
 
     def __enter__(self) -> _Shard:
-        self._context = appearing_file(self._path)
+        self._context = replacing(self._path)
         self._file = self._context.__enter__()
         return self
 

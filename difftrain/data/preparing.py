@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from difftrain.appearing import appearing
 from difftrain.config.paths import expand_path
 from difftrain.data.encoding import Encoder, dtype_of
 from difftrain.data.texts import NEWLINES, NotText, read_text, read_texts
@@ -135,26 +134,19 @@ def _split(texts: list[str]) -> tuple[str, str]:
 
 
 def _write_folder(folder: Path, train: str, val: str, tokenizer: str, say: Callable[[str], None]) -> None:
-    """Write the token files aside and rename the folder into place, so that no half of it is ever read."""
+    """Write the token files, so that no half of them is ever read."""
     vocabulary = make_vocabulary(tokenizer, train + val)
-    if folder.exists():
-        raise UserError(f"{folder} exists already")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
-    aside.mkdir()  # not tempfile's: its folders are for their owner alone, whatever the umask
     try:
-        for split, text in (("train", train), ("val", val)):
-            say(f"preparing {folder}: {split}.bin from {len(text):,} characters")
-            _encode(vocabulary, text).tofile(aside / f"{split}.bin")
-        meta = vocabulary.to_meta() | {"dtype": dtype_of(vocabulary.n_words).name}
-        (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not (folder / "meta.json").exists():  # else another process made it meanwhile
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with appearing(folder) as aside:
+            aside.mkdir()
+            for split, text in (("train", train), ("val", val)):
+                say(f"preparing {folder}: {split}.bin from {len(text):,} characters")
+                _encode(vocabulary, text).tofile(aside / f"{split}.bin")
+            meta = vocabulary.to_meta() | {"dtype": dtype_of(vocabulary.n_words).name}
+            (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    except OSError:
+        if not (folder / "meta.json").exists():  # else another process made it meanwhile
+            raise
 
 
 def _encode(vocabulary: Vocabulary, text: str) -> np.ndarray:

@@ -17,16 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from difftrain.appearing import HALF, replacing, write_whole
 from difftrain.data.blocks import BLOCK
 from difftrain.data.byte_pairs import learn_byte_pairs
 from difftrain.data.contents import Content, remember
 from difftrain.data.encoding import Alphabet, dtype_of
 from difftrain.data.parts import (
-    HALF,
     SPLIT_NAMES,
     Job,
     ShardRequest,
-    appearing_file,
     collect_alphabet,
     counts_file,
     record_file,
@@ -116,7 +115,7 @@ def _kept(source: Source, folder: Path) -> Source:
         return source
     if sys.stdin is None:
         raise UserError("standard input is closed; give a file")
-    with appearing_file(folder / STDIN) as file:
+    with replacing(folder / STDIN) as file:
         shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
     stat = (folder / STDIN).stat()
     if not stat.st_size:
@@ -169,8 +168,7 @@ def _under_way(out: Path, identity: str, say: Callable[[str], None]) -> Iterator
                 say(f"{folder} is of other sources or options; beginning anew")
             for path in folder.iterdir():
                 path.unlink()
-            with appearing_file(job) as file:
-                file.write(identity.encode())
+            write_whole(job, identity)
         for path in folder.glob(f"*{HALF}"):
             path.unlink()
         try:
@@ -212,8 +210,7 @@ def _vocabulary(job: Job, run: Callable) -> Vocabulary:
     else:
         vocabulary = Tiktoken(request.tokenizer)
     with_two_words(vocabulary, "the text")
-    with appearing_file(kept) as file:
-        file.write(json.dumps(vocabulary.to_meta()).encode())
+    write_whole(kept, json.dumps(vocabulary.to_meta()))
     return vocabulary
 
 
@@ -254,15 +251,13 @@ def _write_index(job: Job, meta: dict[str, Any]) -> None:
         }
     for n in range(len(job.parts)):
         counts = counts + np.load(counts_file(folder, n))
-    with appearing_file(folder / COUNTS) as file:
+    with replacing(folder / COUNTS) as file:
         np.save(file, counts)
-    with appearing_file(folder / "meta.json") as file:
-        file.write(json.dumps(meta).encode())
+    write_whole(folder / "meta.json", json.dumps(meta))
     digest = hashlib.sha256((folder / COUNTS).read_bytes()).hexdigest()
     request = dataclasses.asdict(job.request)
     index = {"format": FORMAT, "splits": splits, COUNTS: digest, "request": request}
-    with appearing_file(folder / INDEX) as file:
-        file.write(json.dumps(index, indent=1).encode())
+    write_whole(folder / INDEX, json.dumps(index, indent=1))
     shards = {shard["file"]: shard for split in splits.values() for shard in split["shards"]}
     remember(
         folder,

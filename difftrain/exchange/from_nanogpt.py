@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difftrain.appearing import appearing
 from difftrain.checkpoints.folder import digest_of
 from difftrain.checkpoints.writing import save_checkpoint
 from difftrain.config import Config
@@ -18,7 +19,6 @@ from difftrain.config.sources import CONFIG_FILE
 from difftrain.data.opening import FILES, GPT2_WORDS, read_json, read_plain_pickle
 from difftrain.data.vocabulary import Vocabulary, from_meta
 from difftrain.errors import UserError
-from difftrain.exchange.appearing import appearing
 from difftrain.exchange.nanogpt_names import EMBEDDING, HEAD, nanogpt_name
 from difftrain.model import Transformer, make_optimizer, optimizer_tensors
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from difftrain.appearing import appearing
 from difftrain.checkpoints.exported import CONFIG, DESCRIPTION, PREFIX
 from difftrain.checkpoints.folder import WEIGHTS
 from difftrain.checkpoints.reading import Checkpoint, find_checkpoint
 from difftrain.errors import UserError
-from difftrain.exchange.appearing import appearing
 from difftrain.exchange.hf_card import card
 from difftrain.exchange.hf_tokenizer import tokenizer_files
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from difftrain.appearing import appearing
 from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.errors import UserError
-from difftrain.exchange.appearing import appearing
 from difftrain.exchange.nanogpt_names import EMBEDDING, HEAD, nanogpt_name
 from difftrain.model import make_optimizer, restore_optimizer
 

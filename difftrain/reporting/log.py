@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from difftrain.appearing import write_whole
 from difftrain.config import Config
 from difftrain.errors import UserError, import_extra
 
@@ -112,12 +113,7 @@ def drop_records_after(run_dir: Path, step: int, *, is_evaluated: bool) -> None:
     if not path.is_file():
         return
     keep = [r for r in _read_records(path) if (r["step"], r["kind"] == "train") < (step, is_evaluated)]
-    aside = path.with_name(f".{FILE}")
-    try:
-        aside.write_text("".join(json.dumps(r) + "\n" for r in keep), encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(path, "".join(json.dumps(r) + "\n" for r in keep))
 
 
 def _flatten(prefix: str, value: dict[str, Any]) -> list[tuple[str, float]]:

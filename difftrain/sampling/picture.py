@@ -6,8 +6,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from difftrain.appearing import write_whole
 from difftrain.errors import import_extra
-from difftrain.reporting.page.writing import write_whole
 from difftrain.sampling.showing import BACK, COLUMNS, FRESH, MASKED, SETTLED, Frame, laid_out
 
 INKS = {MASKED: "#b8bec6", FRESH: "#0a7d32", BACK: "#c62828", SETTLED: "#1f2328"}

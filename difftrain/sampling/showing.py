@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from difftrain.appearing import write_whole
 from difftrain.data.vocabulary import Vocabulary
-from difftrain.reporting.page.writing import write_whole
 
 MASKED, FRESH, BACK, SETTLED = "masked", "fresh", "back", "settled"
 COLOURS = {MASKED: "\x1b[2m", FRESH: "\x1b[1;92m", BACK: "\x1b[91m", SETTLED: ""}
@@ -116,7 +116,7 @@ def write_page(frames: list[Frame], path: Path, title: str) -> None:
     page = re.sub(
         "TITLE|FRAMES", lambda name: parts[name[0]], PAGE
     )  # at once: a title may hold either word
-    write_whole(path, page)
+    write_whole(path, page.encode("utf-8", "replace"))
 
 
 def mask_sign() -> str:

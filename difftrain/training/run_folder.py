@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from difftrain.appearing import write_whole
 from difftrain.checkpoints.reading import Checkpoint, find_newest_good
 from difftrain.checkpoints.writing import remove_leftovers
 from difftrain.config import Config
@@ -60,7 +60,6 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 def claim_run_dir(run_dir: Path, config: Config, *, resume: bool) -> None:
     """Make the folder and save the configuration; without ``resume``, remove what a run left there."""
-    aside = run_dir / f".{CONFIG_FILE}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if resume:
@@ -72,14 +71,9 @@ def claim_run_dir(run_dir: Path, config: Config, *, resume: bool) -> None:
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(config.to_toml())
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(run_dir / CONFIG_FILE)
+        write_whole(run_dir / CONFIG_FILE, config.to_toml())
     except OSError as error:
         if error.errno in DISK_FULL:
-            aside.unlink(missing_ok=True)
             raise
         raise UserError(f"out_dir {run_dir} is not writable: {error.strerror or error}") from None
 

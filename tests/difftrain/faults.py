@@ -39,6 +39,7 @@ FROM_PYTHON, RUN, COLUMNS = (
     "difftrain/run.py",
     "difftrain/reporting/columns.py",
 )
+APPEARING = "difftrain/appearing.py"
 HEALTH, LINES, SESSIONS = (f"difftrain/reporting/{name}.py" for name in ("health", "lines", "sessions"))
 DRAWING, PICTURES, REPORT_TEXTS, REPORT, RUNS, WATCH, PROGRESS = (
     f"difftrain/{name}.py"
@@ -89,6 +90,7 @@ HINTS = {
     "a run that has weights to begin with": "resume_reads_them_no_more",
 }
 STAGES = {
+    APPEARING: (["tests/difftrain/test_appearing.py"],),
     FOLDER: CHECKPOINT_STAGES,
     READING: (["tests/difftrain/sampling/test_loaded.py"], *CHECKPOINT_STAGES, DEFAULTS),
     WRITING: CHECKPOINT_STAGES,
@@ -208,7 +210,7 @@ MUTANTS = [
     (WRITING, "the latest one deleted", 'kept = {read_pointer(home, "best"), read_pointer(home, "latest")}', 'kept = {read_pointer(home, "best")}'),
     (WRITING, "deleted under its name", '_remove(old.rename(home / f".removed-{old.name}"))', "_remove(old)"),
     (FOLDER, "a pointer's digest goes unchecked", "text == pointer_text(target) and ", ""),
-    (WRITING, "leftovers stay", '[*home.glob(".writing-*"), ', "["),
+    (WRITING, "leftovers stay", 'patterns = (".writing-*", ', "patterns = ("),
     (FOLDER, "a replaced checkpoint is not put back", "                old.rename(original)", "                pass"),
     (READING, "the oldest is resumed", "reversed(step_folders(", "list(step_folders("),
     (SAVER, "the state is not copied", '.to("cpu", copy=True)', '.to("cpu")'),
@@ -234,7 +236,7 @@ MUTANTS = [
     (LOOP, "the best pointer is not put right", '    point_to_best(run.folder / "checkpoints", run.best_step)\n', ""),
     (WRITING, "the best pointer is never moved", "    point_to_best(home, best_step)\n", ""),
     (FOLDER, "a stray file passes", "sorted({*stored, *files_below(folder)} - {DIGESTS})", "sorted(stored)"),
-    (WRITING, "a full disk hides in the writer's text", "if number and not isinstance(error, OSError):", "if False:"),
+    (APPEARING, "a full disk hides in the writer's text", "if number and not isinstance(error, OSError):", "if False:"),
     (LOOP, "one step more", "is_last = run.step == config.max_iters", "is_last = run.step > config.max_iters"),
     (LOOP, "the best at the penalties of the moment", 'record["loss_final"]', 'record["loss"]'),
     (LOOP, "a stop does not save", "if run.saved_step != run.step:", "if run.saved_step > run.step:"),
@@ -307,7 +309,6 @@ MUTANTS = [
     (DOCUMENTS, "what is held out ignores the seed", 'f"{seed} {key}"', 'f"{key}"'),
     (DOCUMENTS, "a text's last part ends no document", "is_last = not part.stop or part.stop == source.size", "is_last = not part.stop"),
     (ENCODING, "an odd last word is not counted", "if len(ids) % 2:", "if False:"),
-    (PARTS, "half a shard stays", "        half.unlink(missing_ok=True)", "        pass"),
     (PARTS, "a shard's digest is of its last piece", "self._digest.update(ids.data)", "self._digest = hashlib.sha256(ids.data)"),
     (SHARDING, "another preparation's parts are taken over", 'job.read_text(encoding="utf-8") != identity', "False"),
     (SHARDING, "two processes write one folder", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
@@ -491,7 +492,9 @@ MUTANTS = [
     (SAMPLING, "a text that is no characters cannot be kept", 'encoding="utf-8", errors="backslashreplace")', 'encoding="utf-8")'),
     (LOADED, "ids outside the vocabulary reach the model", "if ids.numel() and not 0", "if False and not 0"),
     (EXPORTED, "a pointer is no checkpoint", "if folder.is_file() and (target := read_pointer(folder.parent, folder.name)):", "if target := None:"),
-    (REPORT, "a page is written in place", "aside = out.with_name(", "aside = out or out.with_name("),
+    (APPEARING, "a file is written in place", "half = target.with_name(", "half = target or target.with_name("),
+    (APPEARING, "half a file stays", "        half.unlink(missing_ok=True)", "        pass"),
+    (APPEARING, "a file has its name before it is on the disk", "        flush(half)\n        half.replace(target)", "        half.replace(target)"),
     (SAMPLE_COMMAND, "a page's place is looked at too late", "        check_place(place)\n", "        pass\n"),
     (OPTIONS, "corruption is asked of gpt2 mode in vain", '"gpt2": CORRUPTING}', '"gpt2": ()}'),
     (CONSOLE, "any answer of a function stops a run", "listener(copy.deepcopy(record)) is True", "listener(copy.deepcopy(record))"),

@@ -98,22 +98,23 @@ TRITON_KERNELS = {
 # The trainer's rooms in the order of the data's way; each with the rooms below it and the libraries that it may import.
 TRAINER = {
     "errors": set(),
+    "appearing": {"errors"},
     "progress": {"tqdm"},
     "config": {"errors", "tomli"},
     "schedule": {"config", "torch"},  # torch: a compiled step reads its penalties from tensors
     "data": {
-        "errors", "progress", "config", "numpy", "pyarrow", "tiktoken", "tokenizers", "torch", "zstandard",
+        "appearing", "errors", "progress", "config", "numpy", "pyarrow", "tiktoken", "tokenizers", "torch", "zstandard",
     },
     "model": {"config", "torch"},
     "runtime": {"errors", "progress", "config", "torch"},
     "parallel": {"config", "model", "runtime", "torch"},
     "loss": {"config", "data", "runtime", "difftrain_kernels", "torch"},
     "reporting": {
-        "errors", "progress", "config", "schedule", "difftrain_kernels", "matplotlib", "numpy", "pandas", "torch",
+        "appearing", "errors", "progress", "config", "schedule", "difftrain_kernels", "matplotlib", "numpy", "pandas", "torch",
         "wandb",
     },
     "checkpoints": {
-        "errors", "config", "data", "model", "runtime", "parallel", "safetensors", "torch",
+        "appearing", "errors", "config", "data", "model", "runtime", "parallel", "safetensors", "torch",
     },
     "run": {"errors", "config", "reporting", "checkpoints"},
     "evaluation": {
@@ -121,12 +122,12 @@ TRAINER = {
         "numpy", "torch",
     },
     "sampling": {
-        "errors", "progress", "config", "schedule", "data", "model", "runtime", "loss", "reporting", "checkpoints",
+        "appearing", "errors", "progress", "config", "schedule", "data", "model", "runtime", "loss", "reporting", "checkpoints",
         "evaluation", "numpy", "torch", "PIL", "matplotlib",
     },
-    "exchange": {"errors", "config", "data", "model", "loss", "reporting", "checkpoints", "safetensors", "torch", "transformers"},
+    "exchange": {"appearing", "errors", "config", "data", "model", "loss", "reporting", "checkpoints", "safetensors", "torch", "transformers"},
     "training": {
-        "errors", "progress", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",
+        "appearing", "errors", "progress", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",
         "reporting", "checkpoints", "exchange", "run", "difftrain_kernels", "torch", "tqdm",
     },
     "cli": {

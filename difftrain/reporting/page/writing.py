@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import os
-import secrets
 import time
 from collections.abc import Sequence
 from html import escape
@@ -16,6 +15,7 @@ from string import Template
 from typing import Any
 
 from difftrain import __version__
+from difftrain.appearing import write_whole
 from difftrain.errors import UserError
 from difftrain.progress import progress
 from difftrain.reporting.lines import REPORT
@@ -66,7 +66,8 @@ def write_report(
         before, after = comparison_parts(runs, names)
         out = out or Path(COMPARISON)
     drawn, data = _draw(sections)
-    write_whole(out, _page(title, "\n".join([*before, *drawn, *after]), data))
+    page = _page(title, "\n".join([*before, *drawn, *after]), data)
+    write_whole(out, page.encode("utf-8", "replace"))  # a name may hold what UTF-8 does not
     return out
 
 
@@ -138,14 +139,3 @@ def check_place(out: Path) -> None:
     if out.is_dir() or not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
         what = "is a folder" if out.is_dir() else f"lies in {home}, which cannot be written to"
         raise UserError(f"a page must have a place of its own, and {out} {what}")
-
-
-def write_whole(out: Path, page: str | bytes) -> None:
-    """Write a page or a picture aside and rename it, so that a reader never meets half of it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}-{secrets.token_hex(4)}")
-    try:
-        aside.write_bytes(page if isinstance(page, bytes) else page.encode("utf-8", "replace"))
-        aside.replace(out)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from difftrain.appearing import HALF
 from difftrain.cli import main
 from difftrain.data import ShardRequest, blocks, parts, prepare_shards, read_folder, sharding
 from difftrain.data.documents import is_held_out
@@ -243,7 +244,7 @@ def test_a_preparation_that_stops_goes_on_where_it_was(tmp_path, monkeypatch):
     assert not out.exists()
     first = {path.name: path.stat().st_ino for path in under_way.glob("*-0000[0-3].bin")}
     assert len(first) > 4
-    (under_way / f"train-00004.bin.77{parts.HALF}").write_bytes(b"half")
+    (under_way / f"train-00004.bin.77{HALF}").write_bytes(b"half")
     written = []
     monkeypatch.setattr(
         sharding, "write_part", lambda job, meta, n, a: (written.append(n), real(job, meta, n, a))
@@ -372,7 +373,7 @@ def test_a_bad_line_is_named_in_whichever_part_it_lies(tmp_path, capsys, name, h
     with pytest.raises(UserError, match=message):
         made(path, tmp_path / "out", workers=workers, shard_bytes=1 << 16, tokenizer="bytes")
     assert not (tmp_path / "out").exists()
-    assert not [*(tmp_path / ".out.partial").glob(f"*{parts.HALF}")]
+    assert not [*(tmp_path / ".out.partial").glob(f"*{HALF}")]
 
 
 def test_what_is_not_there_or_holds_nothing_is_named(tmp_path):

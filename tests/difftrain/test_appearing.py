@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import nanogpt
+from difftrain import appearing as appearing_module
+from difftrain.appearing import appearing, replacing, write_whole
 from difftrain.errors import UserError
-from difftrain.exchange import appearing as appearing_module
-from difftrain.exchange.appearing import appearing
 from difftrain.exchange.from_nanogpt import import_nanogpt
 from launch import obey
 
@@ -52,6 +52,43 @@ def test_what_is_there_stays(tmp_path):
         with pytest.raises(UserError, match="exists already"), appearing(tmp_path / name):
             pass
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_file_is_replaced_when_the_new_one_is_whole_and_on_the_disk(tmp_path, monkeypatch):
+    target = tmp_path / "file"
+    target.write_text("old")
+    at_flush = []
+    monkeypatch.setattr(
+        appearing_module, "flush", lambda path: at_flush.append((path.read_bytes(), target.read_text()))
+    )
+    with replacing(target) as file:
+        file.write(b"new")
+    assert at_flush == [(b"new", "old")]
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_error_leaves_the_old_file_and_no_half_of_the_new(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def write():
+        with replacing(target) as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_is_written_whole_in_a_folder_that_is_made(tmp_path):
+    write_whole(tmp_path / "a" / "b" / "text", "\u00e9")
+    write_whole(tmp_path / "a" / "b" / "bytes", b"\x00\n")
+    assert (tmp_path / "a" / "b" / "text").read_bytes() == b"\xc3\xa9"
+    assert (tmp_path / "a" / "b" / "bytes").read_bytes() == b"\x00\n"
+    assert len(list((tmp_path / "a" / "b").iterdir())) == 2
 
 
 @pytest.fixture
