@@ -49,14 +49,13 @@ SPECIFIED = {"mask_factor": 1.0, "replace_factor": 1.0}  # the specification's s
 LONG = 3  # times the steps, for what is asked again of a model that has learnt more
 
 
-def _penalties(base: str, shares: dict[str, object], where: str, length: int = 1) -> dict[str, Arm]:
-    """The curriculum under the name of its group, and what it is held against there."""
+def _penalties(base: str, where: str, length: int = 1) -> dict[str, Arm]:
+    """The curriculum at the specification's shares, under the name of its group, and what it is held against there."""
+    final, plain = f"pk 0.25, pm 0.5{where}", f"no penalties{where}"
     return {
-        base: Arm(f"the curriculum{where}", shares, CURRICULUM, base, length),
-        f"{base}: constant final": Arm(f"pk 0.25, pm 0.5{where}", shares, 0.0, base, length),
-        f"{base}: constant (1, 1)": Arm(
-            f"no penalties{where}", shares | _constant(1.0, 1.0), 0.0, base, length
-        ),
+        base: Arm(f"the curriculum{where}", SPECIFIED, CURRICULUM, base, length),
+        f"{base}: constant final": Arm(final, SPECIFIED, 0.0, base, length),
+        f"{base}: constant (1, 1)": Arm(plain, SPECIFIED | _constant(1.0, 1.0), 0.0, base, length),
     }
 
 
@@ -78,21 +77,13 @@ ARMS = {
         "recipe mdlm at equal weights: no wrong words, no [MASK] answers",
         {"recipe": "mdlm", "token_weighting": "uniform"} | SPECIFIED,
     ),
-    **_penalties(
-        "specification's shares", SPECIFIED, "; as much masked and replaced as the specification says"
-    ),
+    **_penalties("specification's shares", "; as much masked and replaced as the specification says"),
     "specification's shares: constant (1, 0)": Arm(
         "a right word answered [MASK] weighs nothing; as much masked and replaced as the specification says",
         SPECIFIED | _constant(1.0, 0.0),
         base="specification's shares",
     ),
-    **_penalties("long", {}, "; three times the steps", LONG),
-    **_penalties(
-        "long, specification's shares",
-        SPECIFIED,
-        "; the specification's shares, three times the steps",
-        LONG,
-    ),
+    **_penalties("long", "; the specification's shares, three times the steps", LONG),
 }
 
 

@@ -135,19 +135,18 @@ def score(logits_NV, y, x, mask_id, pk, pm, ignore_index, terms: Terms = PLAIN) 
     """What the logits (N, V) and the labels (N,) say of each row, by differentiable operations."""
     y, x = y.long(), x.long()
     vocab_size = logits_NV.shape[1]
-    bent_NV = bend(logits_NV, terms, mask_id)
-    is_counted, _ = _counted(y, ignore_index, terms, bent_NV.dtype)
-    # Masked before the softmax, so that a NaN in a row that does not count cannot reach its gradient.
-    wide_NV = bent_NV.masked_fill(~is_counted[:, None], 0.0)
+    is_counted, _ = _counted(y, ignore_index, terms, torch.promote_types(logits_NV.dtype, torch.float32))
+    # Cleared before anything else, so that a NaN in a row that does not count cannot reach its gradient.
+    bent_NV = bend(logits_NV.masked_fill(~is_counted[:, None], 0.0), terms, mask_id)
     column, _ = target_column(y, vocab_size)
-    log_p_NV = torch.log_softmax(wide_NV, dim=-1)
+    log_p_NV = torch.log_softmax(bent_NV, dim=-1)
     nll = -log_p_NV.gather(1, column).squeeze(1)
     smooth = nll
     if terms.label_smoothing:
         takes_part = columns_taking_part(vocab_size, mask_id, terms, nll.device)
         mean = log_p_NV.masked_fill(~takes_part, 0.0).sum(1) / (vocab_size - terms.forbid_mask)
         smooth = (1.0 - terms.label_smoothing) * nll - terms.label_smoothing * mean
-    lse = torch.logsumexp(wide_NV, dim=-1) if terms.z_loss or terms.rows else None
+    lse = torch.logsumexp(bent_NV, dim=-1) if terms.z_loss or terms.rows else None
 
     bent_NV, log_p_NV = bent_NV.detach(), log_p_NV.detach()
     predicted = bent_NV.argmax(dim=-1)

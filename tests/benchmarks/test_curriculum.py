@@ -42,7 +42,7 @@ def test_every_arm_differs_from_the_others_and_trains_as_it_says(tmp_path):
         1.0,
         0,
     )
-    long = configs["long, specification's shares: constant final"]
+    long = configs["long: constant final"]
     assert (long.max_iters, long.masking_warmup_iters, long.mask_factor) == (3600, 0, 1.0)
     assert configs["long"].masking_warmup_iters == 720
     assert {arm.base for arm in ARMS.values()} == {n for n, arm in ARMS.items() if arm.base == n}

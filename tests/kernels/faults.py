@@ -287,6 +287,7 @@ MUTANTS = [
     (SLICED_REFERENCE, "target summed with the rest", "torch.where(has_target[:, None], 0.0, exps.gather(1, column))", "exps.gather(1, column)"),
     (SLICED_REFERENCE, "[MASK] elsewhere passes for a column", "(predicted == mask) * has_mask", "(predicted == max(mask, 0))"),
     (SLICED_REFERENCE, "ignored rows keep their gradient", "gradient.masked_fill_(~is_counted, 0.0)", "gradient"),
+    (REFERENCE, "what an ignored row holds is bent", "bend(logits_NV.masked_fill(~is_counted[:, None], 0.0), terms, mask_id)", "bend(logits_NV, terms, mask_id).masked_fill(~is_counted[:, None], 0.0)"),
     (REFERENCE, "bad label has a loss", "masked_fill(is_counted & ~is_label, torch.nan)", "masked_fill(is_counted & ~is_label, 1.0)"),
     (REFERENCE, "bad label -1 poisons the gradient where it is ignored", "masked_fill(is_counted & ~is_label, torch.nan)", "masked_fill(~is_label, torch.nan)"),
     (REFERENCE, "a weight of 0 counts", "is_counted & (token_weight != 0), token_weight", "is_counted, token_weight"),

@@ -272,6 +272,23 @@ def test_torch_itself_gives_nan_gradients_for_an_ignored_row_with_nan():
     assert logits.grad.isnan().any()
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 5.0}, {"logit_scale": 0.5, "softcap": 5.0, "z_loss": 0.1, "forbid_mask": True}],
+)
+@pytest.mark.parametrize("content", [NAN, INF, -INF])
+def test_what_an_ignored_row_holds_reaches_nothing_also_through_the_bends(content, options, impl):
+    logits = torch.tensor([[0.5, -1.0, 2.0], [content] * 3], dtype=torch.float64, requires_grad=True)
+    loss = fused_diffusion_loss(
+        logits, torch.tensor([1, -1]), torch.tensor([2, 2]), 2, 0.25, 0.5, impl=impl, **options
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad[0].isfinite().all()
+    assert logits.grad[1].tolist() == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)])
 def test_empty_batch_gives_nan_mean_and_zero_sum(shape):
     logits = torch.zeros(*shape, 5, requires_grad=True)
