@@ -213,20 +213,21 @@ def a_tokenizer():
 def test_transformers_computes_our_bits_and_reads_our_words(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))  # where it copies the code to
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    data = tmp_path / "words"
     (tmp_path / "tokenizer.json").write_text(a_tokenizer(), encoding="utf-8")
-    prepare(str(runs / "text.txt"), out=data, tokenizer=str(tmp_path / "tokenizer.json"))
     from difftrain.config import Config
 
-    train(
-        Config(
-            out_dir=str(tmp_path / "run-words"), data=str(data), device="cpu", block_size=8, batch_size=2,
-            n_layer=1, n_head=1, n_embd=8, max_iters=1, eval_iters=2,
-        )
-    )  # fmt: skip
-    export_hf(tmp_path / "run-words", tmp_path / "words-out")
     folders = {runs / name: runs / f"run-{name}" for name in MODELS}
-    folders[tmp_path / "words-out"] = tmp_path / "run-words"
+    for words, tokenizer in {"words": str(tmp_path / "tokenizer.json"), "bytes": "bytes"}.items():
+        data, trained = tmp_path / words, tmp_path / f"run-{words}"
+        prepare(str(runs / "text.txt"), out=data, tokenizer=tokenizer)
+        train(
+            Config(
+                out_dir=str(trained), data=str(data), device="cpu", block_size=8, batch_size=2,
+                n_layer=1, n_head=1, n_embd=8, max_iters=1, eval_iters=2,
+            )
+        )  # fmt: skip
+        export_hf(trained, tmp_path / f"{words}-out")
+        folders[tmp_path / f"{words}-out"] = trained
     for folder, source in folders.items():
         ours = difftrain.load(source, device="cpu")
         ids = ids_of(ours)[:, : ours.config.block_size].tolist()
@@ -256,7 +257,7 @@ def test_transformers_computes_our_bits_and_reads_our_words(runs, tmp_path, monk
         best = ours.logits(gap)[0, gap[0] == mask_id].softmax(-1).topk(2)
         assert [token for token, _ in answer["filled"]] == best.indices[0].tolist()
         assert [score for _, score in answer["filled"]] == pytest.approx(best.values[0].tolist(), rel=1e-6)
-        if name == "[MASK]":
+        if isinstance(ours.tokenizer, Characters):
             assert "UNK" in answer["unknown"]  # an error: no word stands for what is unknown
         again = difftrain.load(folder.with_name(f"{folder.name}-again"), device="cpu")  # save_pretrained's
         assert torch.equal(again.logits(ids), logits)
