@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=user_path, default=Path("runs/curriculum"), help="folder of all runs")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which; [all]")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm [3]")
+    parser.add_argument("--seeds", type=int, help="runs of each arm, at most [3; of some 5]")
     parser.add_argument("--steps", type=int, help=f"of each run [{BASE['max_iters']}]")
     parser.add_argument("--options", type=user_path, metavar="FILE", help="options of the trainer, as TOML")
     parser.add_argument("--part", default="1/1", metavar="K/N", help="the K-th of N shares of the runs")
@@ -142,14 +142,15 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError
     except ValueError:
         parser.error(f"--part must be K/N with 1 <= K <= N, got {options.part!r}")
-    if options.seeds < 1:
+    if options.seeds is not None and options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
     torch.set_num_threads(options.threads)
     end = time.monotonic() + 60 * options.most
     try:
         changes = read_toml(options.options) if options.options else {}
         changes |= {"max_iters": options.steps} if options.steps else {}
-        arms = [(arm, seed) for seed in range(1, options.seeds + 1) for arm in options.arms]
+        most = options.seeds or max(arm.seeds for arm in ARMS.values())
+        arms = [(n, seed) for seed in range(1, most + 1) for n in options.arms if seed <= ARMS[n].seeds]
         trained = list(dict.fromkeys([(JUDGE, JUDGE_SEED), (FLUENT, 1), *arms]))
         for number, piece in enumerate(trained):
             if number % parts == part - 1 and not is_trained(piece, options.out, changes):

@@ -31,6 +31,7 @@ class Arm:
         warmup: share of the steps over which the penalties move; 0: they are the final ones from the first step on.
         base: the arm that it is compared with; one that is its own base begins a group.
         length: steps, in those of the experiment.
+        seeds: how many runs.
     """
 
     what: str
@@ -38,6 +39,7 @@ class Arm:
     warmup: float = 0.0
     base: str = "curriculum"
     length: int = 1
+    seeds: int = 3
 
 
 def _constant(pk: float, pm: float) -> dict[str, object]:
@@ -46,16 +48,17 @@ def _constant(pk: float, pm: float) -> dict[str, object]:
 
 CURRICULUM = 0.2  # of the steps, the options' own share: 1000 of 5000
 SPECIFIED = {"mask_factor": 1.0, "replace_factor": 1.0}  # the specification's shares
+MORE = 5  # seeds, where the answer hangs on a difference of the size of their spread
 LONG = 3  # times the steps, for what is asked again of a model that has learnt more
 
 
-def _penalties(base: str, where: str, length: int = 1) -> dict[str, Arm]:
+def _penalties(base: str, where: str, length: int, seeds: int) -> dict[str, Arm]:
     """The curriculum at the specification's shares, under the name of its group, and what it is held against there."""
     final, plain = f"pk 0.25, pm 0.5{where}", f"no penalties{where}"
     return {
-        base: Arm(f"the curriculum{where}", SPECIFIED, CURRICULUM, base, length),
-        f"{base}: constant final": Arm(final, SPECIFIED, 0.0, base, length),
-        f"{base}: constant (1, 1)": Arm(plain, SPECIFIED | _constant(1.0, 1.0), 0.0, base, length),
+        base: Arm(f"the curriculum{where}", SPECIFIED, CURRICULUM, base, length, seeds),
+        f"{base}: constant final": Arm(final, SPECIFIED, 0.0, base, length, seeds),
+        f"{base}: constant (1, 1)": Arm(plain, SPECIFIED | _constant(1.0, 1.0), 0.0, base, length, seeds),
     }
 
 
@@ -77,13 +80,16 @@ ARMS = {
         "recipe mdlm at equal weights: no wrong words, no [MASK] answers",
         {"recipe": "mdlm", "token_weighting": "uniform"} | SPECIFIED,
     ),
-    **_penalties("specification's shares", "; as much masked and replaced as the specification says"),
+    **_penalties(
+        "specification's shares", "; as much masked and replaced as the specification says", 1, MORE
+    ),
     "specification's shares: constant (1, 0)": Arm(
         "a right word answered [MASK] weighs nothing; as much masked and replaced as the specification says",
         SPECIFIED | _constant(1.0, 0.0),
         base="specification's shares",
+        seeds=MORE,
     ),
-    **_penalties("long", "; the specification's shares, three times the steps", LONG),
+    **_penalties("long", "; the specification's shares, three times the steps", LONG, 3),
 }
 
 
