@@ -47,19 +47,11 @@ def _constant(pk: float, pm: float) -> dict[str, object]:
 
 
 CURRICULUM = 0.2  # of the steps, the options' own share: 1000 of 5000
-SPECIFIED = {"mask_factor": 1.0, "replace_factor": 1.0}  # the specification's shares
+SPECIFIED = {"mask_factor": 1.0, "replace_factor": 1.0}
+SPECIFICATION = "specification's shares"
+AS_SPECIFIED = "as much masked and replaced as the specification says"
 MORE = 5  # seeds, where the answer hangs on a difference of the size of their spread
 LONG = 3  # times the steps, for what is asked again of a model that has learnt more
-
-
-def _penalties(base: str, where: str, length: int, seeds: int) -> dict[str, Arm]:
-    """The curriculum at the specification's shares, under the name of its group, and what it is held against there."""
-    final, plain = f"pk 0.25, pm 0.5{where}", f"no penalties{where}"
-    return {
-        base: Arm(f"the curriculum{where}", SPECIFIED, CURRICULUM, base, length, seeds),
-        f"{base}: constant final": Arm(final, SPECIFIED, 0.0, base, length, seeds),
-        f"{base}: constant (1, 1)": Arm(plain, SPECIFIED | _constant(1.0, 1.0), 0.0, base, length, seeds),
-    }
 
 
 ARMS = {
@@ -80,16 +72,25 @@ ARMS = {
         "recipe mdlm at equal weights: no wrong words, no [MASK] answers",
         {"recipe": "mdlm", "token_weighting": "uniform"} | SPECIFIED,
     ),
-    **_penalties(
-        "specification's shares", "; as much masked and replaced as the specification says", 1, MORE
+    SPECIFICATION: Arm(f"the curriculum; {AS_SPECIFIED}", SPECIFIED, CURRICULUM, SPECIFICATION, seeds=MORE),
+    f"{SPECIFICATION}: constant final": Arm(
+        f"pk 0.25, pm 0.5; {AS_SPECIFIED}", SPECIFIED, base=SPECIFICATION, seeds=MORE
     ),
-    "specification's shares: constant (1, 0)": Arm(
-        "a right word answered [MASK] weighs nothing; as much masked and replaced as the specification says",
+    f"{SPECIFICATION}: constant (1, 1)": Arm(
+        f"no penalties; {AS_SPECIFIED}", SPECIFIED | _constant(1.0, 1.0), base=SPECIFICATION, seeds=MORE
+    ),
+    f"{SPECIFICATION}: constant (1, 0)": Arm(
+        f"a right word answered [MASK] weighs nothing; {AS_SPECIFIED}",
         SPECIFIED | _constant(1.0, 0.0),
-        base="specification's shares",
+        base=SPECIFICATION,
         seeds=MORE,
     ),
-    **_penalties("long", "; the specification's shares, three times the steps", LONG, 3),
+    "long": Arm(
+        f"the curriculum; {AS_SPECIFIED}; three times the steps", SPECIFIED, CURRICULUM, "long", LONG
+    ),
+    "long: constant final": Arm(
+        f"pk 0.25, pm 0.5; {AS_SPECIFIED}; three times the steps", SPECIFIED, 0.0, "long", LONG
+    ),
 }
 
 
