@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from difftrain.config import Config
 from difftrain.errors import UserError
 from difftrain.loss import bend_rows, head_weight
+from difftrain.model import Kept
 
 
 class ModelScores:
@@ -53,29 +54,12 @@ class KeptKeys(ModelScores):
     Source: Fast-dLLM (arXiv:2505.22618), its cache before and after the block.
     """
 
-    columns = slice(0, 0)
-    kept: list[tuple[Tensor, Tensor]] | None = None
+    kept: list[Kept]
 
     def begin(self, columns: slice) -> None:
         """Another block: all positions that are asked for from now on lie in these columns."""
-        self.columns, self.kept = columns, None
+        self.kept = [Kept(columns) for _ in self.module.blocks]
 
     def _hidden(self, x: Tensor, where: Tensor) -> Tensor:
-        columns = slice(0, x.shape[1]) if self.kept is None else self.columns
-        model, new = self.module, []
-        h = model.embedding(x[:, columns])
-        if model.positions is not None:
-            h = h + model.positions.weight[columns]
-        rotation = None if model.rotation is None else model.rotation[columns]
-        for i, block in enumerate(model.blocks):
-            q, k, v = block.attention.in_heads(block.norm_1(h), rotation)
-            if self.kept is None:
-                new.append((k.clone(), v.clone()))
-            else:
-                for kept, own in zip(self.kept[i], (k, v), strict=True):
-                    kept[:, :, columns] = own
-                k, v = self.kept[i]
-            h = h + block.attention.merged(torch.nn.functional.scaled_dot_product_attention(q, k, v))
-            h = h + block.mlp(block.norm_2(h))
-        self.kept = self.kept or new
-        return model.norm(h)[where[:, columns]]
+        own = where if self.kept[0].is_new else where[:, self.kept[0].columns]
+        return self.module.hidden_of_columns(x, self.kept)[own]
