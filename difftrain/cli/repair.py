@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from difftrain.cli.trained import add_checkpoint, add_computing
+
 if TYPE_CHECKING:
     from difftrain.sampling.repairing import RepairRequest
 
@@ -71,10 +73,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--keep_unknown", action="store_true", help="leave characters outside the vocabulary as they are"
     )
-    parser.add_argument(
-        "--checkpoint", default="best", metavar="WHICH", help="best, latest or a step [best]"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
+    add_checkpoint(parser)
+    add_computing(parser, "auto")
     parser.set_defaults(command=_run, parser=parser)
 
 
@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None:
             raise UserError(f"--{name} goes with --held_out alone")
     name, text = _read(args.file)
-    repaired = load(args.run, args.checkpoint, args.device).repair(text, **options)
+    repaired = load(args.run, args.checkpoint, args.device, args.dtype).repair(text, **options)
     if args.json:
         _write(to_json(repaired) + "\n")
     elif args.check:
@@ -118,7 +118,7 @@ def _run_held_out(args: argparse.Namespace, how: RepairRequest) -> int:
         if getattr(args, name):
             raise UserError(f"--{name} goes with FILE alone")
     given = {name: getattr(args, name) for name in TRIAL_OPTIONS if getattr(args, name) is not None}
-    request = TrialRequest(checkpoint=args.checkpoint, device=args.device, **given)
+    request = TrialRequest(checkpoint=args.checkpoint, device=args.device, dtype=args.dtype, **given)
     trial = try_repair(args.run, request, how)
     show = partial(marked, is_coloured=_is_coloured())
     parts = [

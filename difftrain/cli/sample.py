@@ -7,6 +7,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from difftrain.cli.trained import add_checkpoint, add_computing
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
@@ -83,10 +85,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--gif", type=Path, metavar="FILE", help="write how it settles as a moving picture (extra: plot)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the held-out piece [0]")
-    parser.add_argument(
-        "--checkpoint", default="best", metavar="WHICH", help="best, latest or a step [best]"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
+    add_checkpoint(parser)
+    add_computing(parser, "auto")
     parser.set_defaults(command=_run, parser=parser)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -219,8 +220,12 @@ def _edits(
     unknown: dict[int, str],
 ) -> list[Edit]:
     edits, position, before = [], 0, 0
+    others = deque(unknown.items())  # by place, as the changed words come
     for place in changed.nonzero().flatten().tolist():
-        between = {i - before: c for i, c in unknown.items() if before <= i < place}
+        between = {}
+        while others and others[0][0] < place:
+            at, character = others.popleft()
+            between[at - before] = character
         position += len(_decode(ids[before:place], vocabulary, between))
         before = place
         old = vocabulary.decode_words([ids[place]])

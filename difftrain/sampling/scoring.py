@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -15,12 +18,19 @@ class ModelScores:
     """A model's logits as :func:`difftrain.sampling.settling.settle` asks for them.
 
     Attributes:
+        autocast: makes the context in which the model computes.
         passes: calls of the model so far.
         head_rows: positions that were sent through the head so far.
     """
 
-    def __init__(self, module: nn.Module, config: Config, mask_id: int):
-        self.module, self.config, self.mask_id = module, config, mask_id
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        mask_id: int,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.module, self.config, self.mask_id, self.autocast = module, config, mask_id, autocast
         self.passes = self.head_rows = 0
 
     @torch.no_grad()
@@ -31,9 +41,10 @@ class ModelScores:
             UserError: some are not finite.
         """
         self.passes += 1
-        hidden = self._hidden(x, where)
-        self.head_rows += len(hidden)
-        logits = torch.nn.functional.linear(hidden, head_weight(self.module)).float()
+        with self.autocast():
+            hidden = self._hidden(x, where)
+            self.head_rows += len(hidden)
+            logits = torch.nn.functional.linear(hidden, head_weight(self.module)).float()
         if not bool(logits.isfinite().all()):
             raise UserError(
                 "the model gives NaN or infinity: its checkpoint is broken, or its numbers overflow"

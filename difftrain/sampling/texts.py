@@ -17,10 +17,9 @@ from difftrain.data.vocabulary import Vocabulary
 from difftrain.errors import UserError, plain_text, whole_number
 from difftrain.reporting.lines import summary_line
 from difftrain.reporting.log import read_metrics
-from difftrain.runtime import resolve_device
 from difftrain.sampling.choosing import Choice
 from difftrain.sampling.showing import mask_sign
-from difftrain.sampling.writing import How, Writer
+from difftrain.sampling.writing import How, Writer, writer_of
 
 Watch = Callable[[list[int], Vocabulary], None]
 GAP = re.compile("_{4,}")  # in an infill text, this many underscores are as many [MASK]s
@@ -51,6 +50,7 @@ class SampleRequest:
     seed: int = 0
     checkpoint: str = "best"
     device: str = "auto"
+    dtype: str = "auto"
     allow_changed_data: bool = False
 
     def __post_init__(self) -> None:
@@ -65,6 +65,8 @@ class SampleRequest:
                 raise UserError(
                     f"length and {name} exclude each other: the text with gaps has its own length"
                 )
+        if self.held_out and self.num_samples != 1:
+            raise UserError("num_samples and held_out exclude each other: the piece is restored once")
         if not 0 < self.share <= 1:
             raise UserError(f"share must be in (0, 1], got {self.share}")
         self.how()
@@ -99,7 +101,7 @@ def sample_run(run_dir: Path, request: SampleRequest, watch: Watch | None = None
     if checkpoint.config.mode == "gpt2" and watch:
         raise UserError("a run in gpt2 mode writes from left to right: there is nothing to see settle")
     vocabulary = checkpoint.vocabulary
-    writer = Writer(checkpoint.make_model(resolve_device(request.device)), vocabulary, checkpoint.config)
+    writer = writer_of(checkpoint, request.device, request.dtype)
     if request.held_out:
         evaluations = [r for r in read_metrics(run_dir) if r["kind"] == "eval"]
         tokens, x = _held_out(checkpoint, request)

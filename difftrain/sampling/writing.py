@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from difftrain.checkpoints.reading import Checkpoint
 from difftrain.config import Config
 from difftrain.data.vocabulary import Vocabulary
 from difftrain.errors import UserError, plain_text, real_number, whole_number
 from difftrain.model import Transformer
+from difftrain.runtime import Runtime, resolve_device, resolve_dtype
 from difftrain.sampling.blocks import settle_in_blocks
 from difftrain.sampling.causal import continue_causal
 from difftrain.sampling.choosing import Choice
@@ -19,6 +22,7 @@ from difftrain.sampling.policies import make_policy
 from difftrain.sampling.scoring import KeptKeys, ModelScores
 from difftrain.sampling.settling import State
 
+Scoring = TypeVar("Scoring", bound=ModelScores)
 STEPS = 64  # passes a block_size of text; the specification's, whose fill adds one
 
 
@@ -71,11 +75,13 @@ class Writer:
     Attributes:
         module: in evaluation mode, on any device.
         config: of the run that trained it.
+        dtype: in which the model computes.
     """
 
     module: Transformer
     vocabulary: Vocabulary
     config: Config
+    dtype: torch.dtype = torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +91,7 @@ class Writer:
     @property
     def scores(self) -> ModelScores:
         """The model as the samplers call it, its passes counted from now on."""
-        return ModelScores(self.module, self.config, self.vocabulary.mask_id)
+        return self._scores_by(ModelScores)
 
     def fill(self, x: Tensor, how: How, on_pass: Callable[[Tensor], None] | None = None) -> Tensor:
         """Texts x (B, T) int64 with every [MASK] written, on x's device; other positions stay. Not modified.
@@ -112,7 +118,7 @@ class Writer:
         block_length, scores, on_block = how.block_length or 0, self.scores, None
         if how.approximate:
             block_length = block_length or max(1, config.block_size // 4)
-            scores = KeptKeys(self.module, config, mask_id)
+            scores = self._scores_by(KeptKeys)
             on_block = scores.begin
         settle_in_blocks(
             scores, state, mask_id, make_policy(name, **how.policy_options()),
@@ -138,5 +144,21 @@ class Writer:
             block_size=self.config.block_size, choice=how.choice, seed=how.seed, samples=self._indices(x),
         ).to(x.device)  # fmt: skip
 
+    def _scores_by(self, kind: type[Scoring]) -> Scoring:
+        autocast = Runtime(self.device, self.dtype, rank=0, world_size=1).autocast
+        return kind(self.module, self.config, self.vocabulary.mask_id, autocast)
+
     def _indices(self, x: Tensor) -> Tensor:
         return torch.arange(len(x), dtype=torch.int64, device=self.device)
+
+
+def writer_of(checkpoint: Checkpoint, device: str, dtype: str) -> Writer:
+    """A checkpoint's model as a writer, where and in what the options of these names say.
+
+    Raises:
+        UserError: there is no such device or dtype, or the weights do not fit the model.
+    """
+    where = resolve_device(device)
+    computes_in = resolve_dtype(dtype, where)
+    model = checkpoint.make_model(where, computes_in)
+    return Writer(model, checkpoint.vocabulary, checkpoint.config, computes_in)
