@@ -142,9 +142,7 @@ class Transformer(nn.Module):
             if name.endswith("proj.weight"):  # GPT-2: keep the residual stream's variance
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(
-        self, x: Tensor, *, return_hidden: bool = False, visible: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, return_hidden: bool = False, visible: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of ids x (B, T) int64, T <= block_size; or hidden states (B, T, D).
 
         ``head.weight`` (V, D) turns hidden states into logits.

@@ -20,10 +20,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--prompt", default="", metavar="TEXT", help="the text begins with this")
-    start.add_argument("--infill", metavar="TEXT", help="fill the gaps: ____ is four [MASK]s, _____ five")
+    start.add_argument("--infill", metavar="TEXT", help="fill the gaps: ____ is four [MASK]s, _____ five, "
+                       "[[gap]] as many as the model chooses")  # fmt: skip
     start.add_argument(
         "--held_out", action="store_true", help="mask and restore a piece of the validation text"
     )
+    parser.add_argument(
+        "--gap_lengths", type=_lengths, metavar="N-N", help="of each [[gap]], the shortest and the longest [1-16]"
+    )  # fmt: skip
     parser.add_argument(
         "--allow_changed_data", action="store_true", help="take it though the data is not what it was"
     )
@@ -88,6 +92,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_checkpoint(parser)
     add_computing(parser, "auto")
     parser.set_defaults(command=_run, parser=parser)
+
+
+def _lengths(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    return int(low), int(high or low)
+
+
+_lengths.__name__ = "range of lengths"  # what argparse calls it in "invalid ... value"
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -68,6 +68,7 @@ class Loaded:
         policy: str = "",
         prompt: str = "",
         infill: str | None = None,
+        gap_lengths: tuple[int, int] | None = None,
         temperature: float = 1.0,
         seed: int = 0,
         schedule: str | None = None,
@@ -88,7 +89,9 @@ class Loaded:
             length: tokens a text, any number; None: block_size.
             steps: calls of ``module``, and no more; None: 64 a block_size of text, and one more for "fill".
             policy: which words a call writes; empty: "fill", or "confidence" after recipes llada and mdlm.
-            infill: instead of a prompt, a text in which each run of four or more underscores is a gap of as many tokens.
+            infill: instead of a prompt, a text in which each run of four or more underscores is a gap of as many tokens, and
+                each ``[[gap]]`` one whose length the model chooses, for each text anew.
+            gap_lengths: the shortest and the longest that it may choose; None: 1 and 16.
 
         Raises:
             UserError: a number out of its range, an unknown policy, or a text that does not fit the model.
@@ -98,7 +101,7 @@ class Loaded:
                 "prompt and infill exclude each other: a gap text has its own words before the gap"
             )
         request = SampleRequest(
-            prompt=prompt, infill=infill, length=length, num_samples=n, policy=policy, steps=steps,
+            prompt=prompt, infill=infill, gap_lengths=gap_lengths, length=length, num_samples=n, policy=policy, steps=steps,
             schedule=schedule, suspect=suspect, block_length=block_length, approximate=approximate, temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, repetition=repetition, seed=seed,
         )  # fmt: skip

@@ -19,6 +19,7 @@ class ModelScores:
 
     Attributes:
         autocast: makes the context in which the model computes.
+        visible: who sees whom in the texts that are asked about, as for :meth:`Transformer.forward`; None: all.
         passes: calls of the model so far.
         head_rows: positions that were sent through the head so far.
     """
@@ -32,6 +33,8 @@ class ModelScores:
     ):
         self.module, self.config, self.mask_id, self.autocast = module, config, mask_id, autocast
         self.passes = self.head_rows = 0
+
+    visible: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor, where: Tensor) -> Tensor:
@@ -53,7 +56,8 @@ class ModelScores:
 
     def _hidden(self, x: Tensor, where: Tensor) -> Tensor:
         """Hidden states (n, D) of the positions."""
-        return self.module(x, return_hidden=True)[where]
+        how = {} if self.visible is None else {"visible": self.visible}
+        return self.module(x, return_hidden=True, **how)[where]
 
 
 class KeptKeys(ModelScores):

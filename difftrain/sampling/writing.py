@@ -104,6 +104,25 @@ class Writer:
         Raises:
             UserError: the policy needs another model, or more steps; or the model's numbers are not finite.
         """
+        return self.settle(x, how, on_pass).x.to(x.device)
+
+    def settle(
+        self,
+        x: Tensor,
+        how: How,
+        on_pass: Callable[[Tensor], None] | None = None,
+        *,
+        scores: ModelScores | None = None,
+        samples: Tensor | None = None,
+        spared: int = 0,
+    ) -> State:
+        """The state, on the model's device, in which :meth:`fill` leaves the texts.
+
+        Args:
+            scores: other ones than :attr:`scores`, in one block.
+            samples: (B,) int64, the index of each text; None: its place.
+            spared: so many of the passes are left to the caller.
+        """
         config, mask_id = self.config, self.vocabulary.mask_id
         name = how.policy or ("fill" if config.has_penalties else "confidence")
         if name == "remask" and not config.has_penalties:
@@ -112,21 +131,26 @@ class Writer:
                 f"{config.recipe} does not; remask_untrained takes any"
             )
         steps = how.steps or STEPS * -(-x.shape[1] // config.block_size) + (name == "fill")
+        if spared >= steps:
+            raise UserError(
+                f"steps must be at least {spared + 1} here, since {spared} judges the text, got {steps}"
+            )
         state = State.of(x.to(self.device), mask_id)
         if on_pass:
             on_pass(state.x)
-        block_length, scores, on_block = how.block_length or 0, self.scores, None
+        block_length, on_block = how.block_length or 0, None
+        scores = scores or self.scores
         if how.approximate:
             block_length = block_length or max(1, config.block_size // 4)
             scores = self._scores_by(KeptKeys)
             on_block = scores.begin
         settle_in_blocks(
             scores, state, mask_id, make_policy(name, **how.policy_options()),
-            steps=steps, block_size=config.block_size, block_length=block_length,
-            choice=how.choice, seed=how.seed, samples=self._indices(x), on_pass=on_pass,
+            steps=steps - spared, block_size=config.block_size, block_length=block_length,
+            choice=how.choice, seed=how.seed, samples=self._indices(x) if samples is None else samples, on_pass=on_pass,
             on_block=on_block,
         )  # fmt: skip
-        return state.x.to(x.device)
+        return state
 
     def continue_causal(self, x: Tensor, length: int, how: How) -> Tensor:
         """Texts x (B, T) int64 with words appended up to ``length``, on x's device; for a model of gpt2 mode.

@@ -423,7 +423,7 @@ MUTANTS = [
     (SCORING, "a block keeps what another one found", "self.kept = [Kept(columns) for _ in self.module.blocks]", "self.kept = getattr(self, 'kept', None) or [Kept(columns) for _ in self.module.blocks]"),
     (MODEL, "what is written in a block is not seen there", "kept[:, :, self.columns] = new", "pass"),
     (SCORING, "every pass is a whole one", "own = where if self.kept[0].is_new else where[:, self.kept[0].columns]", "own, self.kept = where, [Kept(self.kept[0].columns) for _ in self.kept]"),
-    (SCORING, "all positions go through the head", "return_hidden=True)[where]", "return_hidden=True).flatten(0, 1)"),
+    (SCORING, "all positions go through the head", "return_hidden=True, **how)[where]", "return_hidden=True, **how).flatten(0, 1)"),
     (SCORING, "numbers that are not finite are drawn from", "if not bool(logits.isfinite().all()):", "if False:"),
     (SETTLING, "the last pass comes after the budget", "is_last = step == steps - 1", "is_last = step == steps"),
     (SETTLING, "a text that is done goes on with its batch", "policy.asks_for(state, is_masked) & is_unsettled", "policy.asks_for(state, is_masked)"),

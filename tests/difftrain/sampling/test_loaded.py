@@ -43,8 +43,12 @@ def test_a_run_a_checkpoint_by_name_and_its_folder_are_loaded(run, monkeypatch):
 
 def test_a_model_computes_in_the_dtype_that_it_is_loaded_for(run, monkeypatch):
     entered, real = [], torch.autocast
-    monkeypatch.setattr(torch, "autocast", lambda *how, **options: entered.append(options) or real(*how, **options))
-    plain, narrow, wide = (difftrain.load(run, device="cpu", dtype=d) for d in ("auto", "bfloat16", "float64"))
+    monkeypatch.setattr(
+        torch, "autocast", lambda *how, **options: entered.append(options) or real(*how, **options)
+    )
+    plain, narrow, wide = (
+        difftrain.load(run, device="cpu", dtype=d) for d in ("auto", "bfloat16", "float64")
+    )
     assert plain.dtype == torch.float32
     assert plain.sample(length=9, steps=2) == difftrain.load(run, device="cpu").sample(length=9, steps=2)
     assert len(wide.sample(length=9, steps=2)[0]) == 9
@@ -59,7 +63,9 @@ def test_a_model_computes_in_the_dtype_that_it_is_loaded_for(run, monkeypatch):
     narrow.repair("red green")
     assert len(entered) > 2
     assert {options["dtype"] for options in entered} == {torch.bfloat16}
-    with pytest.raises(UserError, match="dtype must be auto, float32, bfloat16, float16, float64, got 'int8'"):
+    with pytest.raises(
+        UserError, match="dtype must be auto, float32, bfloat16, float16, float64, got 'int8'"
+    ):
         difftrain.load(run, device="cpu", dtype="int8")
 
 

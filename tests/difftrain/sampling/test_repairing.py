@@ -120,7 +120,9 @@ def test_unknown_characters_are_walked_through_once_however_many_words_are_chang
     monkeypatch.setattr(type(model.tokenizer), "encode_known", known)
     counts = []
     for places in ((12,), (12, 45, 78, 111)):
-        wrong = "".join(planted(RIGHT[:30], *(p % 33 for p in places if p // 33 == i)) + "é\n\r" for i in range(4))
+        wrong = "".join(
+            planted(RIGHT[:30], *(p % 33 for p in places if p // 33 == i)) + "é\n\r" for i in range(4)
+        )
         looks.clear()
         repaired = model.repair(wrong, keep_unknown=True)
         assert [e.position for e in repaired.edits] == list(places)

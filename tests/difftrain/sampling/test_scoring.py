@@ -108,7 +108,9 @@ def test_narrow_numbers_write_much_the_same_texts_and_the_same_ones_each_time(ap
 def test_on_cuda_the_context_is_that_of_cuda(kind, monkeypatch):
     """What torch is asked for: there is no device to compute with."""
     entered = []
-    monkeypatch.setattr(torch, "autocast", lambda device, dtype: entered.append((device, dtype)) or nullcontext())
+    monkeypatch.setattr(
+        torch, "autocast", lambda device, dtype: entered.append((device, dtype)) or nullcontext()
+    )
     monkeypatch.setattr(Writer, "device", torch.device("cuda", 1))
     on_cuda = dataclasses.replace(writer(), dtype=torch.bfloat16)
     scores = on_cuda.scores if kind == "scores" else on_cuda._scores_by(KeptKeys)
