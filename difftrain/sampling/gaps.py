@@ -169,7 +169,7 @@ def fill_candidates(
     samples = torch.arange(n, dtype=torch.int64, device=device).repeat_interleave(n_candidates)
     looks = int(writer.config.has_penalties)
     passes: list[Tensor] = []
-    keep = (lambda x: passes.append(x[:n_candidates])) if on_pass else None
+    keep = (lambda x: passes.append(x[:n_candidates].clone())) if on_pass else None
     state = writer.settle(x, how, keep, scores=scores, samples=samples, spared=looks)
     written = torch.where(state.is_open, state.p.log(), 0.0).sum(1).view(n, -1)
     given = _log_p_of_words(scores, state, is_near).view(n, -1) if looks else torch.zeros_like(written)
