@@ -103,26 +103,22 @@ _lengths.__name__ = "range of lengths"  # what argparse calls it in "invalid ...
 
 
 def _run(args: argparse.Namespace) -> None:
-    from difftrain.errors import UserError
     from difftrain.progress import quiet
     from difftrain.reporting.page.writing import check_place
-    from difftrain.sampling.picture import load_letters, write_gif
+    from difftrain.sampling.picture import check_gif, write_gif
     from difftrain.sampling.showing import Frames, Terminal, mask_sign, write_page
     from difftrain.sampling.texts import SampleRequest, keep_sample, sample_run
 
     names = {field.name for field in dataclasses.fields(SampleRequest)}
     request = SampleRequest(**{name: value for name, value in vars(args).items() if name in names})
-    places = [place for place in (args.html, args.gif) if place]
-    for place in places:
-        check_place(place)
+    if args.html:
+        check_place(args.html)
     if args.gif:
-        if args.gif.suffix != ".gif":
-            raise UserError(f"gif must be a .gif file, got {args.gif}")
-        load_letters()  # or the word that they are missing, before the work
+        check_gif(args.gif)
     watch: Frames | None = None
     if args.show and sys.stdout.isatty():
         watch = Terminal(mask_sign())
-    elif places:
+    elif args.html or args.gif:
         watch = Frames("\u2591")
     with quiet(args.quiet or isinstance(watch, Terminal)):
         sample = sample_run(args.run, request, watch)

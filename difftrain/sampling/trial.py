@@ -9,7 +9,7 @@ from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.data import replace_share
 from difftrain.errors import UserError, real_number, whole_number
 from difftrain.sampling.repairing import Edit, Repair, RepairRequest, repair
-from difftrain.sampling.texts import held_out_windows
+from difftrain.sampling.texts import Watch, held_out_windows
 from difftrain.sampling.writing import writer_of
 
 
@@ -67,8 +67,14 @@ class Trial:
         )
 
 
-def try_repair(run_dir: Path, request: TrialRequest, how: RepairRequest) -> Trial:
+def try_repair(
+    run_dir: Path, request: TrialRequest, how: RepairRequest, watch: Watch | None = None
+) -> Trial:
     """Plant errors in a piece of a run's validation text, and repair it.
+
+    Args:
+        watch: is given the text with its errors, with [MASK] for its suspects, and after each pass that writes, as ids,
+            and the vocabulary.
 
     Raises:
         UserError: not a run folder, no such checkpoint, a model that was not taught to find wrong words, or data
@@ -101,6 +107,6 @@ def try_repair(run_dir: Path, request: TrialRequest, how: RepairRequest) -> Tria
         wrong=text,
         planted=tuple(planted.values()),
         suspects=repair(writer, text, replace(how, check=True)).edits,
-        repair=repair(writer, text, how),
+        repair=repair(writer, text, how, watch and (lambda x: watch(x.tolist(), vocabulary))),
         n_words=len(right_ids),
     )

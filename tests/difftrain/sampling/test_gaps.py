@@ -64,7 +64,11 @@ def test_judged_are_the_given_words_near_a_gap_of_unknown_length_alone():
         ("abc", (1, 3), r"must have a gap: ____, at least four underscores .* or \[\[gap\]\]"),
         ("a___b", (1, 3), "at least four underscores"),
         ("x[[gap]]", (1, 3), "outside the vocabulary: 'x'"),
-        ("[[gap]]" * 3, (1, 8), "3 gaps of 1 to 8 tokens have 512 lengths together, and at most 256 are tried"),
+        (
+            "[[gap]]" * 3,
+            (1, 8),
+            "3 gaps of 1 to 8 tokens have 512 lengths together, and at most 256 are tried",
+        ),
         ("abcdefgh[[gap]]", (1, 17), r"at most block_size 24 tokens where its gaps are longest, got 25"),
         ("a" * 25 + "[[gap]]", (1, 1), "got 26; give less text, or shorter gap_lengths"),
     ],
