@@ -72,7 +72,9 @@ def test_a_blank_that_is_marked_is_seen_by_its_ground(tmp_path):
         for i in range(2):
             picture.seek(i)
             durations.append(picture.info["duration"])
-            colours.append({"#%02x%02x%02x" % c for _, c in picture.convert("RGB").getcolors(4096)})
+            colours.append(
+                {"#{:02x}{:02x}{:02x}".format(*c) for _, c in picture.convert("RGB").getcolors(4096)}
+            )
     assert durations == [100, 200]
     assert GROUNDS["fresh"] not in colours[0]
     assert GROUNDS["fresh"] in colours[1]
