@@ -33,6 +33,9 @@ BLOCKS, CHOOSING, POLICIES, SCORING, SETTLING, WRITING_TEXTS, REPAIRING, MARKING
         "showing",
     )
 )  # fmt: skip
+GAPS, PICTURE, TRIAL_FRAMES = (
+    f"difftrain/sampling/{name}.py" for name in ("gaps", "picture", "trial_frames")
+)
 REPAIR_COMMAND, OPTIONS = "difftrain/cli/repair.py", "difftrain/config/options.py"
 FROM_PYTHON, RUN, COLUMNS = (
     "difftrain/training/from_python.py",
@@ -86,6 +89,7 @@ CHECKPOINT_STAGES = (
 )
 HINTS = {
     "evaluation sees no more": "resume_reads_them_no_more",
+    "the dtype of the option": "narrow_numbers_write or context_is_that_of_cuda or dtype_that_it_is_loaded_for",
     "a run that has weights to begin with": "resume_reads_them_no_more",
 }
 STAGES = {
@@ -149,6 +153,8 @@ STAGES = {
     **dict.fromkeys((EXPORTED, TO_HF, HF_MODEL, HF_CARD, HF_TOKENIZER), (HF_TESTS,)),
     LOADED: (["tests/difftrain/sampling/test_loaded.py"],),
     SHOWING: (["tests/difftrain/sampling/test_showing.py"],),
+    GAPS: (["tests/difftrain/sampling/test_gaps.py"],),
+    **dict.fromkeys((PICTURE, TRIAL_FRAMES), (["tests/difftrain/sampling/test_trial_frames.py"],)),
     REPAIR_COMMAND: (["tests/difftrain/test_repair.py"],),
     EVALUATE: (["tests/difftrain/evaluation/test_validation_set.py"], DEFAULTS),
     WINDOWS: (
@@ -437,7 +443,7 @@ MUTANTS = [
     (REPAIRING, "places leave out what is unknown", "while others and others[0][0] < place:", "while False:"),
     (MARKING, "a line is numbered by its end", "number + 1 + n_ends", "number + 1"),
     (MARKING, "words are marked in part", "start -= 1", "break"),
-    (LOADED, "a checkpoint's softcap is forgotten", "return logits_of(ids.to(self._writer.device)).to(ids.device)", "return self.module(ids)"),
+    (LOADED, "a checkpoint's softcap is forgotten", "return logits_of(ids.to(self._writer.device)).float().to(ids.device)", "return self.module(ids)"),
     (LOADED, "a path is taken as it stands", 'path_of("run_or_folder", run_or_folder)', "__import__('pathlib').Path(run_or_folder)"),
     (REPAIR_COMMAND, "a check that found something is a success", "int(args.check and bool(repaired.edits))", "0"),
     (REPAIR_COMMAND, "line ends are changed", 'read_bytes(), "keep")', 'read_bytes(), "universal")'),
@@ -492,7 +498,7 @@ MUTANTS = [
     (LOADED, "ids outside the vocabulary reach the model", "if ids.numel() and not 0", "if False and not 0"),
     (EXPORTED, "a pointer is no checkpoint", "if folder.is_file() and (target := read_pointer(folder.parent, folder.name)):", "if target := None:"),
     (REPORT, "a page is written in place", "aside = out.with_name(", "aside = out or out.with_name("),
-    (SAMPLE_COMMAND, "a page's place is looked at too late", "        check_place(place)\n", "        pass\n"),
+    (SAMPLE_COMMAND, "a page's place is looked at too late", "        check_place(args.html)\n", "        pass\n"),
     (OPTIONS, "corruption is asked of gpt2 mode in vain", '"gpt2": CORRUPTING}', '"gpt2": ()}'),
     (CONSOLE, "any answer of a function stops a run", "listener(copy.deepcopy(record)) is True", "listener(copy.deepcopy(record))"),
     (CONSOLE, "a function can change what the run tells at its end", "listener(copy.deepcopy(record)) is True", "listener(dict(record)) is True"),
@@ -529,4 +535,21 @@ MUTANTS = [
     (ANNEALING, "the mask never goes", "u < step / config.causal_anneal_iters", "u < 0 * step"),
     (STEP, "evaluation sees no more than the step did", "        self.model.visible = None\n", ""),
     (STEP, "a run that has weights to begin with begins at random", "elif config.init_from:", "elif False:"),
+    (GAPS, "texts see what makes them equally long", "(places < size[:, None])[:, None, None]", "None"),
+    (GAPS, "given words do not count", "(self.written + self.given).argmax", "self.written.argmax"),
+    (GAPS, "what is masked counts as given", " and ids[i] != mask_id}", "}"),
+    (GAPS, "a length is judged after the budget", "spared=looks", "spared=0"),
+    (GAPS, "lengths of one text draw as other texts do", ".repeat_interleave(n_candidates)", ".repeat(n_candidates)"),
+    (GAPS, "a model that was never taught is asked for given words", "looks = int(writer.config.has_penalties)", "looks = 1"),
+    (GAPS, "more lengths are tried than there is room for", "> MOST:", "> 10 * MOST:"),
+    (GAPS, "another text is watched than the one that is chosen", "best = filled.best()[0]", "best = 0"),
+    (RUNTIME, "auto is narrow on every device", "return torch.bfloat16 if _has_bfloat16(device) else torch.float32", "return torch.bfloat16"),
+    (SCORING, "the dtype of the option is forgotten", "with self.autocast():", "with nullcontext():"),
+    (WRITING_TEXTS, "the dtype of the option does not reach the model", "self.vocabulary.mask_id, autocast)", "self.vocabulary.mask_id)"),
+    (READING, "the dtype of the option leaves weights narrow", "return model.double() if dtype == torch.float64 else model", "return model"),
+    (SAMPLING, "held-out text takes a number of samples that it ignores", "if self.held_out and self.num_samples != 1:", "if False:"),
+    (REPAIRING, "every edit walks through what is unknown", "        between = {}\n",
+     "        between = {}\n        others = deque((i, c) for i, c in unknown.items() if i >= before)\n"),
+    (TRIAL_FRAMES, "a word that is wrong still is shown as right", "FRESH if right.get(edit.position) == edit.new else WRONG", "FRESH"),
+    (PICTURE, "a blank that was written is not seen", "if what in GROUNDS:", "if False:"),
 ]  # fmt: skip
