@@ -68,9 +68,9 @@ def candidates_of(
         return [Candidate(pieces[0], set())]
     low, high = lengths
     n_gaps = len(pieces) - 1
-    if (n := (high - low + 1) ** n_gaps) > MOST:
+    if (high - low + 1) ** n_gaps > MOST:
         raise UserError(
-            f"{n_gaps} gaps of {low} to {high} tokens have {n} lengths together, and at most {MOST} are tried; "
+            f"{n_gaps} gaps of {low} to {high} tokens each are more than the {MOST} texts that are tried; "
             "give narrower gap_lengths"
         )
     if (longest := sum(map(len, pieces)) + n_gaps * high) > block_size:

@@ -67,8 +67,9 @@ def test_judged_are_the_given_words_near_a_gap_of_unknown_length_alone():
         (
             "[[gap]]" * 3,
             (1, 8),
-            "3 gaps of 1 to 8 tokens have 512 lengths together, and at most 256 are tried",
+            "3 gaps of 1 to 8 tokens each are more than the 256 texts that are tried",
         ),
+        ("[[gap]]" * 5000, (1, 16), "5000 gaps of 1 to 16 tokens each"),
         ("abcdefgh[[gap]]", (1, 17), r"at most block_size 24 tokens where its gaps are longest, got 25"),
         ("a" * 25 + "[[gap]]", (1, 1), "got 26; give less text, or shorter gap_lengths"),
     ],
