@@ -153,6 +153,9 @@ def test_a_text_with_gaps_is_the_same_alone_and_among_others_and_hangs_on_the_se
     assert model.sample(1, seed=3, **options) == five[:1]
     assert len(set(five)) > 1
     assert model.sample(5, seed=4, **options) != five
+    tried, how = candidates("ab[[gap]]cd", (2, 6)), How(policy="confidence", steps=4)
+    one, three = (fill_candidates(model._writer, tried, n, how).ids for n in (1, 3))
+    assert torch.equal(three[:1], one), "every length of a text has the text's own numbers"
 
 
 def test_a_model_that_was_never_taught_to_judge_given_words_is_not_asked_to():
@@ -186,15 +189,15 @@ def test_gpt2_mode_cannot_fill_gaps():
         loaded(mode="gpt2").sample(infill="a[[gap]]b")
 
 
-def test_what_is_watched_is_the_first_text_as_it_was_chosen():
+def test_what_is_watched_is_the_first_text_as_it_was_chosen(monkeypatch):
     model, seen = loaded(), []
+    monkeypatch.setattr(Filled, "best", lambda _: [4, 1])
     how = How(policy="confidence", steps=4)
     tried = candidates("abc[[gap]]de", (1, 6))
     filled = fill_candidates(model._writer, tried, 2, how, lambda x: seen.append(x.clone()))
-    (best, _) = filled.best()
     assert len(seen) == 1 + 3
-    assert seen[0].tolist() == [tried[best].ids]
-    assert seen[-1].tolist() == [filled.text(0, best)]
+    assert seen[0].tolist() == [tried[4].ids]
+    assert seen[-1].tolist() == [filled.text(0, 4)]
 
 
 def test_the_command_takes_the_marker_and_its_lengths(tiny, capsys):
