@@ -3,7 +3,7 @@ Takes about ten minutes on two CPU cores for three models of curriculum.py's siz
 to the file that --json names.
 
     python benchmarks/bench_sampling.py RUN [RUN ...] --judge RUN [--passes N ...] [--ways NAME ...] [--texts N]
-        [--share S] [--temperature T] [--sure S ...] [--json FILE] [--plot FILE.png]
+        [--parts PART ...] [--share S] [--temperature T] [--sure S ...] [--json FILE] [--plot FILE.png]
 
 Each RUN is one training of the same model, such as with another seed; figures are means over them with their standard
 deviation. The judge is a run in gpt2 mode with the same vocabulary and data. All texts are of block_size, and what is
@@ -32,11 +32,13 @@ from difftrain.sampling.writing import How, Writer
 from measuring.arguments import user_path
 from measuring.environment import environment
 from text_quality.errors import KINDS, plant
+from text_quality.gap_lengths import measure_lengths
 from text_quality.held_out import HeldOut
 from text_quality.repaired import found_at, outcome, rewritten
 from text_quality.sampling_tables import draw, tables
 from text_quality.written import nll_under, quality
 
+PARTS = ("writing", "repair", "lengths")
 PASSES = (4, 8, 16, 32, 64)
 ERRORS = (1.0, 5.0, 15.0)  # per cent of the words
 SURE = (0.9, 0.5)
@@ -124,6 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="of writing [all]"
     )
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured [all]"
+    )
     parser.add_argument("--texts", type=int, default=64, help="of each kind [64]")
     parser.add_argument("--share", type=float, default=0.5, help="of held-out text that is masked [0.5]")
     parser.add_argument("--temperature", type=float, default=1.0, help="[1.0]")
@@ -155,10 +160,14 @@ def main(arguments: list[str] | None = None) -> int:
             "held_out": quality(clean, judge.tokenizer.decode, judge, known),
             "writing": [],
             "repair": [],
+            "lengths": [],
         }
         for number, model in enumerate(models):
-            result["writing"] += measure_policies(model, judge, clean, known, number, options)
-            if model.config.has_penalties:
+            if "writing" in options.parts:
+                result["writing"] += measure_policies(model, judge, clean, known, number, options)
+            if "lengths" in options.parts:
+                result["lengths"] += measure_lengths(model, clean, number)
+            if model.config.has_penalties and "repair" in options.parts:
                 result["repair"] += measure_repair(model, judge, clean, number, options)
     except UserError as error:
         print(f"bench_sampling: {error}", file=sys.stderr)
@@ -166,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(tables(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if options.plot:
+    if options.plot and result["writing"]:
         draw(result, options.plot)
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,32 @@ from torch.autograd.function import once_differentiable
 from difftrain.config import Config
 
 ROTARY_BASE = 10000.0
+
+
+class Kept:
+    """Keys and values of one layer that stay from pass to pass; a pass over some columns alone renews their own.
+
+    Attributes:
+        columns: those that the passes after the first go over.
+    """
+
+    def __init__(self, columns: slice):
+        self.columns = columns
+        self._found: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing is kept yet."""
+        return self._found is None
+
+    def with_own(self, *own: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values (B, n_head, T, head_size) of all columns, from those of all, or of these where they are kept."""
+        if self._found is None:
+            self._found = own[0].clone(), own[1].clone()
+        else:
+            for kept, new in zip(self._found, own, strict=True):
+                kept[:, :, self.columns] = new
+        return self._found
 
 
 class Attention(nn.Module):
@@ -28,8 +54,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias, **where)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias, **where)
 
-    def forward(self, h: Tensor, rotation: Tensor | None, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, rotation: Tensor | None, visible: Tensor | None = None, kept: Kept | None = None
+    ) -> Tensor:
         q, k, v = self.in_heads(h, rotation)
+        if kept is not None:
+            k, v = kept.with_own(k, v)
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=self.is_causal
@@ -74,8 +104,10 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(config.n_embd, bias=config.bias, **where)
         self.mlp = MLP(config, **where)
 
-    def forward(self, h: Tensor, rotation: Tensor | None, visible: Tensor | None) -> Tensor:
-        h = h + self.attention(self.norm_1(h), rotation, visible)
+    def forward(
+        self, h: Tensor, rotation: Tensor | None, visible: Tensor | None, kept: Kept | None = None
+    ) -> Tensor:
+        h = h + self.attention(self.norm_1(h), rotation, visible, kept)
         return h + self.mlp(self.norm_2(h))
 
 
@@ -110,23 +142,43 @@ class Transformer(nn.Module):
             if name.endswith("proj.weight"):  # GPT-2: keep the residual stream's variance
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, x: Tensor, *, return_hidden: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, return_hidden: bool = False, visible: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of ids x (B, T) int64, T <= block_size; or hidden states (B, T, D).
 
         ``head.weight`` (V, D) turns hidden states into logits.
+
+        Args:
+            visible: who sees whom, bool, of a shape that broadcasts to (B, n_head, T, T); None: as ``self.visible`` says.
         """
         T = x.shape[1]
         if self.block_size < T:
             raise ValueError(f"x must have at most block_size {self.block_size} columns, got {T}")
-        h = self.embedding(x)
-        if self.positions is not None:
-            h = h + self.positions.weight[:T]
-        h = F.dropout(h, self.dropout, self.training)
-        rotation = None if self.rotation is None else self.rotation[:T]
-        for block in self.blocks:
-            h = block(h, rotation, self.visible)
-        h = self.norm(h)
+        visible = self.visible if visible is None else visible
+        h = self._hidden(x, slice(0, T), visible, [None] * len(self.blocks))
         return h if return_hidden else self.head(h)
+
+    def hidden_of_columns(self, x: Tensor, kept: list[Kept]) -> Tensor:
+        """Hidden states of some columns of ids x (B, T), which see what was ``kept`` of the others: (B, columns, D).
+
+        In a first pass, whose ``kept`` are new, those of all columns.
+
+        Args:
+            kept: one for each of ``blocks``, with the same columns; overwritten.
+        """
+        columns = slice(0, x.shape[1]) if kept[0].is_new else kept[0].columns
+        return self._hidden(x, columns, None, kept)
+
+    def _hidden(
+        self, x: Tensor, columns: slice, visible: Tensor | None, kept: Sequence[Kept | None]
+    ) -> Tensor:
+        h = self.embedding(x[:, columns])
+        if self.positions is not None:
+            h = h + self.positions.weight[columns]
+        h = F.dropout(h, self.dropout, self.training)
+        rotation = None if self.rotation is None else self.rotation[columns]
+        for block, its in zip(self.blocks, kept, strict=True):
+            h = block(h, rotation, visible, its)
+        return self.norm(h)
 
     def n_parameters(self) -> int:
         """Trainable numbers, the shared embedding counted once."""

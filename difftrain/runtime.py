@@ -20,7 +20,7 @@ from torch import Tensor
 
 from difftrain import progress
 from difftrain.config import Config
-from difftrain.errors import FailedElsewhere, UserError
+from difftrain.errors import FailedElsewhere, UserError, plain_text
 
 DTYPES = {
     "float32": torch.float32,
@@ -140,6 +140,15 @@ def resolve_device(name: str) -> torch.device:
     return _with_number(device)
 
 
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What the option ``dtype`` names; "auto" takes bfloat16 on a CUDA device that has it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if _has_bfloat16(device) else torch.float32
+    if plain_text("dtype", name) not in DTYPES:
+        raise UserError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
 def _with_number(device: torch.device) -> torch.device:
     """The device as its tensors name it: "cuda" alone is refused by ``set_device`` and equals no tensor's device."""
     if device.type == "cuda" and device.index is None:
@@ -166,13 +175,11 @@ def start_runtime(config: Config) -> Iterator[Runtime]:
     config.micro_batches(world_size)  # that they can be shared out
     if device.type == "cuda" and world_size > 1:
         device = torch.device("cuda", local_rank)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if _has_bfloat16(device) else "float32"
+    dtype = resolve_dtype(config.dtype, device)
     with _deterministic() if config.deterministic else nullcontext():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        runtime = Runtime(device, DTYPES[dtype], rank, world_size)
+        runtime = Runtime(device, dtype, rank, world_size)
         if world_size == 1 or dist.is_initialized():  # then the group is the caller's
             yield runtime
             return

@@ -19,6 +19,7 @@ REPAIR = (
     ("touched", "changed"), ("put_right", "put right"), ("harmed", "right words harmed"), ("wrong_before", "wrong before"),
     ("wrong_after", "after"), ("nll_before", "nll before"), ("nll_after", "after"), ("found_at_1", "found at 1 %"),
 )  # fmt: skip
+LENGTHS = (("right_length", "right lengths"), ("exact", "restored exactly"), ("off", "characters off"))
 COLOURS = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#999999")
 
 
@@ -43,6 +44,8 @@ def tables(result: dict[str, Any]) -> str:
     parts = []
     for task, columns in WRITING.items():
         entries = [e for e in result["writing"] if e["task"] == task]
+        if not entries:
+            continue
         passes = sorted({e["passes"] for e in entries})
         for name, title in (*columns, ("tokens_per_cpu_second", "tokens written in a CPU second")):
             held_out = result["held_out"].get(name)
@@ -59,6 +62,8 @@ def tables(result: dict[str, Any]) -> str:
             parts.append("\n".join(lines))
     if result["repair"]:
         parts.append(_repair_table(result["repair"]))
+    if result["lengths"]:
+        parts.append(lengths_table(result["lengths"]))
     return "\n\n".join(parts)
 
 
@@ -70,6 +75,20 @@ def _repair_table(entries: list[dict[str, Any]]) -> str:
             spread(figures_of(entries, name, kind=kind, errors=errors, sure=sure)) for name, _ in REPAIR
         ]
         lines.append(f"| {kind}, {errors:g} % | {sure:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def lengths_table(entries: list[dict[str, Any]]) -> str:
+    """How often a gap's length was found, over all lengths that were cut out."""
+    titles = " | ".join(title for _, title in LENGTHS)
+    lines = [f"| the length by | {titles} |", "|---" * (1 + len(LENGTHS)) + "|"]
+    models = sorted({e["model"] for e in entries})
+    for rule in dict.fromkeys(e["rule"] for e in entries):
+        cells = [
+            spread(statistics.mean(figures_of(entries, name, rule=rule, model=m)) for m in models)
+            for name, _ in LENGTHS
+        ]
+        lines.append(f"| {rule} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -95,11 +95,12 @@ class Checkpoint:
                 reason = str(error).strip().splitlines()[-1]
                 raise UserError(f"{self.folder / OPTIMIZER} does not fit this model: {reason}") from None
 
-    def make_model(self, device: torch.device) -> Transformer:
-        """The model with these weights, in evaluation mode."""
+    def make_model(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Transformer:
+        """The model with these weights, in evaluation mode; they are fp32, and fp64 where ``dtype`` is."""
         model = Transformer(self.config, self.vocabulary.vocab_size)
         self.load_weights(model)
-        return model.to(device).eval()
+        model.to(device).eval()
+        return model.double() if dtype == torch.float64 else model
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -7,6 +7,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from difftrain.cli.trained import add_checkpoint, add_computing
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
@@ -22,9 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--data", default="", metavar="TEXT",
         help="a text, - for standard input, or what training's --data takes [the run's held-out text]",
     )  # fmt: skip
-    parser.add_argument(
-        "--checkpoint", default="best", metavar="WHICH", help="best, latest or a step [best]"
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--windows", type=int, default=128, metavar="N",
         help="pieces of block_size tokens, evenly spaced over the text; 0: all [128]",
@@ -50,10 +50,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is masked and replaced [0]")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="windows a pass [32]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
-    parser.add_argument(
-        "--dtype", default="float32", help="float32, bfloat16, float16, float64 or auto [float32]"
-    )
+    add_computing(parser, "float32")
     parser.add_argument(
         "--allow_changed_data", action="store_true", help="take the data though it is not what it was"
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from difftrain.cli.trained import add_checkpoint
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
@@ -19,9 +21,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--out", required=True, metavar="PATH", type=Path, help="the file or folder to make"
     )
-    parser.add_argument(
-        "--checkpoint", default="best", metavar="WHICH", help="best, latest or a step [best]"
-    )
+    add_checkpoint(parser)
     parser.set_defaults(command=_run, parser=parser)
 
 

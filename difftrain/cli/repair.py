@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from difftrain.cli.trained import add_checkpoint, add_computing
+
 if TYPE_CHECKING:
     from difftrain.sampling.repairing import RepairRequest
 
@@ -42,6 +44,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--allow_changed_data", action="store_true", default=None,
         help="with --held_out: take the text even if the data has changed since the training",
     )  # fmt: skip
+    parser.add_argument(
+        "--gif", type=Path, metavar="FILE",
+        help="with --held_out: write what becomes of them as a moving picture (extra: plot)",
+    )  # fmt: skip
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument(
         "--diff", action="store_true", help="print the changed lines alone, changed words marked"
@@ -71,10 +77,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--keep_unknown", action="store_true", help="leave characters outside the vocabulary as they are"
     )
-    parser.add_argument(
-        "--checkpoint", default="best", metavar="WHICH", help="best, latest or a step [best]"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
+    add_checkpoint(parser)
+    add_computing(parser, "auto")
     parser.set_defaults(command=_run, parser=parser)
 
 
@@ -93,11 +97,11 @@ def _run(args: argparse.Namespace) -> int:
     request = RepairRequest(**options)  # before a model is loaded
     if args.held_out:
         return _run_held_out(args, request)
-    for name in TRIAL_OPTIONS:
+    for name in (*TRIAL_OPTIONS, "gif"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} goes with --held_out alone")
     name, text = _read(args.file)
-    repaired = load(args.run, args.checkpoint, args.device).repair(text, **options)
+    repaired = load(args.run, args.checkpoint, args.device, args.dtype).repair(text, **options)
     if args.json:
         _write(to_json(repaired) + "\n")
     elif args.check:
@@ -112,14 +116,21 @@ def _run(args: argparse.Namespace) -> int:
 def _run_held_out(args: argparse.Namespace, how: RepairRequest) -> int:
     from difftrain.errors import UserError
     from difftrain.sampling.marking import marked
+    from difftrain.sampling.picture import check_gif, write_gif
+    from difftrain.sampling.showing import Frames
     from difftrain.sampling.trial import TrialRequest, try_repair
+    from difftrain.sampling.trial_frames import frames_of
 
     for name in ("diff", "json", "check", "keep_unknown"):
         if getattr(args, name):
             raise UserError(f"--{name} goes with FILE alone")
     given = {name: getattr(args, name) for name in TRIAL_OPTIONS if getattr(args, name) is not None}
-    request = TrialRequest(checkpoint=args.checkpoint, device=args.device, **given)
-    trial = try_repair(args.run, request, how)
+    request = TrialRequest(checkpoint=args.checkpoint, device=args.device, dtype=args.dtype, **given)
+    watch = None
+    if args.gif:
+        check_gif(args.gif)
+        watch = Frames("\u2591")
+    trial = try_repair(args.run, request, how, watch)
     show = partial(marked, is_coloured=_is_coloured())
     parts = [
         "--- held-out text",
@@ -131,6 +142,9 @@ def _run_held_out(args: argparse.Namespace, how: RepairRequest) -> int:
         f"--- {trial.summary}",
     ]
     _write("\n".join(parts) + "\n")
+    if watch:
+        frames, durations = frames_of(trial, watch.frames)
+        write_gif(frames, args.gif, durations)
     return 0
 
 

@@ -7,6 +7,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from difftrain.cli.trained import add_checkpoint, add_computing
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
@@ -18,10 +20,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--prompt", default="", metavar="TEXT", help="the text begins with this")
-    start.add_argument("--infill", metavar="TEXT", help="fill the gaps: ____ is four [MASK]s, _____ five")
+    start.add_argument("--infill", metavar="TEXT", help="fill the gaps: ____ is four [MASK]s, _____ five, "
+                       "[[gap]] as many as the model chooses")  # fmt: skip
     start.add_argument(
         "--held_out", action="store_true", help="mask and restore a piece of the validation text"
     )
+    parser.add_argument(
+        "--gap_lengths", type=_lengths, metavar="N-N", help="of each [[gap]], the shortest and the longest [1-16]"
+    )  # fmt: skip
     parser.add_argument(
         "--allow_changed_data", action="store_true", help="take it though the data is not what it was"
     )
@@ -83,34 +89,36 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--gif", type=Path, metavar="FILE", help="write how it settles as a moving picture (extra: plot)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the held-out piece [0]")
-    parser.add_argument(
-        "--checkpoint", default="best", metavar="WHICH", help="best, latest or a step [best]"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
+    add_checkpoint(parser)
+    add_computing(parser, "auto")
     parser.set_defaults(command=_run, parser=parser)
 
 
+def _lengths(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    return int(low), int(high or low)
+
+
+_lengths.__name__ = "range of lengths"  # what argparse calls it in "invalid ... value"
+
+
 def _run(args: argparse.Namespace) -> None:
-    from difftrain.errors import UserError
     from difftrain.progress import quiet
     from difftrain.reporting.page.writing import check_place
-    from difftrain.sampling.picture import load_letters, write_gif
+    from difftrain.sampling.picture import check_gif, write_gif
     from difftrain.sampling.showing import Frames, Terminal, mask_sign, write_page
     from difftrain.sampling.texts import SampleRequest, keep_sample, sample_run
 
     names = {field.name for field in dataclasses.fields(SampleRequest)}
     request = SampleRequest(**{name: value for name, value in vars(args).items() if name in names})
-    places = [place for place in (args.html, args.gif) if place]
-    for place in places:
-        check_place(place)
+    if args.html:
+        check_place(args.html)
     if args.gif:
-        if args.gif.suffix != ".gif":
-            raise UserError(f"gif must be a .gif file, got {args.gif}")
-        load_letters()  # or the word that they are missing, before the work
+        check_gif(args.gif)
     watch: Frames | None = None
     if args.show and sys.stdout.isatty():
         watch = Terminal(mask_sign())
-    elif places:
+    elif args.html or args.gif:
         watch = Frames("\u2591")
     with quiet(args.quiet or isinstance(watch, Terminal)):
         sample = sample_run(args.run, request, watch)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from difftrain.checkpoints.exported import open_model
 from difftrain.checkpoints.reading import Checkpoint, open_held_out
@@ -37,9 +36,7 @@ def evaluate_run(run_dir: Path, request: EvaluationRequest) -> dict[str, Any]:
     )
     with start_runtime(config) as runtime:
         text = runtime.main_first(lambda: _open(checkpoint, request))
-        model = checkpoint.make_model(runtime.device)
-        if runtime.dtype == torch.float64:
-            model.double()
+        model = checkpoint.make_model(runtime.device, runtime.dtype)
         reached = reached_of(checkpoint.state, checkpoint.config)
         subject = Subject(model, checkpoint.vocabulary, checkpoint.config, checkpoint.step, reached)
         return {"run": str(run_dir), **evaluate_text(subject, text, request, runtime)}

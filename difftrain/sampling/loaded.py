@@ -21,10 +21,10 @@ from difftrain.evaluation.of_text import EvaluationRequest, Subject, Text, evalu
 from difftrain.loss import bent_logits
 from difftrain.model import Transformer
 from difftrain.progress import quiet
-from difftrain.runtime import Runtime, resolve_device
+from difftrain.runtime import Runtime
 from difftrain.sampling.repairing import Repair, RepairRequest, repair
 from difftrain.sampling.texts import SampleRequest, write_texts
-from difftrain.sampling.writing import Writer
+from difftrain.sampling.writing import Writer, writer_of
 from difftrain.schedule import reached_of
 
 
@@ -38,6 +38,7 @@ class Loaded:
         config: of the run that trained it.
         step: optimiser steps that it was trained for.
         reached: how far its schedules had come that wait for a figure.
+        dtype: in which :meth:`sample` and :meth:`repair` compute; the others do in the weights' own.
     """
 
     module: Transformer
@@ -45,6 +46,7 @@ class Loaded:
     config: Config
     step: int
     reached: Mapping[str, list[int]] = field(default_factory=dict, repr=False)
+    dtype: torch.dtype = torch.float32
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class Loaded:
         """
         self._check(ids)
         logits_of = bent_logits(self.module, self.tokenizer.mask_id, self.config)
-        return logits_of(ids.to(self._writer.device)).to(ids.device)
+        return logits_of(ids.to(self._writer.device)).float().to(ids.device)
 
     def sample(
         self,
@@ -66,6 +68,7 @@ class Loaded:
         policy: str = "",
         prompt: str = "",
         infill: str | None = None,
+        gap_lengths: tuple[int, int] | None = None,
         temperature: float = 1.0,
         seed: int = 0,
         schedule: str | None = None,
@@ -86,7 +89,9 @@ class Loaded:
             length: tokens a text, any number; None: block_size.
             steps: calls of ``module``, and no more; None: 64 a block_size of text, and one more for "fill".
             policy: which words a call writes; empty: "fill", or "confidence" after recipes llada and mdlm.
-            infill: instead of a prompt, a text in which each run of four or more underscores is a gap of as many tokens.
+            infill: instead of a prompt, a text in which each run of four or more underscores is a gap of as many tokens, and
+                each ``[[gap]]`` one whose length the model chooses, for each text anew.
+            gap_lengths: the shortest and the longest that it may choose; None: 1 and 16.
 
         Raises:
             UserError: a number out of its range, an unknown policy, or a text that does not fit the model.
@@ -96,7 +101,7 @@ class Loaded:
                 "prompt and infill exclude each other: a gap text has its own words before the gap"
             )
         request = SampleRequest(
-            prompt=prompt, infill=infill, length=length, num_samples=n, policy=policy, steps=steps,
+            prompt=prompt, infill=infill, gap_lengths=gap_lengths, length=length, num_samples=n, policy=policy, steps=steps,
             schedule=schedule, suspect=suspect, block_length=block_length, approximate=approximate, temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, repetition=repetition, seed=seed,
         )  # fmt: skip
@@ -189,11 +194,14 @@ class Loaded:
 
     @property
     def _writer(self) -> Writer:
-        return Writer(self.module, self.tokenizer, self.config)
+        return Writer(self.module, self.tokenizer, self.config, self.dtype)
 
 
 def load(
-    run_or_folder: str | os.PathLike[str], checkpoint: str | int = "best", device: str = "auto"
+    run_or_folder: str | os.PathLike[str],
+    checkpoint: str | int = "best",
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> Loaded:
     """A trained model from a run, from one of its checkpoints, or from what ``difftrain export hf`` wrote.
 
@@ -204,14 +212,16 @@ def load(
             ``checkpoints/latest``, or one of ``Run.checkpoints``.
         checkpoint: of a run's folder: "best", "latest" or a step.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        dtype: what sampling and repair compute in: "float32", "bfloat16", "float16", "float64" (then the weights are fp64
+            too), or "auto", which is bfloat16 on a CUDA device that has it, else float32.
 
     Raises:
-        UserError: there is no such run, checkpoint or device, or the checkpoint is damaged.
+        UserError: there is no such run, checkpoint, device or dtype, or the checkpoint is damaged.
     """
     found = open_model(path_of("run_or_folder", run_or_folder), str(checkpoint))
     try:
         reached = reached_of(found.state, found.config)
     except (TypeError, ValueError) as error:
         raise UserError(f"{found.folder} does not fit this version of difftrain: {error!r}") from None
-    model = found.make_model(resolve_device(device))
-    return Loaded(model, found.vocabulary, found.config, found.step, reached)
+    writer = writer_of(found, device, dtype)
+    return Loaded(writer.module, found.vocabulary, found.config, found.step, reached, writer.dtype)

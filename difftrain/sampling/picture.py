@@ -7,17 +7,51 @@ from pathlib import Path
 from typing import Any
 
 from difftrain.appearing import write_whole
-from difftrain.errors import import_extra
-from difftrain.sampling.showing import BACK, COLUMNS, FRESH, MASKED, SETTLED, Frame, laid_out
+from difftrain.errors import UserError, import_extra
+from difftrain.reporting.page.writing import check_place
+from difftrain.sampling.showing import (
+    BACK,
+    CAPTION,
+    COLUMNS,
+    FRESH,
+    MASKED,
+    SETTLED,
+    WRONG,
+    Frame,
+    laid_out,
+)
 
-INKS = {MASKED: "#b8bec6", FRESH: "#0a7d32", BACK: "#c62828", SETTLED: "#1f2328"}
+INKS = {
+    MASKED: "#b8bec6",
+    FRESH: "#0a7d32",
+    BACK: "#c62828",
+    SETTLED: "#1f2328",
+    WRONG: "#8a4b00",
+    CAPTION: "#57606a",
+}
 PAPER = "#ffffff"
+GROUNDS = {FRESH: "#d2f4dc", BACK: "#ffdcd9", WRONG: "#ffe7a8"}  # behind words, since some are blanks
 SIZE, MARGIN, LEADING = 15, 14, 1.3  # pixels of a letter, pixels around the text, lines apart
 PASS_MS, LAST_MS = 130, 3000
 
 
-def write_gif(frames: list[Frame], path: Path) -> None:
-    """The frames as a GIF that plays for ever and rests on the last.
+def check_gif(path: Path) -> None:
+    """That a picture can be written there, before the work.
+
+    Raises:
+        UserError: it is no .gif, it has no place, or the extra "plot" is missing.
+    """
+    check_place(path)
+    if path.suffix != ".gif":
+        raise UserError(f"gif must be a .gif file, got {path}")
+    load_letters()
+
+
+def write_gif(frames: list[Frame], path: Path, durations: list[int] | None = None) -> None:
+    """The frames as a GIF that plays for ever.
+
+    Args:
+        durations: milliseconds for which each stays; None: the same for all but the last, on which it rests.
 
     Raises:
         UserError: the extra "plot" is missing, whose Pillow draws it in the fixed-width letters of its matplotlib.
@@ -40,10 +74,13 @@ def write_gif(frames: list[Frame], path: Path) -> None:
             column = 0
             for text, what in line:
                 place = (MARGIN + column * width, MARGIN + row * height)
+                if what in GROUNDS:
+                    end = MARGIN + (column + len(text)) * width, place[1] + height - 1
+                    pen.rectangle((place, end), fill=GROUNDS[what])
                 pen.text(place, text, font=letters, fill=INKS[what])
                 column += len(text)
         pictures.append(picture.quantize(palette=palette, dither=image.Dither.NONE))
-    durations = [PASS_MS] * (len(pictures) - 1) + [LAST_MS]
+    durations = durations or [PASS_MS] * (len(pictures) - 1) + [LAST_MS]
     out = io.BytesIO()
     pictures[0].save(
         out, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True
@@ -52,14 +89,19 @@ def write_gif(frames: list[Frame], path: Path) -> None:
 
 
 def _colours() -> list[tuple[int, ...]]:
-    """The paper, and every ink in eight shades up to its own, as the edges of letters have them."""
-    paper, *inks = ([int(ink[i : i + 2], 16) for i in (1, 3, 5)] for ink in (PAPER, *INKS.values()))
-    shades = [
-        tuple(round(p + (c - p) * n / 8) for p, c in zip(paper, ink, strict=True))
-        for ink in inks
-        for n in range(1, 9)
+    """Every ink in eight shades from its ground up to its own, as the edges of letters have them."""
+    return [
+        tuple(
+            round(p + (c - p) * n / 8)
+            for p, c in zip(_parts(GROUNDS.get(what, PAPER)), _parts(ink), strict=True)
+        )
+        for what, ink in INKS.items()
+        for n in range(9)
     ]
-    return [tuple(paper), *shades]
+
+
+def _parts(colour: str) -> list[int]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 def load_letters() -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -88,43 +90,92 @@ class RepairRequest:
         whole_number("steps", self.steps, 1)
 
 
-def repair(writer: Writer, text: str, request: RepairRequest) -> Repair:
+def repair(
+    writer: Writer,
+    text: str,
+    request: RepairRequest,
+    on_pass: Callable[[Tensor], None] | None = None,
+) -> Repair:
     """Mark the words of a text that the model thinks wrong, and write them anew in sight of the others.
 
     The text may have any length: windows of what the model takes overlap by half, and each decides on its middle.
     Nothing is drawn: the same text gives the same result.
 
+    Args:
+        on_pass: as for :func:`mend`.
+
     Raises:
         UserError: the model was not taught to find wrong words, or the text is not made of its words.
     """
-    config, vocabulary = writer.config, writer.vocabulary
+    vocabulary = writer.vocabulary
+    ids, unknown = _encode(plain_text("text", text), vocabulary, keep_unknown=request.keep_unknown)
+    x = torch.tensor(ids, dtype=torch.int64, device=writer.device)
+    mended = mend(writer, x, request, on_pass)
+    if request.check:
+        edits = _edits(text, ids, mended.suspects, mended.suspicion, vocabulary, unknown)
+        return Repair(text, tuple(edits))
+    changed = mended.ids != x
+    edits = _edits(text, ids, changed, mended.suspicion, vocabulary, unknown)
+    words = [vocabulary.decode_words([i]) for i in mended.ids[changed].tolist()]
+    edits = [
+        replace(edit, new=new, probability=its)
+        for edit, new, its in zip(edits, words, mended.p[changed].tolist(), strict=True)
+    ]
+    return Repair(_decode(mended.ids.tolist(), vocabulary, unknown), tuple(edits))
+
+
+@dataclass(frozen=True)
+class Mended:
+    """A text (T,) after its repair.
+
+    Attributes:
+        ids: int64.
+        suspects: bool, the words taken for wrong.
+        suspicion: fp32, of every word of the text as it was.
+        p: fp32, what the model gives to each word that it wrote for another one, in sight of [MASK] for all suspects.
+    """
+
+    ids: Tensor
+    suspects: Tensor
+    suspicion: Tensor
+    p: Tensor
+
+
+def mend(
+    writer: Writer,
+    x: Tensor,
+    request: RepairRequest,
+    on_pass: Callable[[Tensor], None] | None = None,
+) -> Mended:
+    """The words of a text x (T,) int64 that the model thinks wrong, written anew; not modified, and its [MASK]s stay.
+
+    Args:
+        on_pass: is given the text (T,) as it was, with [MASK] for its suspects, and after each pass that writes.
+
+    Raises:
+        UserError: the model was not taught to find wrong words.
+    """
+    config, mask_id = writer.config, writer.vocabulary.mask_id
     if not config.has_penalties:
         what = "gpt2 mode" if config.mode == "gpt2" else f"recipe {config.recipe}"
         raise UserError(
             f"repair needs a model that was taught to find wrong words, which {what} does not do"
         )
-    ids, unknown = _encode(plain_text("text", text), vocabulary, keep_unknown=request.keep_unknown)
-    x = torch.tensor(ids, dtype=torch.int64, device=writer.device)
-    is_known = x != vocabulary.mask_id
-    suspicion = 1.0 - _probabilities(writer, x, x, is_known)
+    suspicion = 1.0 - _probabilities(writer, x, x, x != mask_id)
     suspects = suspicion >= request.suspect
     if request.max_changes is not None:
         order = suspicion.masked_fill(~suspects, -1.0).argsort(descending=True, stable=True)
         suspects[order[request.max_changes :]] = False
     if request.check:
-        return Repair(text, tuple(_edits(text, ids, suspects, suspicion, vocabulary, unknown)))
-    masked = x.masked_fill(suspects, vocabulary.mask_id)
-    written = _write_anew(writer, masked, suspects, request.steps)
+        return Mended(x, suspects, suspicion, torch.ones_like(suspicion))
+    masked = x.masked_fill(suspects, mask_id)
+    if on_pass:
+        on_pass(x)
+        on_pass(masked)
+    written = _write_anew(writer, masked, suspects, request.steps, on_pass)
     p = _probabilities(writer, masked, written, suspects & (written != x), may_be_mask=False)
-    written = torch.where(suspects & (p >= request.sure), written, x)
-    changed = written != x
-    edits = _edits(text, ids, changed, suspicion, vocabulary, unknown)
-    words = [vocabulary.decode_words([i]) for i in written[changed].tolist()]
-    edits = [
-        replace(edit, new=new, probability=its)
-        for edit, new, its in zip(edits, words, p[changed].tolist(), strict=True)
-    ]
-    return Repair(_decode(written.tolist(), vocabulary, unknown), tuple(edits))
+    ids = torch.where(suspects & (p < request.sure), x, written)
+    return Mended(ids, suspects, suspicion, p)
 
 
 def _encode(text: str, vocabulary: Vocabulary, *, keep_unknown: bool) -> tuple[list[int], dict[int, str]]:
@@ -194,7 +245,13 @@ def _probabilities(
     return p
 
 
-def _write_anew(writer: Writer, masked: Tensor, suspects: Tensor, steps: int) -> Tensor:
+def _write_anew(
+    writer: Writer,
+    masked: Tensor,
+    suspects: Tensor,
+    steps: int,
+    on_pass: Callable[[Tensor], None] | None = None,
+) -> Tensor:
     """The text (T,) with its suspects, which are [MASK], written: most certain first, in sight of a window."""
     mask_id = writer.vocabulary.mask_id
     written = masked.clone()
@@ -204,10 +261,24 @@ def _write_anew(writer: Writer, masked: Tensor, suspects: Tensor, steps: int) ->
             writer.scores, state, mask_id, make_policy("confidence"),
             steps=steps, choice=Choice(temperature=0.0), seed=0,
             samples=torch.arange(len(windows), dtype=torch.int64, device=masked.device),
+            on_pass=on_pass and partial(_tell, on_pass, written, windows, where),
         )  # fmt: skip
-        for window, row, ids in zip(windows, where, state.x, strict=True):
-            written[window][row] = ids[row]
+        _put(written, windows, where, state.x)
     return written
+
+
+def _put(text: Tensor, windows: list[slice], where: Tensor, x: Tensor) -> None:
+    """Write what windows (b, T) decided on into a text."""
+    for window, row, ids in zip(windows, where, x, strict=True):
+        text[window][row] = ids[row]
+
+
+def _tell(
+    on_pass: Callable[[Tensor], None], text: Tensor, windows: list[slice], where: Tensor, x: Tensor
+) -> None:
+    text = text.clone()
+    _put(text, windows, where, x)
+    on_pass(text)
 
 
 def _edits(
@@ -219,8 +290,12 @@ def _edits(
     unknown: dict[int, str],
 ) -> list[Edit]:
     edits, position, before = [], 0, 0
+    others = deque(unknown.items())  # by place, as the changed words come
     for place in changed.nonzero().flatten().tolist():
-        between = {i - before: c for i, c in unknown.items() if before <= i < place}
+        between = {}
+        while others and others[0][0] < place:
+            at, character = others.popleft()
+            between[at - before] = character
         position += len(_decode(ids[before:place], vocabulary, between))
         before = place
         old = vocabulary.decode_words([ids[place]])

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from difftrain.config import Config
 from difftrain.errors import UserError
 from difftrain.loss import bend_rows, head_weight
+from difftrain.model import Kept
 
 
 class ModelScores:
     """A model's logits as :func:`difftrain.sampling.settling.settle` asks for them.
 
     Attributes:
+        autocast: makes the context in which the model computes.
+        visible: who sees whom in the texts that are asked about, as for :meth:`Transformer.forward`; None: all.
         passes: calls of the model so far.
         head_rows: positions that were sent through the head so far.
     """
 
-    def __init__(self, module: nn.Module, config: Config, mask_id: int):
-        self.module, self.config, self.mask_id = module, config, mask_id
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        mask_id: int,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.module, self.config, self.mask_id, self.autocast = module, config, mask_id, autocast
         self.passes = self.head_rows = 0
+
+    visible: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor, where: Tensor) -> Tensor:
@@ -30,9 +44,10 @@ class ModelScores:
             UserError: some are not finite.
         """
         self.passes += 1
-        hidden = self._hidden(x, where)
-        self.head_rows += len(hidden)
-        logits = torch.nn.functional.linear(hidden, head_weight(self.module)).float()
+        with self.autocast():
+            hidden = self._hidden(x, where)
+            self.head_rows += len(hidden)
+            logits = torch.nn.functional.linear(hidden, head_weight(self.module)).float()
         if not bool(logits.isfinite().all()):
             raise UserError(
                 "the model gives NaN or infinity: its checkpoint is broken, or its numbers overflow"
@@ -41,7 +56,8 @@ class ModelScores:
 
     def _hidden(self, x: Tensor, where: Tensor) -> Tensor:
         """Hidden states (n, D) of the positions."""
-        return self.module(x, return_hidden=True)[where]
+        how = {} if self.visible is None else {"visible": self.visible}
+        return self.module(x, return_hidden=True, **how)[where]
 
 
 class KeptKeys(ModelScores):
@@ -53,29 +69,12 @@ class KeptKeys(ModelScores):
     Source: Fast-dLLM (arXiv:2505.22618), its cache before and after the block.
     """
 
-    columns = slice(0, 0)
-    kept: list[tuple[Tensor, Tensor]] | None = None
+    kept: list[Kept]
 
     def begin(self, columns: slice) -> None:
         """Another block: all positions that are asked for from now on lie in these columns."""
-        self.columns, self.kept = columns, None
+        self.kept = [Kept(columns) for _ in self.module.blocks]
 
     def _hidden(self, x: Tensor, where: Tensor) -> Tensor:
-        columns = slice(0, x.shape[1]) if self.kept is None else self.columns
-        model, new = self.module, []
-        h = model.embedding(x[:, columns])
-        if model.positions is not None:
-            h = h + model.positions.weight[columns]
-        rotation = None if model.rotation is None else model.rotation[columns]
-        for i, block in enumerate(model.blocks):
-            q, k, v = block.attention.in_heads(block.norm_1(h), rotation)
-            if self.kept is None:
-                new.append((k.clone(), v.clone()))
-            else:
-                for kept, own in zip(self.kept[i], (k, v), strict=True):
-                    kept[:, :, columns] = own
-                k, v = self.kept[i]
-            h = h + block.attention.merged(torch.nn.functional.scaled_dot_product_attention(q, k, v))
-            h = h + block.mlp(block.norm_2(h))
-        self.kept = self.kept or new
-        return model.norm(h)[where[:, columns]]
+        own = where if self.kept[0].is_new else where[:, self.kept[0].columns]
+        return self.module.hidden_of_columns(x, self.kept)[own]

@@ -16,6 +16,7 @@ from difftrain.appearing import write_whole
 from difftrain.data.vocabulary import Vocabulary
 
 MASKED, FRESH, BACK, SETTLED = "masked", "fresh", "back", "settled"
+WRONG, CAPTION = "wrong", "caption"  # in pictures of a trial: a planted error, and a line above the text
 COLOURS = {MASKED: "\x1b[2m", FRESH: "\x1b[1;92m", BACK: "\x1b[91m", SETTLED: ""}
 DELAY = 0.08  # seconds a pass stays in sight
 COLUMNS = 80  # at most; narrower terminals get less

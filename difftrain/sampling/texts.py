@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,12 @@ from difftrain.data.vocabulary import Vocabulary
 from difftrain.errors import UserError, plain_text, whole_number
 from difftrain.reporting.lines import summary_line
 from difftrain.reporting.log import read_metrics
-from difftrain.runtime import resolve_device
 from difftrain.sampling.choosing import Choice
+from difftrain.sampling.gaps import LENGTHS, UNKNOWN, candidates_of, fill_candidates, gap_lengths
 from difftrain.sampling.showing import mask_sign
-from difftrain.sampling.writing import How, Writer
+from difftrain.sampling.writing import How, Writer, writer_of
 
 Watch = Callable[[list[int], Vocabulary], None]
-GAP = re.compile("_{4,}")  # in an infill text, this many underscores are as many [MASK]s
 HELD_OUT_WINDOWS = 5  # what --held_out shows, in block_size tokens
 
 
@@ -33,6 +31,7 @@ class SampleRequest:
 
     prompt: str = ""
     infill: str | None = None
+    gap_lengths: tuple[int, int] | None = None
     held_out: bool = False
     share: float = 0.15
     length: int | None = None
@@ -51,6 +50,7 @@ class SampleRequest:
     seed: int = 0
     checkpoint: str = "best"
     device: str = "auto"
+    dtype: str = "auto"
     allow_changed_data: bool = False
 
     def __post_init__(self) -> None:
@@ -60,11 +60,17 @@ class SampleRequest:
         plain_text("prompt", self.prompt)
         if self.infill is not None:
             plain_text("infill", self.infill)
+        if self.gap_lengths is not None:
+            object.__setattr__(self, "gap_lengths", gap_lengths(self.gap_lengths))
+            if UNKNOWN not in (self.infill or ""):
+                raise UserError(f"gap_lengths goes with an infill text that has {UNKNOWN}")
         for is_given, name in ((self.infill is not None, "infill"), (self.held_out, "held_out")):
             if is_given and self.length is not None:
                 raise UserError(
                     f"length and {name} exclude each other: the text with gaps has its own length"
                 )
+        if self.held_out and self.num_samples != 1:
+            raise UserError("num_samples and held_out exclude each other: the piece is restored once")
         if not 0 < self.share <= 1:
             raise UserError(f"share must be in (0, 1], got {self.share}")
         self.how()
@@ -99,7 +105,7 @@ def sample_run(run_dir: Path, request: SampleRequest, watch: Watch | None = None
     if checkpoint.config.mode == "gpt2" and watch:
         raise UserError("a run in gpt2 mode writes from left to right: there is nothing to see settle")
     vocabulary = checkpoint.vocabulary
-    writer = Writer(checkpoint.make_model(resolve_device(request.device)), vocabulary, checkpoint.config)
+    writer = writer_of(checkpoint, request.device, request.dtype)
     if request.held_out:
         evaluations = [r for r in read_metrics(run_dir) if r["kind"] == "eval"]
         tokens, x = _held_out(checkpoint, request)
@@ -128,12 +134,21 @@ def write_texts(writer: Writer, request: SampleRequest, watch: Watch | None = No
     is_causal = writer.config.mode == "gpt2"
     if is_causal and request.infill is not None:
         raise _no_gaps()
-    ids = torch.tensor([_start(writer, request)], dtype=torch.int64, device="cpu")
-    x = ids.expand(request.num_samples, -1)
+    on_pass, n = _first(watch, writer.vocabulary), request.num_samples
+    if request.infill is None:
+        start = _start(writer, request)
+    else:
+        lengths, block_size = request.gap_lengths or LENGTHS, writer.config.block_size
+        candidates = candidates_of(request.infill, writer.vocabulary, lengths, block_size)
+        if UNKNOWN in request.infill:
+            filled = fill_candidates(writer, candidates, n, request.how(), on_pass)
+            return [writer.vocabulary.decode(filled.text(i, k)) for i, k in enumerate(filled.best())]
+        start = candidates[0].ids
+    x = torch.tensor([start], dtype=torch.int64, device="cpu").expand(n, -1)
     if is_causal:
         written = writer.continue_causal(x, request.length or writer.config.block_size, request.how())
     else:
-        written = writer.fill(x, request.how(), _first(watch, writer.vocabulary))
+        written = writer.fill(x, request.how(), on_pass)
     return [writer.vocabulary.decode(row) for row in written.tolist()]
 
 
@@ -160,8 +175,6 @@ def keep_sample(run_dir: Path, sample: Sample) -> Path:
 def _start(writer: Writer, request: SampleRequest) -> list[int]:
     """Ids that sampling starts from, [MASK] where the model is to write."""
     vocabulary = writer.vocabulary
-    if request.infill is not None:
-        return encode_template(request.infill, vocabulary)
     length = request.length or writer.config.block_size
     prompt = vocabulary.encode(request.prompt)
     if len(prompt) >= length:
@@ -204,20 +217,3 @@ def held_out_windows(
     tokens = corpus.windows("val", index, seed=config.seed, length=n_windows * config.block_size)
     samples = torch.arange(n_windows, dtype=torch.int64, device="cpu") + seed * n_windows
     return tokens.view(n_windows, config.block_size), samples
-
-
-def encode_template(text: str, vocabulary: Vocabulary) -> list[int]:
-    """Ids of an infill text: every run of four or more underscores is as many [MASK]s.
-
-    Raises:
-        UserError: the text has no gap, or characters outside the vocabulary.
-    """
-    if not GAP.search(text):
-        raise UserError("an infill text must have a gap of at least four underscores: ____")
-    ids: list[int] = []
-    end = 0
-    for gap in GAP.finditer(text):
-        ids += vocabulary.encode(text[end : gap.start()])
-        ids += [vocabulary.mask_id] * len(gap.group())
-        end = gap.end()
-    return ids + vocabulary.encode(text[end:])

@@ -8,10 +8,9 @@ from pathlib import Path
 from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.data import replace_share
 from difftrain.errors import UserError, real_number, whole_number
-from difftrain.runtime import resolve_device
 from difftrain.sampling.repairing import Edit, Repair, RepairRequest, repair
-from difftrain.sampling.texts import held_out_windows
-from difftrain.sampling.writing import Writer
+from difftrain.sampling.texts import Watch, held_out_windows
+from difftrain.sampling.writing import writer_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class TrialRequest:
     seed: int = 0
     checkpoint: str = "best"
     device: str = "auto"
+    dtype: str = "auto"
     allow_changed_data: bool = False
 
     def __post_init__(self) -> None:
@@ -67,8 +67,14 @@ class Trial:
         )
 
 
-def try_repair(run_dir: Path, request: TrialRequest, how: RepairRequest) -> Trial:
+def try_repair(
+    run_dir: Path, request: TrialRequest, how: RepairRequest, watch: Watch | None = None
+) -> Trial:
     """Plant errors in a piece of a run's validation text, and repair it.
+
+    Args:
+        watch: is given the text with its errors, with [MASK] for its suspects, and after each pass that writes, as ids,
+            and the vocabulary.
 
     Raises:
         UserError: not a run folder, no such checkpoint, a model that was not taught to find wrong words, or data
@@ -95,12 +101,12 @@ def try_repair(run_dir: Path, request: TrialRequest, how: RepairRequest) -> Tria
         if old != new:
             planted[position] = Edit.at(text, position, old_word, 1.0, vocabulary.decode_words([new]))
         position += len(old_word)
-    writer = Writer(checkpoint.make_model(resolve_device(request.device)), vocabulary, config)
+    writer = writer_of(checkpoint, request.device, request.dtype)
     return Trial(
         original=vocabulary.decode_words(right_ids),
         wrong=text,
         planted=tuple(planted.values()),
         suspects=repair(writer, text, replace(how, check=True)).edits,
-        repair=repair(writer, text, how),
+        repair=repair(writer, text, how, watch and (lambda x: watch(x.tolist(), vocabulary))),
         n_words=len(right_ids),
     )

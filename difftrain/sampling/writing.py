@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from difftrain.checkpoints.reading import Checkpoint
 from difftrain.config import Config
 from difftrain.data.vocabulary import Vocabulary
 from difftrain.errors import UserError, plain_text, real_number, whole_number
 from difftrain.model import Transformer
+from difftrain.runtime import Runtime, resolve_device, resolve_dtype
 from difftrain.sampling.blocks import settle_in_blocks
 from difftrain.sampling.causal import continue_causal
 from difftrain.sampling.choosing import Choice
@@ -19,6 +22,7 @@ from difftrain.sampling.policies import make_policy
 from difftrain.sampling.scoring import KeptKeys, ModelScores
 from difftrain.sampling.settling import State
 
+Scoring = TypeVar("Scoring", bound=ModelScores)
 STEPS = 64  # passes a block_size of text; the specification's, whose fill adds one
 
 
@@ -71,11 +75,13 @@ class Writer:
     Attributes:
         module: in evaluation mode, on any device.
         config: of the run that trained it.
+        dtype: in which the model computes.
     """
 
     module: Transformer
     vocabulary: Vocabulary
     config: Config
+    dtype: torch.dtype = torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +91,7 @@ class Writer:
     @property
     def scores(self) -> ModelScores:
         """The model as the samplers call it, its passes counted from now on."""
-        return ModelScores(self.module, self.config, self.vocabulary.mask_id)
+        return self._scores_by(ModelScores)
 
     def fill(self, x: Tensor, how: How, on_pass: Callable[[Tensor], None] | None = None) -> Tensor:
         """Texts x (B, T) int64 with every [MASK] written, on x's device; other positions stay. Not modified.
@@ -98,6 +104,25 @@ class Writer:
         Raises:
             UserError: the policy needs another model, or more steps; or the model's numbers are not finite.
         """
+        return self.settle(x, how, on_pass).x.to(x.device)
+
+    def settle(
+        self,
+        x: Tensor,
+        how: How,
+        on_pass: Callable[[Tensor], None] | None = None,
+        *,
+        scores: ModelScores | None = None,
+        samples: Tensor | None = None,
+        spared: int = 0,
+    ) -> State:
+        """The state, on the model's device, in which :meth:`fill` leaves the texts.
+
+        Args:
+            scores: other ones than :attr:`scores`, in one block.
+            samples: (B,) int64, the index of each text; None: its place.
+            spared: so many of the passes are left to the caller.
+        """
         config, mask_id = self.config, self.vocabulary.mask_id
         name = how.policy or ("fill" if config.has_penalties else "confidence")
         if name == "remask" and not config.has_penalties:
@@ -106,21 +131,26 @@ class Writer:
                 f"{config.recipe} does not; remask_untrained takes any"
             )
         steps = how.steps or STEPS * -(-x.shape[1] // config.block_size) + (name == "fill")
+        if spared >= steps:
+            raise UserError(
+                f"steps must be at least {spared + 1} here, since {spared} judges the text, got {steps}"
+            )
         state = State.of(x.to(self.device), mask_id)
         if on_pass:
             on_pass(state.x)
-        block_length, scores, on_block = how.block_length or 0, self.scores, None
+        block_length, on_block = how.block_length or 0, None
+        scores = scores or self.scores
         if how.approximate:
             block_length = block_length or max(1, config.block_size // 4)
-            scores = KeptKeys(self.module, config, mask_id)
+            scores = self._scores_by(KeptKeys)
             on_block = scores.begin
         settle_in_blocks(
             scores, state, mask_id, make_policy(name, **how.policy_options()),
-            steps=steps, block_size=config.block_size, block_length=block_length,
-            choice=how.choice, seed=how.seed, samples=self._indices(x), on_pass=on_pass,
+            steps=steps - spared, block_size=config.block_size, block_length=block_length,
+            choice=how.choice, seed=how.seed, samples=self._indices(x) if samples is None else samples, on_pass=on_pass,
             on_block=on_block,
         )  # fmt: skip
-        return state.x.to(x.device)
+        return state
 
     def continue_causal(self, x: Tensor, length: int, how: How) -> Tensor:
         """Texts x (B, T) int64 with words appended up to ``length``, on x's device; for a model of gpt2 mode.
@@ -138,5 +168,21 @@ class Writer:
             block_size=self.config.block_size, choice=how.choice, seed=how.seed, samples=self._indices(x),
         ).to(x.device)  # fmt: skip
 
+    def _scores_by(self, kind: type[Scoring]) -> Scoring:
+        autocast = Runtime(self.device, self.dtype, rank=0, world_size=1).autocast
+        return kind(self.module, self.config, self.vocabulary.mask_id, autocast)
+
     def _indices(self, x: Tensor) -> Tensor:
         return torch.arange(len(x), dtype=torch.int64, device=self.device)
+
+
+def writer_of(checkpoint: Checkpoint, device: str, dtype: str) -> Writer:
+    """A checkpoint's model as a writer, where and in what the options of these names say.
+
+    Raises:
+        UserError: there is no such device or dtype, or the weights do not fit the model.
+    """
+    where = resolve_device(device)
+    computes_in = resolve_dtype(dtype, where)
+    model = checkpoint.make_model(where, computes_in)
+    return Writer(model, checkpoint.vocabulary, checkpoint.config, computes_in)

@@ -9,6 +9,7 @@ import bench_sampling
 from difftrain.config import Config
 from difftrain.training.loop import train
 from ring_model import ring
+from text_quality.gap_lengths import RULES
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +45,24 @@ def test_every_policy_is_measured_for_every_model_and_number_of_passes(runs, tmp
         assert entry["figures"]["judge_nll"] > 0
         assert ("restored" in entry["figures"]) == (entry["task"] == "gaps")
     assert len(result["repair"]) == 2 * 3 * 2 * 2
+    assert len(result["lengths"]) == 2 * len(RULES) * 8
     out = capsys.readouterr().out
     assert "| remask, suspect 0.5 |" in out
     assert "| own, 15 % | 0.5 |" in out
+    assert "| always the shortest | 0.125 ± 0.000 |" in out
     assert (tmp_path / "all.png").stat().st_size > 10_000
+
+
+def test_a_part_alone_is_measured(runs, tmp_path, capsys):
+    a, *_, judge = runs
+    file = tmp_path / "lengths.json"
+    arguments = [a, "--judge", judge, "--parts", "lengths", "--texts", "8", "--json", str(file)]
+    assert bench_sampling.main(arguments) == 0
+    result = json.loads(file.read_text())
+    assert (result["writing"], result["repair"]) == ([], [])
+    assert {e["cut"] for e in result["lengths"]} == set(range(1, 9))
+    out = capsys.readouterr().out
+    assert out.startswith("| the length by |")
 
 
 def test_a_model_that_never_learnt_to_suspect_is_left_out_where_that_is_needed(runs, tmp_path, capsys):

@@ -33,6 +33,9 @@ BLOCKS, CHOOSING, POLICIES, SCORING, SETTLING, WRITING_TEXTS, REPAIRING, MARKING
         "showing",
     )
 )  # fmt: skip
+GAPS, PICTURE, TRIAL_FRAMES = (
+    f"difftrain/sampling/{name}.py" for name in ("gaps", "picture", "trial_frames")
+)
 REPAIR_COMMAND, OPTIONS = "difftrain/cli/repair.py", "difftrain/config/options.py"
 FROM_PYTHON, RUN, COLUMNS = (
     "difftrain/training/from_python.py",
@@ -87,6 +90,7 @@ CHECKPOINT_STAGES = (
 )
 HINTS = {
     "evaluation sees no more": "resume_reads_them_no_more",
+    "the dtype of the option": "narrow_numbers_write or context_is_that_of_cuda or dtype_that_it_is_loaded_for",
     "a run that has weights to begin with": "resume_reads_them_no_more",
 }
 STAGES = {
@@ -134,7 +138,7 @@ STAGES = {
     PARTS: SHARD_TESTS,
     SHARDING: (SHARD_TESTS[1],),
     SHARDS: SHARD_TESTS,
-    MODEL: (["tests/difftrain/test_model.py"], DEFAULTS),
+    MODEL: (["tests/difftrain/test_model.py"], ["tests/difftrain/sampling/test_scoring.py"], DEFAULTS),
     CAUSAL: (["tests/difftrain/test_sample.py"],),
     BLOCKS: (["tests/difftrain/sampling/test_blocks.py"], ["tests/difftrain/test_sample.py"]),
     CHOOSING: (SETTLING_TESTS, ["tests/difftrain/test_sample.py"]),
@@ -151,6 +155,8 @@ STAGES = {
     **dict.fromkeys((EXPORTED, TO_HF, HF_MODEL, HF_CARD, HF_TOKENIZER), (HF_TESTS,)),
     LOADED: (["tests/difftrain/sampling/test_loaded.py"],),
     SHOWING: (["tests/difftrain/sampling/test_showing.py"],),
+    GAPS: (["tests/difftrain/sampling/test_gaps.py"],),
+    **dict.fromkeys((PICTURE, TRIAL_FRAMES), (["tests/difftrain/sampling/test_trial_frames.py"],)),
     REPAIR_COMMAND: (["tests/difftrain/test_repair.py"],),
     EVALUATE: (["tests/difftrain/evaluation/test_validation_set.py"], DEFAULTS),
     WINDOWS: (
@@ -421,10 +427,10 @@ MUTANTS = [
     (POLICIES, "likely words go back as often", "torch.exp(-state.p)", "torch.exp(0 * state.p)"),
     (SETTLING, "a word's probability is forgotten", "seen.spread(seen.p, 1.0), state.p)", "state.p, state.p)"),
     (POLICIES, "what was given may go back", "return state.is_active & (state.since >= 0)", "return (state.x >= 0)"),
-    (SCORING, "a block keeps what another one found", "self.columns, self.kept = columns, None", "self.columns = columns"),
-    (SCORING, "what is written in a block is not seen there", "kept[:, :, columns] = own", "pass"),
-    (SCORING, "every pass is a whole one", "slice(0, x.shape[1]) if self.kept is None else self.columns", "slice(0, x.shape[1])"),
-    (SCORING, "all positions go through the head", "return_hidden=True)[where]", "return_hidden=True).flatten(0, 1)"),
+    (SCORING, "a block keeps what another one found", "self.kept = [Kept(columns) for _ in self.module.blocks]", "self.kept = getattr(self, 'kept', None) or [Kept(columns) for _ in self.module.blocks]"),
+    (MODEL, "what is written in a block is not seen there", "kept[:, :, self.columns] = new", "pass"),
+    (SCORING, "every pass is a whole one", "own = where if self.kept[0].is_new else where[:, self.kept[0].columns]", "own, self.kept = where, [Kept(self.kept[0].columns) for _ in self.kept]"),
+    (SCORING, "all positions go through the head", "return_hidden=True, **how)[where]", "return_hidden=True, **how).flatten(0, 1)"),
     (SCORING, "numbers that are not finite are drawn from", "if not bool(logits.isfinite().all()):", "if False:"),
     (SETTLING, "the last pass comes after the budget", "is_last = step == steps - 1", "is_last = step == steps"),
     (SETTLING, "a text that is done goes on with its batch", "policy.asks_for(state, is_masked) & is_unsettled", "policy.asks_for(state, is_masked)"),
@@ -432,13 +438,13 @@ MUTANTS = [
     (WRITING_TEXTS, "fill takes as many passes as the others", '+ (name == "fill")', "+ 0"),
     (REPAIRING, "a window decides on its edge", "(a + size + b) // 2 for a, b", "a + size for a, b"),
     (REPAIRING, "those least suspected are changed", "argsort(descending=True, stable=True)", "argsort(stable=True)"),
-    (REPAIRING, "a word is written in sight of the wrong one", "masked = x.masked_fill(suspects, vocabulary.mask_id)", "masked = x"),
-    (REPAIRING, "unknown characters are written over", "_probabilities(writer, x, x, is_known)", "_probabilities(writer, x, x, is_known | True)"),
-    (REPAIRING, "a guess takes a word's place", "suspects & (p >= request.sure)", "suspects"),
-    (REPAIRING, "places leave out what is unknown", "if before <= i < place}", "if False}"),
+    (REPAIRING, "a word is written in sight of the wrong one", "masked = x.masked_fill(suspects, mask_id)", "masked = x"),
+    (REPAIRING, "unknown characters are written over", "_probabilities(writer, x, x, x != mask_id)", "_probabilities(writer, x, x, x == x)"),
+    (REPAIRING, "a guess takes a word's place", "suspects & (p < request.sure)", "suspects & (p < 0)"),
+    (REPAIRING, "places leave out what is unknown", "while others and others[0][0] < place:", "while False:"),
     (MARKING, "a line is numbered by its end", "number + 1 + n_ends", "number + 1"),
     (MARKING, "words are marked in part", "start -= 1", "break"),
-    (LOADED, "a checkpoint's softcap is forgotten", "return logits_of(ids.to(self._writer.device)).to(ids.device)", "return self.module(ids)"),
+    (LOADED, "a checkpoint's softcap is forgotten", "return logits_of(ids.to(self._writer.device)).float().to(ids.device)", "return self.module(ids)"),
     (LOADED, "a path is taken as it stands", 'path_of("run_or_folder", run_or_folder)', "__import__('pathlib').Path(run_or_folder)"),
     (REPAIR_COMMAND, "a check that found something is a success", "int(args.check and bool(repaired.edits))", "0"),
     (REPAIR_COMMAND, "line ends are changed", 'read_bytes(), "keep")', 'read_bytes(), "universal")'),
@@ -495,7 +501,7 @@ MUTANTS = [
     (APPEARING, "a file is written in place", "half = target.with_name(", "half = target or target.with_name("),
     (APPEARING, "half a file stays", "        half.unlink(missing_ok=True)", "        pass"),
     (APPEARING, "a file has its name before it is on the disk", "        flush(half)\n        half.replace(target)", "        half.replace(target)"),
-    (SAMPLE_COMMAND, "a page's place is looked at too late", "        check_place(place)\n", "        pass\n"),
+    (SAMPLE_COMMAND, "a page's place is looked at too late", "        check_place(args.html)\n", "        pass\n"),
     (OPTIONS, "corruption is asked of gpt2 mode in vain", '"gpt2": CORRUPTING}', '"gpt2": ()}'),
     (CONSOLE, "any answer of a function stops a run", "listener(copy.deepcopy(record)) is True", "listener(copy.deepcopy(record))"),
     (CONSOLE, "a function can change what the run tells at its end", "listener(copy.deepcopy(record)) is True", "listener(dict(record)) is True"),
@@ -532,4 +538,21 @@ MUTANTS = [
     (ANNEALING, "the mask never goes", "u < step / config.causal_anneal_iters", "u < 0 * step"),
     (STEP, "evaluation sees no more than the step did", "        self.model.visible = None\n", ""),
     (STEP, "a run that has weights to begin with begins at random", "elif config.init_from:", "elif False:"),
+    (GAPS, "texts see what makes them equally long", "(places < size[:, None])[:, None, None]", "None"),
+    (GAPS, "given words do not count", "(self.written + self.given).argmax", "self.written.argmax"),
+    (GAPS, "what is masked counts as given", " and ids[i] != mask_id}", "}"),
+    (GAPS, "a length is judged after the budget", "spared=looks", "spared=0"),
+    (GAPS, "lengths of one text draw as other texts do", ".repeat_interleave(n_candidates)", ".repeat(n_candidates)"),
+    (GAPS, "a model that was never taught is asked for given words", "looks = int(writer.config.has_penalties)", "looks = 1"),
+    (GAPS, "more lengths are tried than there is room for", "> MOST:", "> 10 * MOST:"),
+    (GAPS, "another text is watched than the one that is chosen", "best = filled.best()[0]", "best = 0"),
+    (RUNTIME, "auto is narrow on every device", "return torch.bfloat16 if _has_bfloat16(device) else torch.float32", "return torch.bfloat16"),
+    (SCORING, "the dtype of the option is forgotten", "with self.autocast():", "with nullcontext():"),
+    (WRITING_TEXTS, "the dtype of the option does not reach the model", "self.vocabulary.mask_id, autocast)", "self.vocabulary.mask_id)"),
+    (READING, "the dtype of the option leaves weights narrow", "return model.double() if dtype == torch.float64 else model", "return model"),
+    (SAMPLING, "held-out text takes a number of samples that it ignores", "if self.held_out and self.num_samples != 1:", "if False:"),
+    (REPAIRING, "every edit walks through what is unknown", "        between = {}\n",
+     "        between = {}\n        others = deque((i, c) for i, c in unknown.items() if i >= before)\n"),
+    (TRIAL_FRAMES, "a word that is wrong still is shown as right", "FRESH if right.get(edit.position) == edit.new else WRONG", "FRESH"),
+    (PICTURE, "a blank that was written is not seen", "if what in GROUNDS:", "if False:"),
 ]  # fmt: skip

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from difftrain.config import Config
+from difftrain.errors import UserError
 from difftrain.reporting.log import FILE
-from difftrain.runtime import resolve_device, start_runtime
+from difftrain.runtime import resolve_device, resolve_dtype, start_runtime
 from difftrain.training.loop import train
 from resume_runs import train_with_stop
 from run_digests import digests_of
@@ -51,6 +52,30 @@ def test_a_cuda_device_has_its_number_and_the_dtype_that_it_computes_in(name, nu
         assert (runtime.device, runtime.dtype) == (torch.device("cuda", number), dtype)
     assert two_gpus == [number]
     assert resolve_device(name) == torch.device("cuda", number)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype"),
+    [
+        ("auto", "cuda:0", torch.float32),  # it only emulates bfloat16
+        ("auto", "cuda:1", torch.bfloat16),
+        ("auto", "cpu", torch.float32),
+        ("bfloat16", "cpu", torch.bfloat16),
+        ("float64", "cuda:0", torch.float64),
+    ],
+)
+@pytest.mark.usefixtures("two_gpus")
+def test_a_dtype_is_that_of_its_name_and_auto_what_the_device_has(name, device, dtype):
+    assert resolve_dtype(name, torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize(("name", "got"), [("int8", "'int8'"), ("", "''")])
+def test_a_dtype_that_is_none_is_named(name, got):
+    told = f"dtype must be auto, float32, bfloat16, float16, float64, got {got}"
+    with pytest.raises(UserError, match=told):
+        resolve_dtype(name, torch.device("cpu"))
+    with pytest.raises(UserError, match="dtype must be text, got NoneType"):
+        resolve_dtype(None, torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("two_gpus")

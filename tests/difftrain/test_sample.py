@@ -283,6 +283,7 @@ def test_what_does_not_fit_is_named(trained, changes, message):
         ({"policy": "magic"}, "policy must be one of fill, confidence"),
         ({"policy": "fill", "suspect": 0.3}, "policy fill does not take suspect"),
         ({"share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
+        ({"held_out": True, "num_samples": 3}, "num_samples and held_out exclude each other"),
     ],
 )
 def test_numbers_out_of_range_are_named(changes, message):

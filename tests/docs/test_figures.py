@@ -133,7 +133,7 @@ def test_the_experiments_tables_are_those_of_its_file():
 
 
 def test_the_figures_of_sampling_are_those_of_their_file():
-    from text_quality.sampling_tables import figures_of, spread
+    from text_quality.sampling_tables import figures_of, lengths_table, spread
 
     result = json.loads((RESULTS / "sampling-cpu-2026-11-28.json").read_text())
     lines = page("docs/sampling.md").splitlines()
@@ -151,6 +151,8 @@ def test_the_figures_of_sampling_are_those_of_their_file():
         ):
             cells = [spread(figures_of(entries, name, way=way, passes=n)) for n in (4, 8, 16, 32, 64)]
             assert any(line.startswith(f"| {way} | {' | '.join(cells)} |") for line in lines), (task, way)
+    lengths = json.loads((RESULTS / "gap-lengths-cpu-2026-11-28.json").read_text())["lengths"]
+    assert lengths_table(lengths) in page("docs/sampling.md")
     names = ("put_right", "harmed", "wrong_before", "wrong_after", "nll_before", "nll_after")
     for entry in result["repair"]:
         of = {key: entry[key] for key in ("kind", "errors", "sure")}

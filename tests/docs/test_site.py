@@ -96,7 +96,8 @@ def test_the_site_is_built_and_every_page_forbids_the_network(tmp_path):
     assert 'id="difftrain.fused_linear_diffusion_loss"' in api
     for left in (":func:", ":class:", ":meth:", "::</p>", "<blockquote>"):
         assert left not in api
-    assert (tmp_path / "files/benchmarks/results/demo-curves.png").is_file()
+    for picture in ("demo-curves.png", "demo-repair.gif"):
+        assert (tmp_path / "files/benchmarks/results" / picture).is_file()
 
 
 @needs_mkdocs

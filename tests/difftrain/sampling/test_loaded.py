@@ -41,6 +41,34 @@ def test_a_run_a_checkpoint_by_name_and_its_folder_are_loaded(run, monkeypatch):
         difftrain.load(run, "9")
 
 
+def test_a_model_computes_in_the_dtype_that_it_is_loaded_for(run, monkeypatch):
+    entered, real = [], torch.autocast
+    monkeypatch.setattr(
+        torch, "autocast", lambda *how, **options: entered.append(options) or real(*how, **options)
+    )
+    plain, narrow, wide = (
+        difftrain.load(run, device="cpu", dtype=d) for d in ("auto", "bfloat16", "float64")
+    )
+    assert plain.dtype == torch.float32
+    assert plain.sample(length=9, steps=2) == difftrain.load(run, device="cpu").sample(length=9, steps=2)
+    assert len(wide.sample(length=9, steps=2)[0]) == 9
+    assert wide.module.head.weight.dtype == torch.float64
+    ids = torch.tensor([plain.tokenizer.encode("red gr")])
+    assert wide.logits(ids).dtype == torch.float32
+    torch.testing.assert_close(wide.logits(ids), plain.logits(ids))
+    assert not entered
+    assert narrow.module.head.weight.dtype == torch.float32
+    assert len(narrow.sample(length=9, steps=2, policy="confidence")[0]) == 9
+    assert len(entered) == 2, "one for each call"
+    narrow.repair("red green")
+    assert len(entered) > 2
+    assert {options["dtype"] for options in entered} == {torch.bfloat16}
+    with pytest.raises(
+        UserError, match="dtype must be auto, float32, bfloat16, float16, float64, got 'int8'"
+    ):
+        difftrain.load(run, device="cpu", dtype="int8")
+
+
 def test_logits_are_those_of_the_loss(run):
     model = difftrain.load(run, device="cpu")
     ids = torch.tensor([model.tokenizer.encode("red gr"), [model.tokenizer.mask_id] * 6])

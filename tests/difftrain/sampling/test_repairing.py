@@ -104,6 +104,32 @@ def test_unknown_characters_are_named_or_stay_where_they_are():
     assert [(e.position, e.line, e.column) for e in repaired.edits] == [(12, 1, 13), (28, 2, 7)]
 
 
+def test_unknown_characters_are_walked_through_once_however_many_words_are_changed(monkeypatch):
+    """Each edit's place counts those before it; 8,000 of both took seconds where every edit looked at all."""
+    looks = []
+
+    class Watched(dict):
+        def items(self):
+            for pair in super().items():
+                looks.append(pair)
+                yield pair
+
+    model = ring()
+    real = type(model.tokenizer).encode_known
+    known = lambda self, text: (lambda ids, unknown: (ids, Watched(unknown)))(*real(self, text))  # noqa: E731
+    monkeypatch.setattr(type(model.tokenizer), "encode_known", known)
+    counts = []
+    for places in ((12,), (12, 45, 78, 111)):
+        wrong = "".join(
+            planted(RIGHT[:30], *(p % 33 for p in places if p // 33 == i)) + "é\n\r" for i in range(4)
+        )
+        looks.clear()
+        repaired = model.repair(wrong, keep_unknown=True)
+        assert [e.position for e in repaired.edits] == list(places)
+        counts.append(len(looks))
+    assert counts[0] == counts[1]
+
+
 def test_a_model_that_was_not_taught_to_find_errors_is_refused():
     for changes, told in (({"mode": "gpt2"}, "gpt2 mode"), ({"recipe": "mdlm"}, "recipe mdlm")):
         with pytest.raises(UserError, match=f"taught to find wrong words, which {told} does not do"):

@@ -1,6 +1,7 @@
 """Kept keys and values: what they leave out, and when nothing is lost."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -80,6 +81,41 @@ def test_later_passes_send_the_blocks_own_columns_through_the_model_alone():
     assert seen == [n for left in (2, 4, 4, 4) for n in [16, 16] + [4, 4] * (left - 1)]
     exact = made.fill(x, dataclasses.replace(how, approximate=False, block_length=4))
     assert filled.shape == exact.shape
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_narrow_numbers_write_much_the_same_texts_and_the_same_ones_each_time(approximate):
+    made, x = writer(), texts()
+    x[:, 2:12] = MASK_ID
+    how = How(policy="confidence", steps=10, approximate=approximate, choice=Choice(temperature=0.0))
+    narrow = dataclasses.replace(made, dtype=torch.bfloat16)
+    seen = []
+    made.module.blocks[0].mlp.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    filled = narrow.fill(x, how)
+    assert set(seen) == {torch.bfloat16}
+    assert torch.equal(filled, narrow.fill(x, how))
+    seen.clear()
+    wide = made.fill(x, how)
+    assert set(seen) == {torch.float32}
+    assert (filled == wide)[x == MASK_ID].float().mean() > 0.5
+    logits = [made_of.scores(x, x == MASK_ID) for made_of in (narrow, made)]
+    assert logits[0].dtype == logits[1].dtype == torch.float32
+    torch.testing.assert_close(*logits, atol=0.15, rtol=0.05)
+    assert not torch.equal(*logits)
+
+
+@pytest.mark.parametrize("kind", ["scores", "approximate"])
+def test_on_cuda_the_context_is_that_of_cuda(kind, monkeypatch):
+    """What torch is asked for: there is no device to compute with."""
+    entered = []
+    monkeypatch.setattr(
+        torch, "autocast", lambda device, dtype: entered.append((device, dtype)) or nullcontext()
+    )
+    monkeypatch.setattr(Writer, "device", torch.device("cuda", 1))
+    on_cuda = dataclasses.replace(writer(), dtype=torch.bfloat16)
+    scores = on_cuda.scores if kind == "scores" else on_cuda._scores_by(KeptKeys)
+    with scores.autocast():
+        assert entered == [("cuda", torch.bfloat16)]
 
 
 def test_gpt2_mode_takes_no_such_approximation():

@@ -90,6 +90,16 @@ def test_options_that_do_not_go_together_are_said_in_a_line(words, message, caps
     assert message in capsys.readouterr().err
 
 
+def test_repair_and_sample_take_the_dtype_of_their_option(run, capfdbinary):
+    for words in (
+        ["repair", str(run), "--held_out"],
+        ["sample", str(run), "--length", "9", "--steps", "2"],
+    ):
+        assert main([*words, "--device", "cpu", "--dtype", "bfloat16"]) == 0
+        assert main([*words, "--device", "cpu", "--dtype", "int8"]) == 2
+        assert b"dtype must be auto, float32, bfloat16" in capfdbinary.readouterr().err
+
+
 def test_a_model_that_was_never_taught_to_suspect_is_refused(tiny):
     train(config := tiny(max_iters=2, recipe="llada"))
     with pytest.raises(UserError, match="repair needs a model that was taught to find wrong words"):
