@@ -78,17 +78,17 @@ class DiffusionLossTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of a step and their divisor, each process's share of that of all."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        total = sum(self._share(batch).to(device) for batch in batches)
+        total = sum(self._share(batch, device) for batch in batches)
         if batches and self.args.average_tokens_across_devices and self.args.world_size > 1:
             # DDP and FSDP take the mean of the processes' gradients.
             total = self.accelerator.gather(total).sum() / self.accelerator.num_processes
         return batches, total if batches else None
 
-    def _share(self, batch: Mapping[str, Any]) -> Tensor:
+    def _share(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
         share = batch.get("normalizer", self.patched.options.get("normalizer"))
         if share is None:
-            return self.patched.count(batch["labels"])
-        return torch.as_tensor(share, dtype=torch.float32)
+            return self.patched.count(batch["labels"]).to(device)
+        return torch.as_tensor(share, dtype=torch.float32, device=device)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
