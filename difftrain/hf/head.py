@@ -141,7 +141,7 @@ def _probe(
     """The hidden states (1, 4, D) of a few tokens, after the model's logits were held against ``terms``."""
     device = head.weight.device
     place = torch.arange(PROBE_TOKENS, dtype=torch.int64, device=device)
-    ids = ((place + (place == changed)) % head.weight.shape[0])[None]
+    ids = ((place + (place == changed)) % head.out_features)[None]
     seen: list[Tensor] = []
     given: list[Tensor] = []
 

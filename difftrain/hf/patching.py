@@ -44,9 +44,9 @@ class Patched:
     before: dict[str, Any]  # of the model's own attributes
     config_before: dict[str, Any] = field(default_factory=dict)
 
-    def count(self, labels: Tensor) -> Tensor:
+    def count(self, labels: Tensor, given: dict[str, Any] | None = None) -> Tensor:
         """How many labels count, a 0-d int64 tensor."""
-        shift = self.options.get("shift", 0)
+        shift = (self.options | (given or {})).get("shift", 0)
         return labels[..., shift:].ne(self.ignore_index).sum()
 
     def loss(self, head: nn.Linear, hidden: Tensor, x: Tensor, y: Tensor, given: dict[str, Any]) -> Tensor:
@@ -57,7 +57,7 @@ class Patched:
             )
         options = {"check_labels": y.device.type == "cpu"} | self.options | given
         if options.get("normalizer") is None:
-            options["normalizer"] = self.count(y)
+            options["normalizer"] = self.count(y, given)
         return fused_linear_diffusion_loss(
             hidden, whole_weight(head), y, x, self.mask_id, bias=head.bias, ignore_index=self.ignore_index,
             **self.terms, **options,

@@ -87,6 +87,8 @@ class DiffusionLossTrainer(Trainer):
     def _share(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
         share = batch.get("normalizer", self.patched.options.get("normalizer"))
         if share is None:
+            if "labels" not in batch:
+                raise UserError("batches must have labels, as those of DataCollatorForDiffusion do")
             return self.patched.count(batch["labels"]).to(device)
         return torch.as_tensor(share, dtype=torch.float32, device=device)
 

@@ -139,6 +139,8 @@ def test_labels_that_a_shift_leaves_out_are_not_divided_by():
     x, y = batch_of()
     wanted = of_logits(model, x, y, shift=2, normalizer=(y[:, 2:] != -100).sum())
     torch.testing.assert_close(model(input_ids=x, labels=y)["loss"], wanted)
+    found = patch(Tiny(), MASK_ID)(input_ids=x, labels=y, shift=2)["loss"]
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_batch_in_which_nothing_counts_has_loss_0():

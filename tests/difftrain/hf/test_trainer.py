@@ -154,6 +154,19 @@ def test_terms_of_the_configuration_reach_the_loss(tmp_path):
     assert trained(tmp_path, config=Config(masking_warmup_iters=4, z_loss=1.0))[0] != plain[0]
 
 
+def test_autocast_and_checkpointed_layers_train_alike(tmp_path):
+    options = {"max_steps": 3, "learning_rate": 0.1}
+    plain, narrow = trained(tmp_path, **options), trained(tmp_path, bf16=True, **options)
+    assert narrow[0] == pytest.approx(plain[0], rel=2e-2)
+    assert narrow[0] != plain[0]
+    assert_same(trained(tmp_path, gradient_checkpointing=True, **options), plain)
+
+
+def test_batches_without_labels_are_refused(tmp_path):
+    with pytest.raises(UserError, match="batches must have labels"):
+        trainer_of(tmp_path, collator=lambda rows: {"input_ids": rows[0]["input_ids"][None]}).train()
+
+
 def test_each_epoch_is_corrupted_otherwise_and_an_evaluation_is_not(tmp_path):
     trainer = trainer_of(tmp_path, max_steps=3, learning_rate=0.0, curriculum=None)
     trainer.train()
