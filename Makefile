@@ -30,7 +30,7 @@ test-all: lint types
 
 # The tests that need transformers, which others skip.
 test-hf: .venv/.test .venv/.hf
-	$(PYTEST) -n auto -m "" tests/difftrain/exchange tests/examples
+	$(PYTEST) -n auto -m "" tests/difftrain/exchange tests/difftrain/hf tests/examples
 
 test-core: lint
 	$(PYTEST) -m core tests/house

@@ -57,7 +57,7 @@ setup(
         "pandas": ["pandas>=2.0"],
         "tok": ["tokenizers>=0.20", "tiktoken>=0.7"],
         "data": ["pyarrow>=15", "zstandard>=0.22"],
-        "hf": ["transformers>=5.0"],
+        "hf": ["transformers>=5.0", "accelerate>=1.0"],
         "bench": [*PLOT, "liger-kernel>=0.5; platform_system == 'Linux'"],
         "examples": ["transformers>=5.0", "accelerate>=1.0", "kernels>=0.17"],
         "docs": DOCS,

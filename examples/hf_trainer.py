@@ -1,83 +1,88 @@
-"""The loss in Hugging Face's Trainer: a subclass with its own compute_loss. Needs transformers[torch].
+"""Hugging Face's Trainer without logits: a tiny Qwen learns a tongue twister and fills a gap in it.
 
-    python examples/hf_trainer.py          # after make install, with .venv/bin/python
-
-A tiny BERT with random weights learns counting sequences, in seconds on a CPU; nothing is downloaded.
+python examples/hf_trainer.py          # needs difftrain[hf]; seconds on a CPU, nothing is downloaded
 """
 
 import tempfile
 
 import torch
-from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
-from difftrain import fused_diffusion_loss
+from difftrain import Config
+from difftrain.errors import UserError
+from difftrain.hf import DataCollatorForDiffusion, patch
 
-words, length, mask_id = 26, 16, 26
+text = "she sells sea shells by the sea shore. " * 8
+words = sorted(set(text))
+length, mask_id = 24, len(words)
+GAP = "sells sea ______ by the "
 
 
-class Texts(torch.utils.data.Dataset):
-    """Sequences that count on by 1 to 3 from anywhere, the first words of a text first."""
+class Windows(torch.utils.data.Dataset):
+    """Every window of the text, clean: the collator corrupts it, and in each epoch otherwise."""
 
     def __len__(self):
-        return 512
+        return len(text) - length
 
     def __getitem__(self, index):
-        return {"tokens": (index + (1 + index % 3) * torch.arange(length)) % words}
+        return {"input_ids": [words.index(c) for c in text[index : index + length]], "index": index}
 
 
-def corrupt(examples):
-    """The collator: clean tokens -> what the model sees, and as labels what it should answer."""
-    clean = torch.stack([example["tokens"] for example in examples])
-    chance = torch.rand(clean.shape)
-    x = torch.where(chance < 0.4, mask_id, torch.where(chance < 0.5, (clean + 7) % words, clean))
-    return {"input_ids": x, "labels": torch.where((x != mask_id) & (x != clean), mask_id, clean)}
+def make_model():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-
-class DiffusionTrainer(Trainer):
-    loss_function = staticmethod(fused_diffusion_loss)
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # The loss is a mean over a micro-batch: the Trainer is to divide it by their number.
-        self.model_accepts_loss_kwargs = False
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        x, y = inputs["input_ids"], inputs["labels"]
-        outputs = model(input_ids=x)  # without labels: the model computes no loss of its own
-        progress = min(1.0, self.state.global_step / 20)
-        pk, pm = 1.0 - 0.75 * progress, 0.5 * progress
-        # Where a collator pads, labels of padding are -100: add ignore_index=-100.
-        loss = self.loss_function(outputs.logits, y, x, mask_id, pk, pm)
-        return (loss, outputs) if return_outputs else loss
-
-
-def train(trainer_class=DiffusionTrainer, steps=60, **options):
-    """The losses that the Trainer logged, one a step."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=words + 1, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=128, max_position_embeddings=length, hidden_dropout_prob=0.0,
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=1e-2, logging_steps=1,
-            use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
-            **options,
-        )  # fmt: skip
-        trainer = trainer_class(
-            BertForMaskedLM(config), arguments, train_dataset=Texts(), data_collator=corrupt
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=length,
+            bos_token_id=None, eos_token_id=None,
         )
+    )  # fmt: skip
+    model.resize_token_embeddings(mask_id + 1, mean_resizing=False)  # a row for [MASK]
+    return patch(model, mask_id)
+
+
+def train(model, steps=120, **options):
+    """The losses that the Trainer logged, and that of an evaluation at the end."""
+    from transformers import TrainingArguments
+
+    from difftrain.hf import DiffusionLossTrainer
+
+    curriculum = Config(seed=1, masking_warmup_iters=steps // 4, guaranteed_correct_factor=0.6)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = {
+            "max_steps": steps, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "logging_steps": 20,
+            "use_cpu": True, "save_strategy": "no", "report_to": [], "disable_tqdm": True,
+        }  # fmt: skip
+        trainer = DiffusionLossTrainer(
+            model, TrainingArguments(folder, **arguments | options), train_dataset=Windows(),
+            data_collator=DataCollatorForDiffusion(mask_id, mask_id + 1, config=curriculum, index="index"),
+            eval_dataset=torch.utils.data.Subset(Windows(), range(39)), curriculum=curriculum,
+        )  # fmt: skip
         trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        evaluation = trainer.evaluate()["eval_loss"]
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], evaluation
+
+
+def fill(model, gap):
+    """The text with a word for each _, all at once."""
+    ids = torch.tensor([[mask_id if c == "_" else words.index(c) for c in gap]])
+    with torch.no_grad():
+        answers = model(input_ids=ids).logits[..., :mask_id].argmax(-1)
+    return "".join(words[i] for i in torch.where(ids == mask_id, answers, ids)[0])
+
+
+def main():
+    model = make_model()
+    train(model)
+    print(f"{GAP!r} -> {fill(model.eval(), GAP)!r}")
 
 
 if __name__ == "__main__":
-    losses = train()
-    print(
-        *(
-            f"step {step}: loss {loss:.4f}"
-            for step, loss in enumerate(losses)
-            if step % 10 == 0 or step == len(losses) - 1
-        ),
-        sep="\n",
-    )
+    try:
+        import difftrain.hf
+
+        difftrain.hf.DiffusionLossTrainer  # noqa: B018
+        main()
+    except UserError as error:  # where transformers or accelerate is missing
+        raise SystemExit(str(error)) from None

@@ -67,6 +67,13 @@ WARM_START, FROM_GPT2, ANNEALING = (
 )
 WARM_TESTS = ["tests/difftrain/exchange/test_warm_start.py"]
 HF_TESTS = ["tests/difftrain/exchange/test_hf.py"]
+HF_HEAD, HF_PATCHING, HF_COLLATING = (
+    f"difftrain/hf/{name}.py" for name in ("head", "patching", "collating")
+)
+PATCHING_TESTS = (
+    ["tests/difftrain/hf/test_patching.py"],
+    ["tests/difftrain/hf/test_sharded.py", "-k", "empty_local"],
+)
 SETTLING_TESTS = ["tests/difftrain/sampling/test_settling.py"]
 CLOSED_TESTS = ["tests/difftrain/test_closed_output.py"]
 PYTHON_TESTS = ["tests/difftrain/test_from_python.py"]
@@ -152,6 +159,9 @@ STAGES = {
     REPAIRING: (["tests/difftrain/sampling/test_repairing.py"],),
     MARKING: (["tests/difftrain/sampling/test_repairing.py"],),
     **dict.fromkeys((WARM_START, FROM_GPT2, ANNEALING), (WARM_TESTS,)),
+    HF_HEAD: PATCHING_TESTS,
+    HF_PATCHING: PATCHING_TESTS,
+    HF_COLLATING: (["tests/difftrain/hf/test_collating.py"],),
     **dict.fromkeys((EXPORTED, TO_HF, HF_MODEL, HF_CARD, HF_TOKENIZER), (HF_TESTS,)),
     LOADED: (["tests/difftrain/sampling/test_loaded.py"],),
     SHOWING: (["tests/difftrain/sampling/test_showing.py"],),
@@ -555,4 +565,23 @@ MUTANTS = [
      "        between = {}\n        others = deque((i, c) for i, c in unknown.items() if i >= before)\n"),
     (TRIAL_FRAMES, "a word that is wrong still is shown as right", "FRESH if right.get(edit.position) == edit.new else WRONG", "FRESH"),
     (PICTURE, "a blank that was written is not seen", "if what in GROUNDS:", "if False:"),
+    (HF_HEAD, "a divisor of logits is a factor", "lambda divisor: 1.0 / divisor", "float"),
+    (HF_HEAD, "an adapter on the head is left out of the loss", 'if getattr(type(head), "forward", None) is not nn.Linear.forward or "forward" in vars(head):', "if False:"),
+    (HF_HEAD, "parameters behind the head are left out of the loss", "if logits.requires_grad:", "if False:"),
+    (HF_HEAD, "a softcap is looked for among small numbers", "torch.logspace(-1, 2,", "torch.logspace(-4, -3,"),
+    (HF_HEAD, "a second head is left out of the loss", "    if others:\n", "    if False:\n"),
+    (HF_HEAD, "a model that stays causal is patched", "if not (before[:, 0] != after[:, 0]).any():", "if False:"),
+    (HF_HEAD, "a part of the head is taken for the whole", 'if weight.dim() != 2 or hasattr(weight, "placements"):', "if False:"),
+    (HF_HEAD, "a look at the model trains its layers", "module.training = mode", "module.training = True"),
+    (HF_PATCHING, "labels that do not count are divided by", ".ne(self.ignore_index).sum()", ".ne(-12345).sum()"),
+    (HF_PATCHING, "labels that a shift leaves out are divided by", "labels[..., shift:]", "labels"),
+    (HF_PATCHING, "the head's bias is left out", "bias=head.bias,", "bias=None,"),
+    (HF_PATCHING, "a refused model sees both sides", "        _restore(config, both, before)\n        raise", "        raise"),
+    (HF_PATCHING, "options of one call are lost", "self.options | given", "self.options"),
+    (HF_PATCHING, "a number of shifted labels is passed over", 'if kwargs.pop("num_items_in_batch", None) is not None:', 'if kwargs.pop("num_items_in_batch", None) and False:'),
+    (HF_COLLATING, "a prompt is corrupted", "counts = counts & (other != no)", "counts = is_there"),
+    (HF_COLLATING, "every epoch is corrupted alike", "int(self.epoch) << 32 | key", "key"),
+    (HF_COLLATING, "[MASK] is always the last word", "torch.where(ids == last, self.mask_id, torch.where(ids == self.mask_id, last, ids))", "ids"),
+    (HF_COLLATING, "workers never hear of the epoch", ".share_memory_()", ""),
+    (HF_COLLATING, "evaluation follows the epochs", 'other.split, other.epoch = "val", torch.zeros((), dtype=torch.int64, device="cpu")', 'other.split = "val"'),
 ]  # fmt: skip

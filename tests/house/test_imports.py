@@ -126,6 +126,9 @@ TRAINER = {
         "evaluation", "numpy", "torch", "PIL", "matplotlib",
     },
     "exchange": {"appearing", "errors", "config", "data", "model", "loss", "reporting", "checkpoints", "safetensors", "torch", "transformers"},
+    "hf": {
+        "errors", "config", "schedule", "data", "loss", "difftrain_kernels", "torch", "transformers", "accelerate",
+    },
     "training": {
         "appearing", "errors", "progress", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",
         "reporting", "checkpoints", "exchange", "run", "difftrain_kernels", "torch", "tqdm",
