@@ -105,12 +105,14 @@ def train(
 
 def main() -> None:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "gloo"
     if torch.cuda.is_available():
+        backend = "nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
     n_vocab = 2 if world_size % 2 == 0 else 1
     losses, _ = train(int(sys.argv[1]) if len(sys.argv) > 1 else 50, world_size // n_vocab, n_vocab)
     if dist.get_rank() == 0:

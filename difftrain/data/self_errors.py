@@ -8,6 +8,7 @@ from torch import Tensor
 from difftrain.data.philox import random_words, uniform
 
 STREAM = 9  # of Philox; training alone has such errors
+UNITS = 1 << 30  # in which probabilities are counted
 
 
 def choose_errors(
@@ -39,7 +40,8 @@ def draw_errors(logits: Tensor, tokens: Tensor, u: Tensor, mask_id: int) -> Tens
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     scores[..., mask_id] = -torch.inf
     scores.scatter_(-1, tokens[..., None], -torch.inf)
-    ends = scores.softmax(-1).cumsum(-1)
-    # u is at most 1 - 2^-24, so the product is below the total, rounded too: a word is met whose probability is not 0.
-    place = u[..., None] * ends[..., -1:]
+    # In whole numbers, whose sums are exact: of floats torch below 2.15 refuses them on CUDA in a deterministic run.
+    ends = scores.softmax(-1).mul_(UNITS).to(torch.int32).cumsum(-1, dtype=torch.int32)
+    # u has 24 bits and is below 1, and so the place below the total: a word is met that has a unit.
+    place = ((u[..., None] * 2**24).long() * ends[..., -1:] >> 24).to(torch.int32)
     return torch.searchsorted(ends, place, right=True)[..., 0].clamp(max=mask_id)

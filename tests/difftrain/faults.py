@@ -278,6 +278,7 @@ MUTANTS = [
     (SELF_ERRORS, "the right word is drawn as an error", "    scores.scatter_(-1, tokens[..., None], -torch.inf)\n", ""),
     (SELF_ERRORS, "[MASK] is drawn as an error", "    scores[..., mask_id] = -torch.inf\n", ""),
     (SELF_ERRORS, "a word of probability 0 at the beginning", "right=True", "right=False"),
+    (SELF_ERRORS, "floats are cumulated", ".to(torch.int32).cumsum(-1, dtype=torch.int32)", ".cumsum(-1)"),
     (SELF_ERRORS, "right words become errors", "(x != tokens) & ", ""),
     (STEP, "own errors: drawn under dropout", "self.compiled.eval()", "pass"),
     (STEP, "own errors: the model stays in evaluation", "self.compiled.train()", "pass"),

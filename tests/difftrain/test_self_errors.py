@@ -73,6 +73,18 @@ def test_the_last_number_below_1_meets_a_word_that_can_be():
         assert ((words >= 2) & (words < 5)).all()
 
 
+def test_no_sum_of_floats_is_cumulated_which_deterministic_cuda_refuses(monkeypatch):
+    cumulated, real = [], torch.Tensor.cumsum
+    monkeypatch.setattr(
+        torch.Tensor, "cumsum", lambda self, *a, **k: (cumulated.append(self.dtype), real(self, *a, **k))[1]
+    )
+    logits = torch.randn(2, 3, V, dtype=torch.float32, device="cpu")
+    tokens = torch.zeros(2, 3, dtype=torch.int64, device="cpu")
+    words = draw_errors(logits, tokens, torch.rand(2, 3, dtype=torch.float32, device="cpu"), MASK_ID)
+    assert ((words > 0) & (words < MASK_ID)).all()
+    assert cumulated == [torch.int32]
+
+
 RUN = {
     "max_iters": 9,
     "eval_interval": 4,

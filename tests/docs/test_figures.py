@@ -70,6 +70,18 @@ def test_instructions_a_logit_are_those_of_the_machine_code():
     )
 
 
+def test_instructions_by_tritons_version_are_those_of_their_files():
+    text = page("docs/gpu.md")
+    for version, file in (("3.6.0", "triton-3.6.0"), ("3.7.1", "bf16"), ("3.9.0", "triton-3.9.0")):
+        rows = json.loads((RESULTS / f"codegen_{file}.json").read_text())
+        rows = [row for row in rows if row["target"] == "sm_90" and row["vocab_size"] in (50304, 50305)]
+        rows = [row for row in rows if row["slots_scan"] or row["slots_grad"]]
+        assert len(rows) == 8
+        names = ("slots_scan", "slots_grad", "registers", "spill_instructions", "narrow_accesses_in_loops")
+        scan, gradient, *counts = (max(row[name] or 0 for row in rows) for name in names)
+        assert f"| {version} | {scan:.2f} | {gradient:.2f} | {' | '.join(map(str, counts))} |" in text
+
+
 def test_the_first_runs_figures_are_those_of_its_file():
     stages = json.loads((RESULTS / "nvidia-h100-80gb-hbm3-2026-11-28.json").read_text())["stages"]
     entries = stages["loss"]["entries"] + stages["quick"]["entries"]
