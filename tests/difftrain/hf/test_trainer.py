@@ -164,7 +164,7 @@ def test_autocast_and_checkpointed_layers_train_alike(tmp_path):
     assert_same(trained(tmp_path, model=model, **options), plain)
 
 
-def test_batches_without_labels_are_refused(tmp_path):
+def test_a_batch_that_lacks_labels_is_refused(tmp_path):
     with pytest.raises(UserError, match="batches must have labels"):
         trainer_of(tmp_path, collator=lambda rows: {"input_ids": rows[0]["input_ids"][None]}).train()
 
