@@ -247,6 +247,12 @@ def test_what_is_not_known_between_head_and_logits_is_refused_and_nothing_patche
     assert unchanged(model, before)
 
 
+def test_a_scale_of_one_in_a_hundred_is_seen_in_bf16():
+    with pytest.raises(UserError, match="Tiny does more"):
+        patch(Tiny(bend=lambda z: z * 1.01).bfloat16(), MASK_ID)
+    patch(Tiny(bend=lambda z: 3.3 * torch.tanh(z / 3.3), final_logit_softcapping=3.3).bfloat16(), MASK_ID)
+
+
 class Adapter(torch.nn.Module):
     """What adapters make of a layer; at first they add nothing."""
 
