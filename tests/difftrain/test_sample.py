@@ -8,7 +8,6 @@ import torch
 
 from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.cli import main
-from difftrain.data.vocabulary import Characters
 from difftrain.errors import UserError
 from difftrain.loss import bend_rows, bent_logits
 from difftrain.model import Transformer
@@ -21,7 +20,6 @@ from difftrain.sampling.scoring import ModelScores
 from difftrain.sampling.texts import (
     Sample,
     SampleRequest,
-    encode_template,
     keep_sample,
     sample_run,
     write_texts,
@@ -156,16 +154,6 @@ def test_causal_sampling_beyond_block_size_sees_the_last_block_size_tokens():
     out = go_on(model, [[3, 3]], 7, block_size=3)
     assert out.tolist() == [[3, 3, 1, 2, 3, 0, 1]]
     assert seen == [[3, 3], [3, 3, 1], [3, 1, 2], [1, 2, 3], [2, 3, 0]]
-
-
-def test_gaps_are_runs_of_four_or_more_underscores():
-    words = Characters(tuple("ab_c"))
-    assert encode_template("a____b", words) == [0, 4, 4, 4, 4, 1]
-    assert encode_template("__a_____", words) == [2, 2, 0, 4, 4, 4, 4, 4]
-    with pytest.raises(UserError, match="at least four underscores"):
-        encode_template("a___b", words)
-    with pytest.raises(UserError, match="outside the vocabulary: 'x'"):
-        encode_template("x____", words)
 
 
 @pytest.fixture(scope="module")
