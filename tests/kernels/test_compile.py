@@ -119,7 +119,9 @@ def test_no_schema_holds_a_float_but_what_is_constant_in_a_training():
 
 
 # Torch 2.15's opcheck looks at .grad of inputs that it cloned, and hides that warning only where it is no error.
-OPCHECK = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+OPCHECK = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
 
 
 # opcheck does not take NaN for equal to NaN, so no mean of nothing.
