@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,12 +129,12 @@ class DataCollatorForDiffusion:
         wanted = ["input_ids", *([self.index] if self.index else [])]
         if any(name not in example for name in wanted):
             raise UserError(f"an example must have {' and '.join(wanted)}, got {', '.join(example)}")
-        ids = torch.as_tensor(example["input_ids"], dtype=torch.int64, device="cpu")
+        ids = _whole_numbers("input_ids", example["input_ids"])
         is_there = torch.ones_like(ids, dtype=torch.bool)
         counts = is_there
         for name, no in (("attention_mask", 0), ("labels", self.ignore_index)):
             if name in example:
-                other = torch.as_tensor(example[name], dtype=torch.int64, device="cpu")
+                other = _whole_numbers(name, example[name])
                 if other.shape != ids.shape:
                     raise UserError(
                         f"{name} must have one number for each of {len(ids)} ids, got {len(other)}"
@@ -151,7 +152,7 @@ class DataCollatorForDiffusion:
         else:
             key = example[self.index]
             key = key if isinstance(key, int) else getattr(key, "item", lambda: -1)()
-            if not 0 <= key < 2**32:
+            if not isinstance(key, int) or not 0 <= key < 2**32:
                 raise UserError(f"{self.index} must be in [0, 2^32), got {example[self.index]}")
         return ids, is_there, counts, int(self.epoch) << 32 | key
 
@@ -166,3 +167,14 @@ class DataCollatorForDiffusion:
     def _exchanged(self, ids: Tensor) -> Tensor:
         last = self.vocab_size - 1
         return torch.where(ids == last, self.mask_id, torch.where(ids == self.mask_id, last, ids))
+
+
+def _whole_numbers(name: str, values: Any) -> Tensor:
+    """(T,) int64; UserError for anything but a row of whole numbers."""
+    try:
+        found = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} must be a row of whole numbers, got rows of several lengths") from None
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iub"):
+        raise UserError(f"{name} must be a row of whole numbers, got {found.dtype} of shape {found.shape}")
+    return torch.as_tensor(found, dtype=torch.int64, device="cpu")

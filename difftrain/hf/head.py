@@ -66,7 +66,7 @@ def in_place_of(head: nn.Linear, compute: Callable[[Tensor], Tensor]) -> Iterato
     try:
         yield
     finally:
-        del head.forward
+        vars(head).pop("forward")  # torch.compile does not follow `del`
 
 
 def text_config(model: nn.Module) -> Any:

@@ -155,6 +155,21 @@ def _check_options(options: dict[str, Any], terms: dict[str, float]) -> None:
             raise UserError(f"{name} must be left out: the model has its own, {terms[name]:g}")
 
 
+def _check_configuration(model: nn.Module, patched: Patched) -> None:
+    """That nobody has changed what the patch read and wrote; another model may share the configuration."""
+    terms = terms_of(model)
+    if terms != patched.terms:
+        raise UserError(
+            f"the configuration's softcap and scale must stay {patched.terms}, got {terms}: "
+            "difftrain.hf.unpatch(model) and patch anew"
+        )
+    if patched.config_before["both"] and getattr(text_config(model), "is_causal", None) is not False:
+        raise UserError(
+            "config.is_causal must stay False while the model is patched, got "
+            f"{getattr(text_config(model), 'is_causal', None)}: models that share a config change it for each other"
+        )
+
+
 def _checked_mask_id(mask_id: int, model: nn.Module, head: nn.Linear) -> int:
     """mask_id as an int with a row in both tables."""
     mask_id = whole_number("mask_id", mask_id, 0)
@@ -179,7 +194,16 @@ def _forward_like(forward: Any) -> Any:
 
     signature = inspect.signature(forward)  # of a bound method
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    patched_forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
+    own = list(signature.parameters.values())
+    rest = [p for p in own if p.kind is inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in OPTIONS
+        if name not in signature.parameters
+    ]
+    patched_forward.__signature__ = signature.replace(
+        parameters=[first, *own[: len(own) - len(rest)], *options, *rest]
+    )
     patched_forward.__doc__ = forward.__doc__
     return patched_forward
 
@@ -203,6 +227,7 @@ def _run(model: nn.Module, patched: Patched, own: Any, args: tuple, kwargs: dict
             f"labels must have the shape of input_ids {tuple(x.shape)}, got {tuple(labels.shape)}"
         )
     _check_options(given, patched.terms)
+    _check_configuration(model, patched)
     head, losses = head_of(model), []
 
     def compute(hidden: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from difftrain.config import Config
 from difftrain.errors import UserError
 from difftrain.hf.collating import DataCollatorForDiffusion, checked_config
-from difftrain.hf.patching import NAME, Patched
+from difftrain.hf.patching import NAME, OPTIONS, Patched
 from difftrain.loss import loss_terms
 from difftrain.schedule import final_penalties, masking_penalties
 
@@ -58,11 +59,31 @@ class DiffusionLossTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise UserError(f"one process must have one GPU, got {self.args.n_gpu}: launch with torchrun")
         self.args.prediction_loss_only = True
+        self.label_names = ["labels"]  # whatever was asked for: without them no evaluation has a loss
         # Whatever the Trainer thinks of the model: the loss that it gets is divided for the whole step.
         self.model_accepts_loss_kwargs = True
         if isinstance(self.data_collator, DataCollatorForDiffusion):
+            self._check_collator(self.data_collator)
             self.args.remove_unused_columns = False  # it takes what it needs
             self.add_callback(_Epochs(self.data_collator))
+
+    def _check_collator(self, collator: DataCollatorForDiffusion) -> None:
+        """That the batches are meant as the loss reads them."""
+        pairs = {
+            "mask_id": (collator.mask_id, self.patched.mask_id),
+            "ignore_index": (collator.ignore_index, self.patched.ignore_index),
+        }
+        if isinstance(self.curriculum, Config):
+            pairs["recipe"] = (collator.config.recipe, self.curriculum.recipe)
+        for name, (theirs, ours) in pairs.items():
+            if theirs != ours:
+                where = "curriculum" if name == "recipe" else "patch"
+                raise UserError(f"{name} of the collator must be the {where}'s, {ours}, got {theirs}")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The columns that the Trainer keeps: also options of the loss, whatever model is wrapped around the patched."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in OPTIONS if name not in self._signature_columns]
 
     def loss_options(self, is_training: bool) -> dict[str, Any]:
         """The options of the loss at the present step, or of an evaluation."""
@@ -70,7 +91,12 @@ class DiffusionLossTrainer(Trainer):
             return {}
         step = self.state.global_step
         if not isinstance(self.curriculum, Config):
-            return dict(self.curriculum(step))
+            options = dict(self.curriculum(step))
+            if unwanted := [name for name in ("shift", "normalizer") if name in options]:
+                raise UserError(
+                    f"{unwanted[0]} must be an option of patch or in batches: it sets the divisor"
+                )
+            return options
         config = self.curriculum
         pk, pm = masking_penalties(step, config) if is_training else final_penalties(config)
         return loss_terms(config) | {"pk": pk, "pm": pm}
@@ -87,28 +113,46 @@ class DiffusionLossTrainer(Trainer):
     def _share(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
         share = batch.get("normalizer", self.patched.options.get("normalizer"))
         if share is None:
-            if "labels" not in batch:
-                raise UserError("batches must have labels, as those of DataCollatorForDiffusion do")
-            return self.patched.count(batch["labels"]).to(device)
+            _check_labels(batch)
+            given = {"shift": batch["shift"]} if "shift" in batch else {}
+            return self.patched.count(batch["labels"], given).to(device)
         return torch.as_tensor(share, dtype=torch.float32, device=device)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a micro-batch over the divisor of its step; in evaluation over its own."""
+        _check_labels(inputs)
         options = self.loss_options(model.training)
         if model.training and num_items_in_batch is not None:
             options["normalizer"] = num_items_in_batch
         outputs = model(**{**inputs, **options})
+        if outputs.get("logits") is not None:
+            raise UserError("the model must stay patched while it trains, got one that makes logits")
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, which without labels would make logits and give no loss."""
+        _check_labels(inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The Trainer's own, with the collator's evaluation."""
+        with self._evaluating():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The Trainer's own, with the collator's evaluation."""
+        with self._evaluating():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         collator = self.data_collator
         if isinstance(collator, DataCollatorForDiffusion):
             self.data_collator = collator.for_evaluation()
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.data_collator = collator
 
@@ -125,6 +169,11 @@ class _Epochs(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.collator.set_epoch(self.next)
         self.next += 1
+
+
+def _check_labels(batch: Mapping[str, Any]) -> None:
+    if "labels" not in batch:
+        raise UserError("batches must have labels, as those of DataCollatorForDiffusion do")
 
 
 def _patch_of(model: nn.Module) -> Patched:

@@ -127,7 +127,7 @@ TRAINER = {
     },
     "exchange": {"appearing", "errors", "config", "data", "model", "loss", "reporting", "checkpoints", "safetensors", "torch", "transformers"},
     "hf": {
-        "errors", "config", "schedule", "data", "loss", "difftrain_kernels", "torch", "transformers", "accelerate",
+        "errors", "config", "schedule", "data", "loss", "difftrain_kernels", "numpy", "torch", "transformers", "accelerate",
     },
     "training": {
         "appearing", "errors", "progress", "config", "schedule", "data", "model", "runtime", "parallel", "loss", "evaluation",

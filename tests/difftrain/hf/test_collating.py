@@ -154,6 +154,22 @@ def test_empty_examples_and_batches_are_empty():
         ({"labels": [1, 2, 3]}, "labels must have one number for each of 16 ids, got 3"),
         ({"index": 2**32}, r"index must be in \[0, 2\^32\), got 4294967296"),
         ({"index": None}, "index must be"),
+        ({"index": torch.tensor(2.5)}, "index must be"),
+        (
+            {"input_ids": [1.5, 2.0]},
+            r"input_ids must be a row of whole numbers, got float64 of shape \(2,\)",
+        ),
+        (
+            {"input_ids": [[1, 2]]},
+            r"input_ids must be a row of whole numbers, got int64 of shape \(1, 2\)",
+        ),
+        ({"input_ids": "abc"}, "input_ids must be a row of whole numbers, got <U3 of shape"),
+        (
+            {"input_ids": [[1], [2, 3]]},
+            "input_ids must be a row of whole numbers, got rows of several lengths",
+        ),
+        ({"labels": 1}, r"labels must be a row of whole numbers, got int64 of shape \(\)"),
+        ({"labels": None}, "labels must be a row of whole numbers, got object of shape"),
     ],
 )
 def test_bad_examples_are_told_in_one_line(change, said):

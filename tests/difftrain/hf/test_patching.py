@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 import pickle
 from contextlib import nullcontext
 
@@ -422,6 +423,43 @@ def test_hidden_states_of_some_positions_alone_are_refused():
     x, y = batch_of()
     with pytest.raises(UserError, match=r"a hidden state for each of input_ids \(3, 11\), got \(3, 4\)"):
         model(input_ids=x, labels=y)
+
+
+def test_a_configuration_that_no_longer_says_what_was_patched_is_refused():
+    x, y = batch_of()
+    model = patch(Tiny(bend=lambda z: 2.0 * torch.tanh(z / 2.0), final_logit_softcapping=2.0), MASK_ID)
+    model.config.final_logit_softcapping = None
+    with pytest.raises(UserError, match=r"softcap and scale must stay {'softcap': 2.0}, got {}") as caught:
+        model(input_ids=x, labels=y)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shared_configuration_that_another_model_made_causal_again_is_refused():
+    first, second = Tiny(), Tiny()
+    second.config = first.config
+    patch(first, MASK_ID)
+    patch(second, MASK_ID)
+    unpatch(first)
+    x, y = batch_of()
+    with pytest.raises(UserError, match="config.is_causal must stay False while the model is patched"):
+        second(input_ids=x, labels=y)
+
+
+def test_options_that_come_with_a_batch_are_in_the_signature():
+    names = inspect.signature(patch(Tiny(), MASK_ID).forward).parameters
+    assert list(names)[:3] == ["input_ids", "attention_mask", "labels"]
+    assert {"token_weights", "normalizer", "case_weights", "pk", "pm"} <= set(names)
+
+
+@pytest.mark.parametrize("name", ["Tiny", pytest.param("Qwen2ForCausalLM", marks=NEED_TRANSFORMERS)])
+def test_a_compiled_model_has_the_same_loss(name):
+    model = patch(model_of(name), MASK_ID, pk=0.25, pm=0.5)
+    compiled = torch.compile(model, backend="eager")
+    for seed in (0, 1):
+        x, y = batch_of(seed=seed)
+        with torch.no_grad():
+            found, wanted = (m(input_ids=x, labels=y)["loss"] for m in (compiled, model))
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
 def test_a_model_is_patched_once_and_can_be_freed():

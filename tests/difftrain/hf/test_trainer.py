@@ -10,7 +10,7 @@ import torch
 
 from difftrain.config import Config
 from difftrain.errors import UserError
-from difftrain.hf import DataCollatorForDiffusion, patch
+from difftrain.hf import DataCollatorForDiffusion, patch, unpatch
 from hf_models import V, tiny_of
 from processes import run_in_processes
 
@@ -219,6 +219,83 @@ def test_what_cannot_hold_is_refused_in_one_line(options, said, tmp_path):
     with pytest.raises(UserError, match=said) as caught:
         trainer_of(tmp_path, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("collator", "said"),
+    [
+        ({"mask_id": 5}, f"mask_id of the collator must be the patch's, {MASK_ID}, got 5"),
+        ({"ignore_index": -1}, "ignore_index of the collator must be the patch's, -100, got -1"),
+        (
+            {"config": Config(recipe="llada")},
+            "recipe of the collator must be the curriculum's, specification, got llada",
+        ),
+    ],
+)
+def test_a_collator_that_corrupts_for_another_loss_is_refused(collator, said, tmp_path):
+    collate = DataCollatorForDiffusion(**{"mask_id": MASK_ID, "vocab_size": V, "index": "index"} | collator)
+    with pytest.raises(UserError, match=said):
+        trainer_of(tmp_path, collator=collate)
+
+
+class Corrupted(torch.utils.data.Dataset):
+    """Examples with labels of their own and the weights of their tokens."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        ids = Rows()[4 * (i % 4) + 3]["input_ids"]
+        return {"input_ids": ids, "labels": ids, "token_weights": torch.full(ids.shape, float(i))}
+
+
+@pytest.mark.parametrize("is_plain", [True, False], ids=["plain Trainer", "ours"])
+def test_weights_in_the_examples_reach_the_loss_through_any_collator(is_plain, tmp_path, monkeypatch):
+    from transformers import Trainer, default_data_collator
+
+    from difftrain.hf import patching
+
+    seen, loss = [], patching.fused_linear_diffusion_loss
+
+    def watched(*args, **options):
+        seen.append(options["token_weights"])
+        return loss(*args, **options)
+
+    monkeypatch.setattr(patching, "fused_linear_diffusion_loss", watched)
+    trainer = trainer_of(tmp_path, curriculum=None)
+    kind = Trainer if is_plain else type(trainer)
+    trainer.args.remove_unused_columns = True
+    kind(
+        trainer.model, trainer.args, train_dataset=Corrupted(), data_collator=default_data_collator
+    ).train()
+    assert sorted(seen[0][:, 0].tolist()) == list(range(16))
+
+
+def test_a_test_set_is_corrupted_as_in_an_evaluation(tmp_path):
+    trainer = trainer_of(tmp_path)
+    wanted = trainer.evaluate()["eval_loss"]
+    trainer.data_collator.set_epoch(3)
+    assert trainer.predict(Rows()).metrics["test_loss"] == wanted
+
+
+def test_an_evaluation_without_labels_is_refused_and_with_them_has_a_loss(tmp_path):
+    trainer = trainer_of(tmp_path, collator=lambda rows: {"input_ids": rows[0]["input_ids"][None]})
+    with pytest.raises(UserError, match="batches must have labels"):
+        trainer.evaluate()
+    assert "eval_loss" in trainer_of(tmp_path, label_names=["target"]).evaluate()
+
+
+def test_a_model_that_is_no_longer_patched_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path)
+    unpatch(trainer.model)
+    with pytest.raises(UserError, match="must stay patched while it trains"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["shift", "normalizer"])
+def test_a_curriculum_does_not_set_the_divisor(name, tmp_path):
+    with pytest.raises(UserError, match=f"{name} must be an option of patch or in batches"):
+        trainer_of(tmp_path, curriculum=lambda step: {name: 1}).train()
 
 
 def test_a_model_that_is_not_patched_is_refused(tmp_path):
