@@ -98,6 +98,8 @@ def patch(
         UserError: a model that cannot be patched faithfully, which stays as it was; a bad argument.
             In a call: labels of another shape, no ``input_ids``, a head that has become something else.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if NAME in vars(model):
         raise UserError(f"{type(model).__name__} is patched already: difftrain.hf.unpatch(model) first")
     config = text_config(model)

@@ -32,8 +32,8 @@ class DiffusionLossTrainer(Trainer):
 
     Args:
         curriculum: a configuration, whose penalties, their warmup and schedules, and terms are taken; or a function
-            from the step, counted from 0, to options of the loss, which evaluation is given too; None for those
-            of the patch.
+            from the step, counted from 0, to options of the loss, which evaluation is given too; None: those of
+            the patch, and where it has none the configuration of a :class:`DataCollatorForDiffusion`.
         args, kwargs: the Trainer's own.
 
     Raises:
@@ -47,8 +47,15 @@ class DiffusionLossTrainer(Trainer):
         elif curriculum is not None and not callable(curriculum):
             what = type(curriculum).__name__
             raise UserError(f"curriculum must be a Config or a function of the step, got {what}")
-        self.curriculum = curriculum
         self.patched = _patch_of(self.model)
+        collator = self.data_collator
+        if (
+            curriculum is None
+            and not self.patched.options
+            and isinstance(collator, DataCollatorForDiffusion)
+        ):
+            curriculum = collator.config
+        self.curriculum = curriculum
         unwanted = {
             "compute_metrics": self.compute_metrics is not None,
             "compute_loss_func": self.compute_loss_func is not None,
@@ -62,10 +69,10 @@ class DiffusionLossTrainer(Trainer):
         self.label_names = ["labels"]  # whatever was asked for: without them no evaluation has a loss
         # Whatever the Trainer thinks of the model: the loss that it gets is divided for the whole step.
         self.model_accepts_loss_kwargs = True
-        if isinstance(self.data_collator, DataCollatorForDiffusion):
-            self._check_collator(self.data_collator)
+        if isinstance(collator, DataCollatorForDiffusion):
+            self._check_collator(collator)
             self.args.remove_unused_columns = False  # it takes what it needs
-            self.add_callback(_Epochs(self.data_collator))
+            self.add_callback(_Epochs(collator))
 
     def _check_collator(self, collator: DataCollatorForDiffusion) -> None:
         """That the batches are meant as the loss reads them."""

@@ -349,6 +349,11 @@ def test_a_head_that_runs_twice_or_a_tuple_is_refused():
         patch(Tuple(), MASK_ID)
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(UserError, match="model must be a torch.nn.Module, got str"):
+        patch("gpt2", MASK_ID)
+
+
 def test_a_model_that_stays_causal_is_refused():
     class Causal(Tiny):
         def forward(self, *args, **kwargs):

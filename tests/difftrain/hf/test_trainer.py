@@ -149,6 +149,11 @@ def test_a_function_of_the_step_gives_options(tmp_path):
     assert_same(found, trained(tmp_path, model=model, curriculum=None, max_steps=2))
 
 
+def test_without_a_curriculum_it_is_that_of_the_collators_configuration(tmp_path):
+    options = {"max_steps": 3, "config": Config(masking_warmup_iters=4, z_loss=0.1)}
+    assert_same(trained(tmp_path, curriculum=None, **options), trained(tmp_path, **options))
+
+
 def test_terms_of_the_configuration_reach_the_loss(tmp_path):
     plain = trained(tmp_path)
     assert trained(tmp_path, config=Config(masking_warmup_iters=4, z_loss=1.0))[0] != plain[0]
@@ -170,7 +175,7 @@ def test_a_batch_that_lacks_labels_is_refused(tmp_path):
 
 
 def test_each_epoch_is_corrupted_otherwise_and_an_evaluation_is_not(tmp_path):
-    trainer = trainer_of(tmp_path, max_steps=3, learning_rate=0.0, curriculum=None)
+    trainer = trainer_of(tmp_path, max_steps=3, learning_rate=0.0, curriculum=lambda step: {})
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(set(losses)) == 3
