@@ -1,5 +1,5 @@
 """Does the curriculum pay? Trains the same model in several ways, measures what each learnt, and compares them.
-Takes about 90 minutes on two quiet CPU cores: one command on each, with --part 1/2 and --part 2/2. Prints tables, and
+Takes about 100 minutes on two quiet CPU cores: one command on each, with --part 1/2 and --part 2/2. Prints tables, and
 writes the figures to the file that --json names.
 
     python benchmarks/curriculum.py [--out DIR] [--arms NAME ...] [--seeds N] [--steps N] [--options FILE.toml]

@@ -138,10 +138,16 @@ def test_the_experiments_tables_are_those_of_its_file():
     result = json.loads((RESULTS / "curriculum-cpu-2026-11-28.json").read_text())
     text = page("docs/curriculum.md")
     for columns in TABLES.values():
-        assert table(result["runs"], columns, "curriculum") in text
+        assert table(result["runs"], columns) in text
     for arm, what in result["setting"]["arms"].items():
         assert f"| {arm} | {what} |" in text
-    assert f"{result['held_out']['judge_nll']:.2f} nats a character from it" in text
+    held_out, shuffled = (result["references"][name] for name in ("held-out text", "shuffled"))
+    assert (
+        f"{held_out['judge_nll']:.2f} nats a character from it, {held_out['distinct']:.2f} distinct" in text
+    )
+    assert (
+        f"gets {shuffled['judge_nll']:.2f} nats and {100 * shuffled['known_words']:.1f} % of words" in text
+    )
 
 
 def test_the_figures_of_sampling_are_those_of_their_file():
