@@ -146,7 +146,7 @@ def test_the_experiments_tables_are_those_of_its_file():
         f"{held_out['judge_nll']:.2f} nats a character from it, {held_out['distinct']:.2f} distinct" in text
     )
     assert (
-        f"gets {shuffled['judge_nll']:.2f} nats and {100 * shuffled['known_words']:.1f} % of words" in text
+        f"get {shuffled['judge_nll']:.2f} nats and {100 * shuffled['known_words']:.1f} % of words" in text
     )
 
 
