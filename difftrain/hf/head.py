@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from difftrain.errors import UserError
+from difftrain.hf.sides import one_sided_layers
 from difftrain_kernels.reference import bend
 from difftrain_kernels.terms import Terms
 
@@ -109,7 +111,7 @@ def check_faithful(
     ``terms`` make of them, without a trained tensor between. Run in eval mode on four tokens.
 
     Raises:
-        UserError: another computation, or a causal model where ``sees_both_sides``.
+        UserError: another computation, or a causal model or layer where ``sees_both_sides``.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -117,13 +119,19 @@ def check_faithful(
         with torch.enable_grad():
             first = _probe(model, head, terms)
             if sees_both_sides:
+                later = PROBE_TOKENS - 2  # not the last, which may be padding
                 for is_padded in (False, True):
-                    before = _probe(model, head, terms, is_padded=is_padded) if is_padded else first
-                    after = _probe(model, head, terms, is_padded=is_padded, changed=PROBE_TOKENS - 2)
-                    if not (before[:, 0] != after[:, 0]).any():
+                    probe = partial(_probe, model, head, terms, is_padded=is_padded)
+                    before = probe() if is_padded else first
+                    if not (before[:, 0] != probe(changed=later)[:, 0]).any():
                         raise UserError(
                             f"{type(model).__name__} must see later tokens too, but position 0 does not depend on "
                             "them: it does not take config.is_causal=False (bidirectional=False leaves it so)"
+                        )
+                    if layers := one_sided_layers(model, probe, later):
+                        raise UserError(
+                            f"{type(model).__name__} must see later tokens in each layer, but {len(layers)} do "
+                            f"not: {', '.join(layers)} (bidirectional=False leaves them so)"
                         )
     finally:
         for module, mode in modes.items():

@@ -67,8 +67,8 @@ WARM_START, FROM_GPT2, ANNEALING = (
 )
 WARM_TESTS = ["tests/difftrain/exchange/test_warm_start.py"]
 HF_TESTS = ["tests/difftrain/exchange/test_hf.py"]
-HF_HEAD, HF_PATCHING, HF_COLLATING = (
-    f"difftrain/hf/{name}.py" for name in ("head", "patching", "collating")
+HF_HEAD, HF_PATCHING, HF_COLLATING, HF_SIDES = (
+    f"difftrain/hf/{name}.py" for name in ("head", "patching", "collating", "sides")
 )
 PATCHING_TESTS = (
     ["tests/difftrain/hf/test_patching.py"],
@@ -161,6 +161,7 @@ STAGES = {
     **dict.fromkeys((WARM_START, FROM_GPT2, ANNEALING), (WARM_TESTS,)),
     HF_HEAD: PATCHING_TESTS,
     HF_PATCHING: PATCHING_TESTS,
+    HF_SIDES: PATCHING_TESTS,
     HF_COLLATING: (["tests/difftrain/hf/test_collating.py"],),
     **dict.fromkeys((EXPORTED, TO_HF, HF_MODEL, HF_CARD, HF_TOKENIZER), (HF_TESTS,)),
     LOADED: (["tests/difftrain/sampling/test_loaded.py"],),
@@ -509,6 +510,9 @@ MUTANTS = [
     (SAMPLING, "a text that is no characters cannot be kept", 'encoding="utf-8", errors="backslashreplace")', 'encoding="utf-8")'),
     (LOADED, "ids outside the vocabulary reach the model", "if ids.numel() and not 0", "if False and not 0"),
     (EXPORTED, "a pointer is no checkpoint", "if folder.is_file() and (target := read_pointer(folder.parent, folder.name)):", "if target := None:"),
+    (HF_SIDES, "layers that stay causal are taken", "if sees_earlier and not sees_later:", "if False:"),
+    (HF_SIDES, "a layer that mixes nothing is refused", "if sees_earlier and not sees_later:", "if not sees_later:"),
+    (HF_SIDES, "a layer called by name is passed over", 'args[0] if args else kwargs.get("hidden_states")', "args[0] if args else None"),
     (APPEARING, "a file is written in place", "half = target.with_name(", "half = target or target.with_name("),
     (APPEARING, "half a file stays", "        half.unlink(missing_ok=True)", "        pass"),
     (APPEARING, "a file has its name before it is on the disk", "        flush(half)\n        half.replace(target)", "        half.replace(target)"),

@@ -368,6 +368,50 @@ def test_a_model_that_stays_causal_is_refused():
     assert vars(model.config) == {"is_causal": True}
 
 
+class Mixing(torch.nn.Module):
+    """A layer that adds the sum of what a position sees: everything, or itself and what lies before."""
+
+    def __init__(self, is_causal):
+        super().__init__()
+        self.is_causal = is_causal
+
+    def forward(self, hidden_states, scale=1.0):
+        n = hidden_states.shape[1]
+        seen = torch.ones(n, n, dtype=hidden_states.dtype, device=hidden_states.device)
+        return (hidden_states + scale * (seen.tril() if self.is_causal else seen) @ hidden_states,)
+
+
+class Hybrid(Tiny):
+    """Layers of either kind, called by place and by name, and one that mixes no positions."""
+
+    def __init__(self, kinds):
+        super().__init__(is_causal=True)
+        self.layers = torch.nn.ModuleList(Mixing(is_causal) for is_causal in kinds)
+        self.others = torch.nn.ModuleList([torch.nn.Linear(32, 32)])
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        hidden = self.others[0](self.tokens(input_ids) + self.places.weight[: input_ids.shape[1]])
+        for i, layer in enumerate(self.layers):
+            (hidden,) = layer(hidden, scale=0.5) if i % 2 else layer(hidden_states=hidden, scale=0.5)
+        return {"logits": self.head(hidden)}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [([True, False, True], "2 do not: layers.0, layers.2"), ([False, True], "1 do not: layers.1")],
+)
+def test_layers_that_stay_causal_between_others_are_refused_by_name(kinds, said):
+    model = Hybrid(kinds)
+    with pytest.raises(UserError, match=f"Hybrid must see later tokens in each layer, but {said}"):
+        patch(model, MASK_ID)
+    assert not any(layer._forward_hooks for layer in [*model.layers, *model.others])
+    patch(model, MASK_ID, bidirectional=False)
+
+
+def test_layers_that_see_both_sides_are_taken_whatever_lies_between():
+    patch(Hybrid([False, False]), MASK_ID)
+
+
 # Bad input ----------------------------------------------------------------------------------------
 
 
@@ -513,6 +557,12 @@ class TestTransformers:
     def test_a_recurrent_model_is_refused(self):
         model = tiny_of("MambaForCausalLM", vocab_size=V, hidden_size=32, num_hidden_layers=2)
         with pytest.raises(UserError, match="MambaForCausalLM must see later tokens too"):
+            patch(model, MASK_ID)
+
+    def test_chunked_layers_that_stay_causal_with_padding_are_refused(self):
+        sizes = KINDS["LlamaForCausalLM"] | {"num_hidden_layers": 4, "head_dim": 8, "num_local_experts": 2}
+        model = tiny_of("Llama4ForCausalLM", **sizes, intermediate_size_mlp=48)
+        with pytest.raises(UserError, match="in each layer, but 3 do not: model.layers.0, model.layers.1"):
             patch(model, MASK_ID)
 
     def test_a_router_loss_is_refused(self):
