@@ -576,7 +576,7 @@ MUTANTS = [
     (HF_HEAD, "a softcap is looked for among small numbers", "torch.logspace(-1, 2,", "torch.logspace(-4, -3,"),
     (HF_HEAD, "a small scale is taken for roundings", " and bool(drift.abs() < max(eps / 2, 1e-5))", ""),
     (HF_HEAD, "a second head is left out of the loss", "    if others:\n", "    if False:\n"),
-    (HF_HEAD, "a model that stays causal is patched", "if not (before[:, 0] != after[:, 0]).any():", "if False:"),
+    (HF_HEAD, "a model that stays causal is patched", "if not (before[:, 0] != probe(changed=later)[:, 0]).any():", "if False:"),
     (HF_HEAD, "a part of the head is taken for the whole", 'if weight.dim() != 2 or hasattr(weight, "placements"):', "if False:"),
     (HF_HEAD, "a look at the model trains its layers", "module.training = mode", "module.training = True"),
     (HF_PATCHING, "labels that do not count are divided by", ".ne(self.ignore_index).sum()", ".ne(-12345).sum()"),
