@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from difftrain import appearing
 from difftrain import loss as loss_module
 from difftrain import runtime as runtime_module
 from difftrain.checkpoints import writing as writing_module
@@ -19,7 +20,6 @@ from difftrain.checkpoints.reading import find_checkpoint
 from difftrain.errors import UserError
 from difftrain.reporting.log import read_metrics
 from difftrain.schedule import learning_rate, masking_penalties
-from difftrain.training import run_folder as run_folder_module
 from difftrain.training import step as step_module
 from difftrain.training import verdict as verdict_module
 from difftrain.training.loop import train
@@ -823,7 +823,7 @@ def test_a_disk_that_fills_while_resuming_leaves_the_old_configuration(tiny, tmp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder_module.os, "fsync", full)
+        patch.setattr(appearing, "flush", full)
         with pytest.raises(OSError, match="No space left"):
             train(dataclasses.replace(config, max_iters=4), resume=True)
     assert contents(config.out_dir) == before

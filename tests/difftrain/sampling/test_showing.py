@@ -2,10 +2,10 @@ import io
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
+from difftrain import appearing
 from difftrain.cli import main
 from difftrain.data.vocabulary import Characters
 from difftrain.sampling import showing
@@ -155,13 +155,11 @@ def test_a_page_takes_the_place_of_an_older_one_when_it_is_whole(run, tmp_path, 
     words = ["sample", run, "--device", "cpu", "--steps", "2", "--html", str(page)]
     assert main(words) == 0
     before = page.read_text(encoding="utf-8")
-    real = Path.write_bytes
 
-    def half(path, text, *rest, **options):
-        real(path, text[: len(text) // 2], *rest, **options)
+    def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(appearing, "flush", full)
     assert main(words) == 1
     assert [p.name for p in page.parent.iterdir()] == ["page.html"]
     assert page.read_text(encoding="utf-8") == before
