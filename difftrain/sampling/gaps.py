@@ -20,7 +20,7 @@ from difftrain.sampling.writing import How, Writer
 KNOWN = re.compile("_{4,}")  # this many underscores are as many [MASK]s
 UNKNOWN = "[[gap]]"
 LENGTHS = (1, 16)
-NEIGHBOURS = 8  # given words on each side of a gap that a length is judged by; measured: docs/sampling.md
+NEIGHBOURS = 8  # given words on each side of a gap that a length is judged by
 MOST = 256  # candidates of one text
 
 

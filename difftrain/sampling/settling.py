@@ -27,7 +27,7 @@ class State:
         is_active: (B, T) bool, those among them that this part of the work is about.
         returns: (B, T) int64, how often each was sent back to [MASK] or overwritten.
         since: (B, T) int64, the pass in which its word was written; -1 before.
-        p: (B, T) fp32, the probability with which that word was drawn; 1 before.
+        p: (B, T) fp32, what the model gave to that word among all words, however it was chosen; 1 before.
     """
 
     x: Tensor
@@ -158,7 +158,8 @@ def settle(
         state.x = torch.where(goes_back, mask_id, x)
         state.returns = state.returns + (goes_back | (fills & ~is_masked))
         state.since = torch.where(fills & (state.x != mask_id), first_pass + step, state.since)
-        state.p = torch.where(fills, seen.spread(seen.p, 1.0), state.p)
+        p = seen.p_words.gather(1, words[:, None]).squeeze(1)
+        state.p = torch.where(fills, seen.spread(p, 1.0), state.p)
         if on_pass:
             on_pass(state.x)
     if steps < 1 and bool(((state.x == mask_id) & state.is_active).any()):

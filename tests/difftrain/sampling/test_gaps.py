@@ -118,6 +118,18 @@ def test_each_length_is_filled_as_if_it_were_alone_and_known(position):
     assert len(filled.written.unique()) == 7
 
 
+def test_lengths_are_judged_by_what_the_model_gives_however_words_are_chosen():
+    """Of words drawn from one alone each would have been drawn with probability 1."""
+    model = loaded()
+    tried = candidates("abc[[gap]]hgfed", (1, 5))
+    greedy, narrowed = (
+        fill_candidates(model._writer, tried, 1, How(policy="confidence", steps=2, choice=choice))
+        for choice in (Choice(temperature=0.0), Choice(temperature=1.0, top_k=1))
+    )
+    assert torch.equal(narrowed.ids, greedy.ids)
+    torch.testing.assert_close(narrowed.written, greedy.written)
+
+
 def test_believed_most_is_the_greatest_sum_over_written_and_given_words():
     ids = torch.arange(12).view(2, 2, 3)
     written, given = torch.tensor([[-1.0, -2.0], [-1.0, -2.0]]), torch.tensor([[-4.0, -2.0], [-2.5, -2.0]])
