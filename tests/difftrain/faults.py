@@ -154,7 +154,7 @@ STAGES = {
         ["tests/difftrain/sampling/test_scoring.py"],
         ["tests/difftrain/test_sample.py"],
     ),
-    SETTLING: (SETTLING_TESTS,),
+    SETTLING: (SETTLING_TESTS, ["tests/difftrain/sampling/test_gaps.py"]),
     WRITING_TEXTS: (["tests/difftrain/sampling/test_loaded.py"], ["tests/difftrain/test_sample.py"]),
     REPAIRING: (["tests/difftrain/sampling/test_repairing.py"],),
     MARKING: (["tests/difftrain/sampling/test_repairing.py"],),
