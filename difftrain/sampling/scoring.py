@@ -32,9 +32,8 @@ class ModelScores:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.module, self.config, self.mask_id, self.autocast = module, config, mask_id, autocast
+        self.visible: Tensor | None = None
         self.passes = self.head_rows = 0
-
-    visible: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor, where: Tensor) -> Tensor:

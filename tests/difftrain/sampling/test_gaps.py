@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from difftrain.cli import main
-from difftrain.config import Config
 from difftrain.data.vocabulary import Characters
 from difftrain.errors import UserError
-from difftrain.model import Transformer
 from difftrain.sampling.choosing import Choice
 from difftrain.sampling.gaps import NEIGHBOURS, Filled, candidates_of, fill_candidates
 from difftrain.sampling.loaded import Loaded
 from difftrain.sampling.texts import SampleRequest
 from difftrain.sampling.writing import How
+from untrained import untrained
 
 LETTERS = "abcdefgh"
 WORDS = Characters(tuple(LETTERS + "_ "))
@@ -22,13 +21,7 @@ MASK_ID = 10
 
 
 def loaded(**changes):
-    config = Config(
-        **{"data": "none", "device": "cpu", "block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 16}
-        | changes
-    )
-    model = Transformer(config, MASK_ID + 1).eval()
-    for parameter in model.parameters():  # of a size at which one position tells on another
-        torch.nn.init.normal_(parameter, std=0.4)
+    model, config = untrained(MASK_ID + 1, **{"block_size": 24} | changes)
     return Loaded(model, WORDS, config, 1)
 
 

@@ -6,26 +6,19 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from difftrain.config import Config
 from difftrain.data.vocabulary import Characters
 from difftrain.errors import UserError
-from difftrain.model import Transformer
 from difftrain.sampling.choosing import Choice
 from difftrain.sampling.scoring import KeptKeys, ModelScores
 from difftrain.sampling.writing import How, Writer
+from untrained import untrained
 
 MASK_ID = 8
 BLOCK = slice(4, 8)
 
 
 def writer(**changes):
-    config = Config(
-        **{"data": "none", "device": "cpu", "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
-        | changes
-    )
-    model = Transformer(config, MASK_ID + 1).eval()
-    for parameter in model.parameters():  # of a size at which one position tells on another
-        torch.nn.init.normal_(parameter, std=0.4)
+    model, config = untrained(MASK_ID + 1, **{"block_size": 16} | changes)
     return Writer(model, Characters(tuple("abcdefgh")), config)
 
 
