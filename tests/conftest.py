@@ -12,7 +12,7 @@ import torch  # noqa: E402  its bytecode is to be kept too
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 NEED_TRITON = [
-    "test_codegen.py", "test_executed_faults.py", "test_executed_kernels.py", "test_executed_traffic.py",
+    "test_codegen.py", "test_compiled_prediction.py", "test_executed_faults.py", "test_executed_kernels.py", "test_executed_traffic.py",
     "test_kernel_rows_in_place.py", "test_kernel_sums.py", "test_kernel_terms.py", "test_logits_loss.py",
     "test_terms_fused.py", "test_triton_kernels.py", "test_upstream_prediction.py",
 ]  # fmt: skip

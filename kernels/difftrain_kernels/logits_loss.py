@@ -18,12 +18,14 @@ from torch import Tensor
 
 from .calls import LossCall, Result, prepare_call
 from .cpu_loss import cpu_loss
+from .early_gradient import EarlyGradient, finish_gradient, score_rows_early
 from .implementation import (
     IMPLEMENTATIONS,
     as_rows,
     forbid_second_derivative,
     make_table,
     reduce_rows,
+    row_gradients,
     row_values,
     score_rows,
     sum_cases,
@@ -81,9 +83,8 @@ def fused_diffusion_loss(
 
     Under ``torch.compile`` the loss is one operator, with the bits of an eager call of the same
     implementation ("reference", which autograd records only eagerly, up to roundings). Penalties that
-    change belong in 0-d tensors there. An operator neither writes over its inputs nor gives them back, so
-    ``upstream_scale``, ``upstream_prediction`` and ``overwrite_logits``, which change no result, are checked
-    and then ignored: the gradient is made in backward, in its own buffer.
+    change belong in 0-d tensors there. An operator does not write over its inputs, so ``upstream_scale`` and
+    ``overwrite_logits``, which change no result, are checked and then ignored.
 
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64, any device and strides; 1 <= V < 2**31. A fake
@@ -170,7 +171,9 @@ def fused_diffusion_loss(
         check_overwritable(logits)
     is_fused = uses_triton(impl, logits, logits.dtype)
     if torch.compiler.is_compiling() or is_traced(logits):
-        return compiled_diffusion_loss(logits, call, uses_triton=is_fused, check_labels=check_labels)
+        return compiled_diffusion_loss(
+            logits, call, uses_triton=is_fused, predicts=upstream_prediction, check_labels=check_labels
+        )
     if check_labels:
         call.check_label_values()
     if not is_fused:
@@ -209,25 +212,23 @@ class _TritonLoss(torch.autograd.Function):
         call, stated, expectation, overwrite = how
         rows = as_rows(logits, uneven=True)
         ctx.divisor = max(1, len(call.y)) if call.reduction == "mean" else 1
-        ctx.stated, ctx.overwrite, ctx.gradient, ctx.made_for = stated, overwrite, None, None
-        ctx.mask_id, ctx.terms, ctx.expectation = call.mask_id, call.terms.kept(), expectation
-        if expectation is not None and expectation.may_open:
-            ctx.stated = torch.empty(len(call.y), dtype=torch.float32, device=rows.device)
-            statistics, ctx.gradient = triton_kernels.launch_loss_and_gradient(
-                rows, *call.labels, terms=call.terms, upstream=expectation.state, made_for_out=ctx.stated,
-                divisor=ctx.divisor,
-            )  # fmt: skip
-            expectation.open(ctx.gradient)
+        ctx.stated, ctx.overwrite, ctx.made_for = stated, overwrite, None
+        ctx.mask_id, ctx.terms, ctx.early = call.mask_id, call.terms.kept(), EarlyGradient()
+        if expectation is not None:
+            statistics, ctx.early = score_rows_early(
+                rows, call.labels, terms=call.terms, divisor=ctx.divisor, expectation=expectation
+            )
         elif stated is None:
             statistics = triton_kernels.launch_loss(rows, *call.labels, terms=call.terms)
         else:
-            statistics, ctx.gradient = triton_kernels.launch_loss_and_gradient(
+            statistics, gradient = triton_kernels.launch_loss_and_gradient(
                 rows, *call.labels, terms=call.terms, upstream=stated, divisor=ctx.divisor,
                 gradient_out=rows if overwrite else None,
             )  # fmt: skip
-            if overwrite:
-                ctx.gradient = None  # it is the logits, which are saved
+            if overwrite:  # the gradient is the logits, which are saved
                 torch.autograd.graph.increment_version(logits)
+            else:
+                ctx.early = EarlyGradient(gradient, stated)
         ctx.save_for_backward(logits, call.y, *statistics)
         kept += statistics
         return reduce_rows(statistics.row_loss, call.reduction)
@@ -243,33 +244,17 @@ class _TritonLoss(torch.autograd.Function):
 
     @staticmethod
     def _gradient(ctx, upstream):
-        from . import triton_kernels
-
         logits, y, *statistics = ctx.saved_tensors
-        statistics = triton_kernels.RowStatistics(*statistics)
         rows = as_rows(logits, uneven=True)
-        terms = {"mask_id": ctx.mask_id, "terms": ctx.terms}
         upstream = upstream.reshape(-1) if upstream.dim() else upstream
+        how = {"divisor": ctx.divisor, "mask_id": ctx.mask_id, "terms": ctx.terms}
         if ctx.overwrite and ctx.stated is not None:
             gradient = _scale_overwritten(ctx, rows, upstream)
         elif ctx.overwrite:
-            gradient = triton_kernels.launch_gradient(
-                rows, y, statistics, upstream, divisor=ctx.divisor, gradient_out=rows, **terms
-            )
+            gradient = row_gradients(True, rows, y, tuple(statistics), upstream, overwrite=True, **how)
             torch.autograd.graph.increment_version(logits)
         else:
-            # The buffer from forward is given away once. A second backward makes its own.
-            made, ctx.gradient = ctx.gradient, None
-            if ctx.expectation is not None:
-                ctx.expectation.close(made)
-            if made is not None and not triton_kernels.have_one_phase(made, rows):
-                made = None  # hooks on saved tensors gave the logits back at another address
-            if made is not None:
-                terms["stated"] = ctx.stated
-                terms["state"] = None if ctx.expectation is None else ctx.expectation.state
-            gradient = triton_kernels.launch_gradient(
-                rows, y, statistics, upstream, divisor=ctx.divisor, gradient_out=made, **terms
-            )
+            gradient = finish_gradient(ctx.early, rows, y, tuple(statistics), upstream, **how)
         # Over the logits it must not be the saved tensor itself.
         gradient = gradient.detach() if ctx.overwrite else gradient
         return gradient if gradient.dim() == logits.dim() else gradient.view(logits.shape)

@@ -3,7 +3,8 @@
 An operator is opaque to the compiler, so what runs is what runs eagerly, bit for bit. Its schema
 holds no float: Dynamo would make a graph for each value. Penalties are 0-d tensors on the device.
 Eager calls do not come here; they may pass numbers straight to the kernel, and write the gradient
-over the logits or give a buffer away, which an operator may not: its results must be new.
+over the logits, which an operator may not. A gradient that is made in forward because its upstream gradient
+is expected goes beside the graph (``early_gradient.py``).
 
 | operator | of | gives |
 |---|---|---|
@@ -26,6 +27,7 @@ from torch.library import custom_op
 from . import reference, sliced_reference, stepwise_reference
 from .calls import LossCall, Result
 from .cases import CaseTable
+from .early_gradient import finish_gradient, leave_with, left_with, score_rows_early
 from .implementation import (
     as_rows,
     forbid_backward,
@@ -37,6 +39,7 @@ from .implementation import (
     sum_cases,
 )
 from .terms import PLAIN, Terms
+from .upstream_prediction import find_expectation, replays_graphs
 from .validation import check_label_values
 
 # Names of operators are global: a second copy of this package, such as Hugging Face's kernels loads
@@ -86,14 +89,15 @@ def terms_of(
 
 
 def compiled_diffusion_loss(
-    logits: Tensor, call: LossCall, *, uses_triton: bool, check_labels: bool
+    logits: Tensor, call: LossCall, *, uses_triton: bool, predicts: bool, check_labels: bool
 ) -> Result:
     """``fused_diffusion_loss`` in a graph, of arguments that were checked."""
+    predicts = predicts and uses_triton and torch.is_grad_enabled() and logits.requires_grad
     pk, pm = (as_tensor(p, logits) for p in (call.pk, call.pm))
     terms = flattened(call.terms, logits)
     loss, *statistics = diffusion_loss(
         logits.reshape(-1, logits.shape[-1]), call.y, call.x, pk, pm, call.mask_id, call.ignore_index,
-        call.reduction, uses_triton, check_labels, *terms,
+        call.reduction, uses_triton, predicts, check_labels, *terms,
     )  # fmt: skip
     return result_of(loss, statistics, call, terms, uses_triton)
 
@@ -146,18 +150,30 @@ def traced_rows(statistics, call: LossCall, uses_triton: bool) -> tuple[Tensor, 
     f"{NAMESPACE}::diffusion_loss",
     mutates_args=(),
     schema="(Tensor logits, Tensor y, Tensor x, Tensor pk, Tensor pm, SymInt mask_id, SymInt ignore_index, "
-    f"str reduction, bool uses_triton, bool check_labels, {TERMS}) -> (Tensor, Tensor, Tensor)",
+    f"str reduction, bool uses_triton, bool predicts, bool check_labels, {TERMS}) -> (Tensor, Tensor, Tensor)",
 )
 def diffusion_loss(
-    logits, y, x, pk, pm, mask_id, ignore_index, reduction, uses_triton, check_labels, *flat_terms
+    logits, y, x, pk, pm, mask_id, ignore_index, reduction, uses_triton, predicts, check_labels, *flat_terms
 ):
     terms = terms_of(*flat_terms)
     if check_labels:
         check_labels_of(y, logits.shape[1], mask_id, ignore_index, terms)
-    case, columns = score_rows(
-        uses_triton, as_rows(logits), y, x, mask_id, pk, pm, ignore_index, terms=terms
-    )
+    rows, labels = as_rows(logits), (y, x, mask_id, pk, pm, ignore_index)
+    expectation = None
+    if predicts and not replays_graphs(logits.device):
+        expectation = find_expectation(rows, len(y), reduction)
+    if expectation is None:
+        case, columns = score_rows(uses_triton, rows, *labels, terms=terms)
+    else:
+        (case, columns), early = score_rows_early(
+            rows, labels, terms=terms, divisor=_divisor(y, reduction), expectation=expectation
+        )
+        leave_with(columns, early)
     return reduce_rows(columns[0], reduction), case, columns
+
+
+def _divisor(y: Tensor, reduction: str) -> int:
+    return max(1, len(y)) if reduction == "mean" else 1
 
 
 def check_labels_of(y: Tensor, vocab_size: int, mask_id: int, ignore_index: int, terms: Terms) -> None:
@@ -166,7 +182,9 @@ def check_labels_of(y: Tensor, vocab_size: int, mask_id: int, ignore_index: int,
 
 
 @diffusion_loss.register_fake
-def _(logits, y, x, pk, pm, mask_id, ignore_index, reduction, uses_triton, check_labels, *flat_terms):
+def _(
+    logits, y, x, pk, pm, mask_id, ignore_index, reduction, uses_triton, predicts, check_labels, *flat_terms
+):
     return fake_loss(
         y.shape[0], loss_dtype(logits.dtype), logits, reduction, uses_triton, terms_of(*flat_terms)
     )
@@ -200,12 +218,11 @@ def n_columns(uses_triton: bool, terms: Terms, *, sliced: bool = False) -> int:
 def diffusion_loss_backward(
     upstream, logits, y, case, columns, reduction, uses_triton, mask_id, *flat_terms
 ):
-    rows = as_rows(logits)
-    divisor = max(1, len(rows)) if reduction == "mean" else 1
-    return row_gradients(
-        uses_triton, rows, y, (case, columns), upstream,
-        divisor=divisor, mask_id=mask_id, terms=terms_of(*flat_terms),
-    )  # fmt: skip
+    rows, statistics = as_rows(logits), (case, columns)
+    how = {"divisor": _divisor(y, reduction), "mask_id": mask_id, "terms": terms_of(*flat_terms)}
+    if uses_triton:
+        return finish_gradient(left_with(columns), rows, y, statistics, upstream, **how)
+    return row_gradients(False, rows, y, statistics, upstream, **how)
 
 
 @diffusion_loss_backward.register_fake
@@ -233,7 +250,7 @@ def _differentiate(ctx, upstream, *_):
         upstream, *saved, ctx.reduction, ctx.uses_triton, ctx.mask_id,
         token_weights, case_weights, logit_scale, *ctx.terms,
     )  # fmt: skip
-    return gradient, *(None,) * (9 + N_TERMS)
+    return gradient, *(None,) * (10 + N_TERMS)
 
 
 diffusion_loss.register_autograd(_differentiate, setup_context=_keep_for_backward)

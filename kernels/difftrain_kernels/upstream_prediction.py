@@ -32,6 +32,7 @@ kept between forward and backward.
 from __future__ import annotations
 
 import os
+import sys
 from threading import get_ident
 from weakref import ref
 
@@ -119,3 +120,17 @@ def _begin(kind: tuple) -> Expectation | None:
         return None
     state = torch.full((5,), torch.nan, dtype=torch.float32, device=device)
     return _expectations.setdefault(kind, Expectation(state))
+
+
+def replays_graphs(device: torch.device) -> bool:
+    """Whether torch.compile captures what it compiles for this device in CUDA graphs (``mode="reduce-overhead"``).
+
+    They know of no memory that a graph's own tensors do not hold, and refuse to begin where there is some.
+    """
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if device.type != "cuda" or trees is None:
+        return False
+    try:
+        return trees.get_manager(device.index, create_if_none_exists=False) is not None
+    except Exception:  # private, and of the thread that compiles: unknown here
+        return True

@@ -35,14 +35,15 @@ KERNELS = {
     "chunks": {
         "torch", "implementation", "positions", "stepwise_reference", "terms", "weight_sums", "triton_kernels",
     },
+    "upstream_prediction": {"torch"},
+    "early_gradient": {"torch", "terms", "upstream_prediction", "triton_kernels"},
     "operators": {
-        "torch", "calls", "cases", "implementation", "reference", "sliced_reference", "stepwise_reference", "terms",
-        "validation", "triton_kernels",
+        "torch", "calls", "cases", "early_gradient", "implementation", "reference", "sliced_reference",
+        "stepwise_reference", "terms", "upstream_prediction", "validation", "triton_kernels",
     },
     "linear_operators": {"torch", "calls", "chunks", "implementation", "operators"},
-    "upstream_prediction": {"torch"},
     "logits_loss": {
-        "torch", "calls", "cpu_loss", "implementation", "operators", "reference", "term_validation",
+        "torch", "calls", "cpu_loss", "early_gradient", "implementation", "operators", "reference", "term_validation",
         "upstream_prediction", "validation", "triton_kernels",
     },
     "linear_loss": {

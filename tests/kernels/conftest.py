@@ -11,3 +11,13 @@ def alone(tmp_path_factory):
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """What the kernels of the loss from logits launch and move from here on."""
+    from upstream_traffic import Traffic  # imports triton
+
+    counted = Traffic()
+    counted.watch(monkeypatch)
+    return counted

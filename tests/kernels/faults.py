@@ -14,6 +14,8 @@ UPSTREAM = "kernels/difftrain_kernels/triton_kernels/upstream.py"
 PREDICTION = "kernels/difftrain_kernels/upstream_prediction.py"
 TILE_MODEL = "kernels/difftrain_kernels/triton_kernels/tile_model.py"
 LOGITS_LOSS = "kernels/difftrain_kernels/logits_loss.py"
+EARLY = "kernels/difftrain_kernels/early_gradient.py"
+OPERATORS = "kernels/difftrain_kernels/operators.py"
 PARALLEL = "kernels/difftrain_kernels/parallel_loss.py"
 REFERENCE = "kernels/difftrain_kernels/reference.py"
 STEPWISE_REFERENCE = "kernels/difftrain_kernels/stepwise_reference.py"
@@ -28,11 +30,11 @@ CALLS, CHUNKS, CASES, RECIPES, VALIDATION, IMPLEMENTATION, LINEAR, POSITIONS, WE
     )
 )  # fmt: skip
 DEVICE = "kernels/difftrain_kernels/triton_kernels/device.py"
-PLAIN, NUMBERS, DEFAULTS, EMPTY, TABLES, FAKE_CUDA, UNCOUNTED, SUMS, ADDITION = (
+PLAIN, NUMBERS, DEFAULTS, EMPTY, TABLES, FAKE_CUDA, UNCOUNTED, SUMS, ADDITION, COMPILED = (
     [f"tests/kernels/test_{name}.py"]
     for name in (
         "plain_tensors", "numbers", "defaults", "without_contents", "cases", "fake_cuda", "positions", "weight_sums",
-        "grad_accumulation",
+        "grad_accumulation", "compiled_prediction",
     )
 )  # fmt: skip
 # In this order; a fault is killed by the first stage that fails. Hypothesis is late: it shrinks.
@@ -54,7 +56,9 @@ STAGES = {
     **dict.fromkeys(TRITON, KERNEL_STAGES),
     TILE_MODEL: (["tests/kernels/test_tiles.py"],),
     LOGITS_LOSS: (["tests/kernels/test_logits_loss.py"], PLAIN, ["tests/kernels/test_triton_kernels.py"]),
-    **dict.fromkeys((UPSTREAM, PREDICTION), (["tests/kernels/test_upstream_prediction.py"],)),
+    **dict.fromkeys((UPSTREAM, PREDICTION), (["tests/kernels/test_upstream_prediction.py"], COMPILED)),
+    EARLY: (COMPILED, ["tests/kernels/test_logits_loss.py"]),
+    OPERATORS: (COMPILED,),
     PARALLEL: (PLAIN, EMPTY, NUMBERS, ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"]),
     VALIDATION: (PLAIN, NUMBERS, DEFAULTS, EMPTY),
     IMPLEMENTATION: (PLAIN, EMPTY, FAKE_CUDA),
@@ -199,9 +203,17 @@ MUTANTS = [
     (BLOCKS, "bulk accesses through 2-byte elements", "return tl.multiple_of(row_ptr + head + block * BLOCK, 16)", "return row_ptr + head + block * BLOCK"),
     (LOGITS_LOSS, "mean over counted positions", "ctx.divisor = max(1, len(call.y))", "ctx.divisor = max(1, int((call.y != -1).sum()))"),
     (LOGITS_LOSS, "sum's gradient divided by N", "if call.reduction == \"mean\" else 1\n", "if call.reduction != \"none\" else 1\n"),
-    (LOGITS_LOSS, "buffer given away twice", "made, ctx.gradient = ctx.gradient, None", "made = ctx.gradient"),
-    (LOGITS_LOSS, "statement trusted unseen", "terms[\"stated\"] = ctx.stated", "terms[\"stated\"] = float(upstream.flatten()[0])"),
-    (LOGITS_LOSS, "version counter not bumped in forward", "                torch.autograd.graph.increment_version(logits)\n        ctx", "        ctx"),
+    (EARLY, "buffer given away twice", "made, early.gradient = early.gradient, None", "made = early.gradient"),
+    (EARLY, "statement trusted unseen", "\"stated\": early.made_for", "\"stated\": float(upstream.flatten()[0])"),
+    (EARLY, "compiled: what nobody took is not told", "        early.expectation.close(made)", "        pass"),
+    (EARLY, "compiled: nothing is learnt", "else early.expectation.state", "else None"),
+    (EARLY, "compiled: every open loss keeps a gradient", "if not expectation.may_open:", "if False:"),
+    (OPERATORS, "compiled: predicts where no gradient is wanted", "torch.is_grad_enabled() and logits.requires_grad", "True"),
+    (OPERATORS, "compiled: the switch is ignored", "predicts = predicts and uses_triton", "predicts = uses_triton"),
+    (OPERATORS, "compiled: predicts where graphs are captured", " and not replays_graphs(logits.device)", ""),
+    (OPERATORS, "compiled: the gradient stays behind", "        leave_with(columns, early)\n", ""),
+    (PREDICTION, "compiled: a captured graph is not seen", "is not None\n    except", "is None\n    except"),
+    (LOGITS_LOSS, "version counter not bumped in forward", "which are saved\n                torch.autograd.graph.increment_version(logits)", "which are saved\n                pass"),
     (LOGITS_LOSS, "version counter not bumped in backward", "            torch.autograd.graph.increment_version(logits)\n        else", "        else"),
     (LOGITS_LOSS, "logits overwritten unasked", "gradient_out=rows if overwrite else None,", "gradient_out=rows,"),
     (UPSTREAM, "prediction: a gradient is made where nothing is expected", "return predicted, predicted == predicted", "return predicted, True"),

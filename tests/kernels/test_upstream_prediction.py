@@ -12,14 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from triton.language import constexpr
 
 from difftrain_kernels import fused_diffusion_loss, triton_kernels, upstream_prediction
-from difftrain_kernels.triton_kernels import gradient as gradient_file
 from difftrain_kernels.triton_kernels import upstream as upstream_file
 from loss_problems import random_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about inf and NaN
 
 MASK_ID = 4
-UNTOUCHED = 77.0
 
 
 @pytest.fixture(autouse=True)
@@ -42,61 +40,6 @@ def gradient_of(problem, upstream, **options):
     loss = loss_of(leaf, y, x, **options)
     loss.backward(torch.as_tensor(upstream, dtype=loss.dtype, device=loss.device).expand(loss.shape))
     return leaf.grad
-
-
-class Traffic:
-    """Launches since it was last read, and what they moved: bytes per bf16 logit, by the rows that were written."""
-
-    def __init__(self):
-        self.launches, self.moved = [], 0.0
-
-    def read(self):
-        found = self.launches, self.moved
-        self.launches, self.moved = [], 0.0
-        return found
-
-    def note(self, name, moved):
-        self.launches.append(name)
-        self.moved += moved
-
-
-@pytest.fixture
-def traffic(monkeypatch):
-    """Counted on what the kernels leave in buffers whose every element was set before."""
-    counted = Traffic()
-    loss, both, backward = (
-        getattr(triton_kernels, f"launch_{n}") for n in ("loss", "loss_and_gradient", "gradient")
-    )
-
-    def share(buffer):
-        return (buffer != UNTOUCHED).any(-1).float().mean().item()
-
-    def launch_loss(*arguments, **options):
-        counted.note("loss", 2)
-        return loss(*arguments, **options)
-
-    def launch_both(logits, *arguments, gradient_out=None, **options):
-        gradient_out = gradient_file.gradient_buffer(logits, gradient_out).fill_(UNTOUCHED)
-        found = both(logits, *arguments, gradient_out=gradient_out, **options)
-        counted.note("loss and gradient", 2 + 2 * share(gradient_out))
-        return found
-
-    def launch_gradient(logits, *arguments, gradient_out=None, **options):
-        buffer = gradient_file.gradient_buffer(logits, gradient_out)
-        before = buffer.clone()
-        found = backward(logits, *arguments, gradient_out=buffer.fill_(UNTOUCHED), **options)
-        assert found is buffer
-        counted.note("gradient", 4 * share(buffer))
-        written = (buffer != UNTOUCHED).any(-1, keepdim=True)
-        return buffer.copy_(torch.where(written, buffer, before))
-
-    for name, launch in (
-        ("loss", launch_loss),
-        ("loss_and_gradient", launch_both),
-        ("gradient", launch_gradient),
-    ):
-        monkeypatch.setattr(triton_kernels, f"launch_{name}", launch)
-    return counted
 
 
 def moved_by(traffic, problems, upstreams, **options):
