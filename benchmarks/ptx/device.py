@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -130,7 +131,9 @@ def emulated(**options) -> Iterator[Session]:
     """Inside, every launch of a Triton kernel is executed here; ``options`` are the session's."""
     session = Session(**options)
     runtime, driver = triton.knobs.runtime, triton.runtime.driver
-    before = driver._active, runtime.add_stages_inspection_hook
+    before = driver._active, runtime.add_stages_inspection_hook, triton.knobs.cache.dir
+    # Triton 3.6 would find what was assembled for a GPU: its cache does not ask for the hook.
+    triton.knobs.cache.dir = str(Path(before[2]) / "ptx")
     driver.set_active(EmulatedDriver(session))
     runtime.add_stages_inspection_hook = _as_ptx
     _sessions.append(session)
@@ -140,7 +143,7 @@ def emulated(**options) -> Iterator[Session]:
         session.contents.check_all_written()
     finally:
         _sessions.pop()
-        driver._active, runtime.add_stages_inspection_hook = before
+        driver._active, runtime.add_stages_inspection_hook, triton.knobs.cache.dir = before
 
 
 def _flatten(kind, value, name: str) -> Iterator[tuple[str, object]]:
