@@ -26,7 +26,7 @@ def part() -> str:
     return f"""\
 **Predicted, not measured**: ms in bf16, in brackets the per cent of the floor, which is a copy of the least
 bytes. "default" is a plain call from the second of its kind on; "not predicted" makes
-the gradient in backward (`upstream_prediction=False`, a first call, a compiled one); "stated" is `upstream_scale`.
+the gradient in backward (`upstream_prediction=False`, a first call); "stated" is `upstream_scale`.
 
 {predictions.table()}
 

@@ -25,7 +25,6 @@ from reporting.goals import (
     GOALS,
     LINEAR,
     LOSS,
-    LOSS_AND_GRADIENT,
     STATES,
     NotMeasured,
     Table,
@@ -95,7 +94,7 @@ def readme_part(document: dict[str, Any] | None, name: str = "") -> str:
         return NOTHING
     table = Table(stages["loss"]["entries"])
     rows = [
-        [" x ".join(map(str, s)), _share(table, s, LOSS, FORWARD), _share(table, s, LOSS_AND_GRADIENT, BOTH), _peer(table, s)]
+        [" x ".join(map(str, s)), _share(table, s, LOSS, FORWARD), _share(table, s, LOSS, BOTH), _peer(table, s)]
         for s in dict.fromkeys(tuple(e["shape"]) for e in table.entries)
         if len(s) == 2
     ]  # fmt: skip
@@ -123,7 +122,7 @@ def _loss_part(stage: dict[str, Any], name: str) -> str:
             ["N x V", "ours, forward", "ours", "best peer with the same loss", COMPILED, "eager"],
             [
                 [
-                    " x ".join(map(str, s)), _share(table, s, LOSS, FORWARD), _share(table, s, LOSS_AND_GRADIENT, BOTH),
+                    " x ".join(map(str, s)), _share(table, s, LOSS, FORWARD), _share(table, s, LOSS, BOTH),
                     _peer(table, s), _ms(table, s, COMPILED), _ms(table, s, EAGER),
                 ]
                 for s in logits

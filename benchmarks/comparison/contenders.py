@@ -72,13 +72,15 @@ def _on_device(penalty: float, device: torch.device) -> Tensor:
     return torch.full((), penalty, device=device)
 
 
-def _compiled(*, tensors: bool) -> Callable[[], Loss]:
+def _compiled(
+    function: Callable[..., Tensor] = diffusion_loss_reference, *, tensors: bool
+) -> Callable[[], Loss]:
     def make() -> Loss:
         torch._dynamo.reset()
 
         def step(inputs, y, x, mask_id, pk, pm):
             logits = inputs[0] if len(inputs) == 1 else F.linear(*inputs)
-            return diffusion_loss_reference(logits, y, x, mask_id, pk, pm)
+            return function(logits, y, x, mask_id, pk, pm)
 
         compiled = torch.compile(step, dynamic=False)
 
@@ -200,6 +202,9 @@ CONTENDERS = (
     Contender("ours, over the logits", "logits", OURS, _ours(overwrite=True)),
     Contender("ours, stated, over the logits", "logits", OURS, _ours(stated=True, overwrite=True)),
     Contender("ours, tensor penalties", "logits", OURS, _ours(tensors=True)),
+    Contender(
+        "ours, compiled", "logits", OURS, _compiled(fused_diffusion_loss, tensors=True), is_compiled=True
+    ),
     Contender("plain cross-entropy, our kernel", "logits", OURS, _ours_plain, NO_WEIGHTS),
     Contender("eager reference", "logits", TORCH, _eager),
     Contender("Liger cross-entropy", "logits", LIBRARY, _liger, NARROW_LOSS),

@@ -20,9 +20,9 @@ from measuring.checkout import ROOT
 from reporting.goals import (
     GOALS,
     LOSS,
-    LOSS_AND_GRADIENT,
     NOT_MEASURED,
     NOT_PREDICTED,
+    STATED,
     NotMeasured,
     Table,
     evaluate,
@@ -128,7 +128,7 @@ CALLS = (
     # The gradient in backward.
     Call("not predicted", NOT_PREDICTED, (BOTH, ACCUMULATED), (("loss", 1), ("gradient", 2)), 3),
     # In place of the gradient the check on the device that it is the stated one.
-    Call("stated", LOSS_AND_GRADIENT, (BOTH, ACCUMULATED), (("loss_and_gradient", 2),), 3),
+    Call("stated", STATED, (BOTH, ACCUMULATED), (("loss_and_gradient", 2),), 3),
 )
 
 

@@ -30,7 +30,7 @@ def test_every_shape_is_a_panel_and_every_contender_a_bar_or_a_reason(tmp_path, 
     (ax,) = (ax for ax in panels if ax.get_title(loc="left") == "N x V = 8192 x 50304, bf16")
     both = {e["contender"]: e["ms"] for e in entries if e["shape"] == shape and e["measure"] == BOTH}
     assert sorted(bar.get_width() for bar in ax.patches) == pytest.approx(sorted(both.values()))
-    assert len(ax.get_yticklabels()) == 13
+    assert len(ax.get_yticklabels()) == 14
     texts = [text.get_text() for text in ax.texts]
     assert "not installed: No module named 'quack'" in texts
     assert "1.73 ms, 95 %" in texts
