@@ -13,6 +13,7 @@ NUMPY = {
     "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64,
     "f16x2": np.uint32, "bf16x2": np.uint32, "f32x2": np.uint64,
 }  # fmt: skip
+NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -42,6 +43,17 @@ def to_bf16(x):
 
 def to_f16(x):
     return np.where(np.isnan(x), np.uint16(0x7FFF), x.astype(np.float16).view(np.uint16))
+
+
+def one_nan(function):
+    """The operation of fp32 with hardware's only NaN for a result; the host's has the bits of an operand."""
+
+    def calculate(*values):
+        result = function(*values)
+        is_nan = result != result
+        return np.where(is_nan, NAN, result) if is_nan.any() else result
+
+    return calculate
 
 
 def flush(x):

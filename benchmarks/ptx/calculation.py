@@ -18,6 +18,7 @@ from ptx.arithmetic import (
     flush,
     funnel_shift,
     high_product,
+    one_nan,
     widen,
 )  # fmt: skip
 from ptx.operands import Operands
@@ -92,7 +93,7 @@ class Calculation(Operands):
         if "ftz" in modifiers:
             full = function
             function = lambda *values: flush(full(*(flush(v) for v in values)))  # noqa: E731
-        return function
+        return one_nan(function) if kind == "f32" and base not in ("neg", "abs", "copysign") else function
 
     def _decode_pair(self, base, modifiers, operands, guard, where):
         """Two fp32 in one register, as sm_100 and above calculate them."""

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,7 +48,8 @@ def looks(monkeypatch):
         assert happenings, "it goes on watching"
         happenings.pop(0)()
 
-    monkeypatch.setattr(watch_module.time, "sleep", sleep)
+    # Its own name for the module: threads of other tests may sleep meanwhile.
+    monkeypatch.setattr(watch_module, "time", SimpleNamespace(sleep=sleep))
     return happenings
 
 

@@ -41,19 +41,6 @@ def make_faithful() -> None:
             return interpreter.TensorHandle(wide, target_type.scalar)
         return plain_cast(self, source, target_type)
 
-    plain_load, plain_store = builder.create_masked_load, builder.create_masked_store
-
-    def as_condition(mask):
-        # Triton 3.9's makes int32 of a block of bool and one bool, and takes no such mask.
-        return interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
-
-    def load(self, pointers, mask, *rest):
-        return plain_load(self, pointers, as_condition(mask), *rest)
-
-    def store(self, pointers, value, mask, *rest):
-        return plain_store(self, pointers, value, as_condition(mask), *rest)
-
-    builder.create_masked_load, builder.create_masked_store = load, store
     builder.create_fma = fused_multiply_add
     builder.cast_impl = cast
     # Hardware's maximum of a number and NaN is the number.

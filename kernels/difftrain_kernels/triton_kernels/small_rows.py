@@ -39,7 +39,9 @@ def read_small_rows(
     target_logit = tl.load(row_ptr + target, mask=inside & (target >= 0), other=float("-inf")).to(
         tl.float32
     )
-    mask_logit = tl.load(row_ptr + mask_id, mask=inside & (mask_id >= 0), other=0.0).to(tl.float32)
+    # A block, since the interpreter of Triton 3.9 makes no mask of a block and one bool.
+    mask_column = tl.zeros_like(target) + mask_id
+    mask_logit = tl.load(row_ptr + mask_column, mask=inside & (mask_column >= 0), other=0.0).to(tl.float32)
     takes_part = exists
     if terms.FORBID_MASK:
         takes_part = takes_part & (column != forbidden)
