@@ -129,10 +129,10 @@ HINTS = {
 }
 # (file, what is wrong, text, replacement); all occurrences are replaced.
 MUTANTS = [
-    (STREAMED_ROWS, "tail takes one vector more", "exist = (vector < n_vectors) &", "exist = (vector <= n_vectors) &"),
-    (STREAMED_ROWS, "tail sums one vector less", "exist = (vector < n_vectors) &", "exist = (vector < n_vectors - 1) &"),
-    (STREAMED_ROWS, "gradient's tail is one short", "exist = vectors_of(block, REPEAT, LANES) < n_vectors", "exist = vectors_of(block, REPEAT, LANES) < n_vectors - 1"),
-    (STREAMED_ROWS, "gradient's tail is one long", "exist = vectors_of(block, REPEAT, LANES) < n_vectors", "exist = vectors_of(block, REPEAT, LANES) <= n_vectors"),
+    (BLOCKS, "tail takes one vector more", "return (vector < n_vectors)", "return (vector <= n_vectors)"),
+    (BLOCKS, "tail sums one vector less", "return (vector < n_vectors)", "return (vector < n_vectors - 1)"),
+    (BLOCKS, "gradient's tail is one short", "_taken(block, n_vectors, n_vectors, n_vectors,", "_taken(block, n_vectors - 1, n_vectors, n_vectors,"),
+    (BLOCKS, "gradient's tail is one long", "_taken(block, n_vectors, n_vectors, n_vectors,", "_taken(block, n_vectors + 1, n_vectors, n_vectors,"),
     (DEVICE, "launched on whichever device is current", "is_here = not tensor.is_cuda or", "is_here = True or"),
     (IMPLEMENTATION, "the kernel on devices that are too old for it", "< (8, 0):", "< (7, 0):"),
     (WEIGHT_SUMS, "on CUDA the weight's gradient is multiplied wide", "elif out.is_cuda:", "elif False:"),
@@ -153,7 +153,7 @@ MUTANTS = [
     (STREAMED_ROWS, "tie goes to the last lane's block", "first_block = tl.min(tl.where(sums.top == top, sums.seen, n_full), axis=0)", "first_block = tl.max(tl.where(sums.top == top, sums.seen, -1), axis=0)"),
     (STREAMED_ROWS, "row's end wins the tie", "seen = tl.where(values == sums.top, tl.minimum(block, sums.seen), sums.seen)", "seen = tl.where(values == sums.top, block, sums.seen)"),
     (STREAMED_ROWS, "row's head loses the tie", "seen = tl.where(values == sums.top, tl.minimum(block, sums.seen), sums.seen)", "seen = sums.seen"),
-    (STREAMED_ROWS, "target's vector summed twice", "exist = (vector < n_vectors) & (vector != without)", "exist = vector < n_vectors"),
+    (BLOCKS, "target's vector summed twice", "(vector != without) & ", ""),
     (STREAMED_ROWS, "target's vector lost", "takes_part = tl.where(is_end, takes_part, vector < n_vectors)", "takes_part = is_end & takes_part"),
     (STREAMED_ROWS, "two terms: one vector of target and forbidden word summed twice", "        second = tl.where(second == first, n_vectors, second)\n", ""),
     (BLOCKS, "row's end takes a logit more", "return column, column < vocab_size", "return column, column <= vocab_size"),

@@ -21,10 +21,15 @@ def block_offsets(REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexp
 
 @triton.jit
 def vectors_of(block, REPEAT: tl.constexpr, LANES: tl.constexpr):
-    """The numbers of a block's vectors, (REPEAT, LANES, 1). A mask of this shape is the same for all of a
-    vector, so that a masked access stays 16 bytes wide."""
+    """The numbers of a block's vectors, (REPEAT, LANES, 1)."""
     vector = block * (REPEAT * LANES) + tl.arange(0, REPEAT)[:, None, None] * LANES
     return vector + tl.arange(0, LANES)[None, :, None]
+
+
+@triton.jit
+def are_taken(vector, n_vectors, without, and_without):
+    """Whether the row has these vectors, and they are not one of two that are left out; ``n_vectors``: none is."""
+    return (vector < n_vectors) & (vector != without) & (vector != and_without)
 
 
 @triton.jit
@@ -68,49 +73,79 @@ def block_pointer(row_ptr, head, block, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def lane_pointers(block_ptr, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """A block's pointers. The repeat comes last: it is a constant that fits into the instruction."""
-    lane = tl.arange(0, LANES)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-    return block_ptr + lane + tl.arange(0, REPEAT)[:, None, None] * (LANES * VECTOR)
-
-
-@triton.jit
-def flat_pointers(block_ptr, REPEAT: tl.constexpr, WIDTH: tl.constexpr):
-    """The same in two dimensions, (REPEAT, WIDTH): of three, Triton 3.6 gives the first to a warp's lanes, which
-    then share their sums by shuffles."""
+def _pointers(block_ptr, REPEAT: tl.constexpr, WIDTH: tl.constexpr):
+    """A block's pointers, (REPEAT, WIDTH): of three dimensions, Triton 3.6 gives the first to a warp's lanes, which
+    then share their sums by shuffles. The repeat comes last: it is a constant that fits into the instruction."""
     return block_ptr + tl.arange(0, WIDTH)[None, :] + tl.arange(0, REPEAT)[:, None] * WIDTH
 
 
 @triton.jit
-def load_wide(block_ptr, exist, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """A block as (REPEAT, LANES, VECTOR) fp32; -inf where vectors do not exist, None: all do."""
+def _taken(
+    block, n_vectors, without, and_without, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The mask of these pointers, with WIDTH elements to a vector: one division, by which the compiler sees that
+    all elements of a vector share it, so that a masked access stays 16 bytes wide."""
+    vector = block * (REPEAT * LANES) + tl.arange(0, REPEAT)[:, None] * LANES
+    vector += tl.arange(0, LANES * WIDTH)[None, :] // WIDTH
+    return are_taken(vector, n_vectors, without, and_without)
+
+
+@triton.jit
+def _as_words(block_ptr):
+    """Two neighbours of bf16 in one word: a shift and an AND, where the compiler's own way takes three."""
+    return tl.multiple_of(block_ptr.to(tl.pointer_type(tl.uint32)), 16)
+
+
+@triton.jit
+def _from_words(words, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    words = words.reshape(REPEAT, LANES, VECTOR // 2)
+    low = (words << 16).to(tl.float32, bitcast=True)
+    high = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.join(low, high).reshape(REPEAT, LANES, VECTOR)
+
+
+@triton.jit
+def load_block(block_ptr, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """A full block as (REPEAT, LANES, VECTOR) fp32."""
     if block_ptr.dtype.element_ty == tl.bfloat16:
-        # Two neighbours in one word: a shift and an AND, where the compiler's own way takes three.
-        words_ptr = tl.multiple_of(block_ptr.to(tl.pointer_type(tl.uint32)), 16)
-        words = _load_block(words_ptr, exist, 0xFF80FF80, REPEAT, LANES, VECTOR // 2)
-        low = (words << 16).to(tl.float32, bitcast=True)
-        high = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
-        return tl.join(low, high).reshape(REPEAT, LANES, VECTOR)
+        words = tl.load(_pointers(_as_words(block_ptr), REPEAT, LANES * VECTOR // 2))
+        return _from_words(words, REPEAT, LANES, VECTOR)
     else:
-        return _load_block(block_ptr, exist, float("-inf"), REPEAT, LANES, VECTOR).to(tl.float32)
+        values = tl.load(_pointers(block_ptr, REPEAT, LANES * VECTOR))
+        return values.reshape(REPEAT, LANES, VECTOR).to(tl.float32)
 
 
 @triton.jit
-def _load_block(block_ptr, exist, other, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    if exist is None:
-        return tl.load(flat_pointers(block_ptr, REPEAT, LANES * VECTOR)).reshape(REPEAT, LANES, VECTOR)
+def load_some(
+    block_ptr, block, n_vectors, without, and_without,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The same of the vectors that :func:`are_taken`; -inf in place of the others."""
+    if block_ptr.dtype.element_ty == tl.bfloat16:
+        mask = _taken(block, n_vectors, without, and_without, REPEAT, LANES, VECTOR // 2)
+        pointers = _pointers(_as_words(block_ptr), REPEAT, LANES * VECTOR // 2)
+        return _from_words(tl.load(pointers, mask=mask, other=0xFF80FF80), REPEAT, LANES, VECTOR)
     else:
-        return tl.load(lane_pointers(block_ptr, REPEAT, LANES, VECTOR), mask=exist, other=other)
+        mask = _taken(block, n_vectors, without, and_without, REPEAT, LANES, VECTOR)
+        values = tl.load(_pointers(block_ptr, REPEAT, LANES * VECTOR), mask=mask, other=float("-inf"))
+        return values.reshape(REPEAT, LANES, VECTOR).to(tl.float32)
+
+
+# Streamed out, so that the gradient does not push rows that are still to be read from the cache.
 
 
 @triton.jit
-def store_wide(block_ptr, exist, values, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """A block of (REPEAT, LANES, VECTOR), as :func:`load_wide` reads it."""
-    # Streamed out, so that the gradient does not push rows that are still to be read from the cache.
-    values = values.to(block_ptr.dtype.element_ty)
-    if exist is None:
-        pointers = flat_pointers(block_ptr, REPEAT, LANES * VECTOR)
-        tl.store(pointers, values.reshape(REPEAT, LANES * VECTOR), cache_modifier=".cs")
-    else:
-        pointers = lane_pointers(block_ptr, REPEAT, LANES, VECTOR)
-        tl.store(pointers, values, mask=exist, cache_modifier=".cs")
+def store_block(block_ptr, values, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """A full block of (REPEAT, LANES, VECTOR)."""
+    values = values.to(block_ptr.dtype.element_ty).reshape(REPEAT, LANES * VECTOR)
+    tl.store(_pointers(block_ptr, REPEAT, LANES * VECTOR), values, cache_modifier=".cs")
+
+
+@triton.jit
+def store_some(
+    block_ptr, block, n_vectors, values, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Its vectors that the row has."""
+    values = values.to(block_ptr.dtype.element_ty).reshape(REPEAT, LANES * VECTOR)
+    mask = _taken(block, n_vectors, n_vectors, n_vectors, REPEAT, LANES, VECTOR)
+    tl.store(_pointers(block_ptr, REPEAT, LANES * VECTOR), values, mask=mask, cache_modifier=".cs")

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .blocks import block_offsets, block_pointer, end_columns, load_wide, vectors_of
+from .blocks import block_offsets, block_pointer, end_columns, load_some
 
 
 @triton.jit
@@ -36,8 +36,8 @@ def first_index(
     # Piece by piece: few registers, where a whole block would need as many as the scan and its columns.
     pieces = tl.minimum(block * REPEAT + REPEAT, tl.cdiv(n_vectors, LANES))
     for piece in range(tl.maximum(block, 0) * REPEAT, pieces):
-        exist = vectors_of(piece, 1, LANES) < n_vectors
-        values = load_wide(block_pointer(row_ptr, head, piece, LANES * VECTOR), exist, 1, LANES, VECTOR)
+        block_ptr = block_pointer(row_ptr, head, piece, LANES * VECTOR)
+        values = load_some(block_ptr, piece, n_vectors, n_vectors, n_vectors, 1, LANES, VECTOR)
         column = head + piece * (LANES * VECTOR) + block_offsets(1, LANES, VECTOR)
         columns = _first_of(values, column, value, forbidden, vocab_size, terms)
         first = tl.minimum(first, tl.min(tl.min(columns, axis=2), axis=0))

@@ -5,7 +5,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import block_pointer, end_columns, head_size, load_wide, store_wide, vector_with, vectors_of
+from .blocks import (
+    are_taken,
+    block_pointer,
+    end_columns,
+    head_size,
+    load_block,
+    load_some,
+    store_block,
+    store_some,
+    vector_with,
+    vectors_of,
+)
 from .first_maximum import first_index, first_maximum
 from .row_statistics import gradient_of, store_statistics, target_gradient_of
 from .scores import FAINT, exponents_of, shift_of, units_of
@@ -69,7 +80,7 @@ def _scan_blocks(
     """Blocks [first, last), all full: no mask, nothing crosses lanes."""
     for block in range(first, last):
         block_ptr = block_pointer(row_ptr, head, block, REPEAT * LANES * VECTOR)
-        values = load_wide(block_ptr, None, REPEAT, LANES, VECTOR)
+        values = load_block(block_ptr, REPEAT, LANES, VECTOR)
         sums = _add_block(values, None, block, sums, scaling, terms)
     return sums
 
@@ -80,14 +91,10 @@ def _scan_some(
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Those vectors of one block that the row has, without two that are taken one by one."""
-    vector = vectors_of(block, REPEAT, LANES)
-    exist = (vector < n_vectors) & (vector != without)
-    if terms.FORBID_MASK:
-        exist = exist & (vector != and_without)
-    values = load_wide(
-        block_pointer(row_ptr, head, block, REPEAT * LANES * VECTOR), exist, REPEAT, LANES, VECTOR
-    )
-    return _add_block(values, tl.broadcast_to(exist, values.shape), seen, sums, scaling, terms)
+    block_ptr = block_pointer(row_ptr, head, block, REPEAT * LANES * VECTOR)
+    values = load_some(block_ptr, block, n_vectors, without, and_without, REPEAT, LANES, VECTOR)
+    taken = are_taken(vectors_of(block, REPEAT, LANES), n_vectors, without, and_without)
+    return _add_block(values, tl.broadcast_to(taken, values.shape), seen, sums, scaling, terms)
 
 
 @triton.jit
@@ -260,13 +267,15 @@ def _write_block(
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, IS_FULL: tl.constexpr,
 ):  # fmt: skip
     block_ptr = block_pointer(row_ptr, head, block, REPEAT * LANES * VECTOR)
-    exist = None
-    if not IS_FULL:
-        exist = vectors_of(block, REPEAT, LANES) < n_vectors
-    values = load_wide(block_ptr, exist, REPEAT, LANES, VECTOR)
-    gradient = gradient_of(values, shift, factor, uniform, scaling, terms)
     out_ptr = block_pointer(gradient_ptr, head, block, REPEAT * LANES * VECTOR)
-    store_wide(out_ptr, exist, gradient, REPEAT, LANES, VECTOR)
+    if IS_FULL:
+        values = load_block(block_ptr, REPEAT, LANES, VECTOR)
+        gradient = gradient_of(values, shift, factor, uniform, scaling, terms)
+        store_block(out_ptr, gradient, REPEAT, LANES, VECTOR)
+    else:
+        values = load_some(block_ptr, block, n_vectors, n_vectors, n_vectors, REPEAT, LANES, VECTOR)
+        gradient = gradient_of(values, shift, factor, uniform, scaling, terms)
+        store_some(out_ptr, block, n_vectors, gradient, REPEAT, LANES, VECTOR)
 
 
 @triton.jit
@@ -322,11 +331,11 @@ def zero_row(
     n_full = n_vectors // (REPEAT * LANES)
     for block in range(0, n_full):
         out_ptr = block_pointer(gradient_ptr, head, block, REPEAT * LANES * VECTOR)
-        store_wide(out_ptr, None, tl.zeros([REPEAT, LANES, VECTOR], tl.float32), REPEAT, LANES, VECTOR)
+        store_block(out_ptr, tl.zeros([REPEAT, LANES, VECTOR], tl.float32), REPEAT, LANES, VECTOR)
     for piece in range(n_full * REPEAT, tl.cdiv(n_vectors, LANES)):
         out_ptr = block_pointer(gradient_ptr, head, piece, LANES * VECTOR)
-        exist = vectors_of(piece, 1, LANES) < n_vectors
-        store_wide(out_ptr, exist, tl.zeros([1, LANES, VECTOR], tl.float32), 1, LANES, VECTOR)
+        zeros = tl.zeros([1, LANES, VECTOR], tl.float32)
+        store_some(out_ptr, piece, n_vectors, zeros, 1, LANES, VECTOR)
     if n_vectors * VECTOR < vocab_size:
         column, exists = end_columns(tl.arange(0, LANES), head, n_vectors, vocab_size, VECTOR)
         tl.store(gradient_ptr + column, 0.0, mask=exists)
