@@ -211,8 +211,6 @@ def scores_of(statistics: tuple[Tensor, Tensor], terms: Terms) -> Scores:
 def sum_cases(statistics: tuple[Tensor, Tensor], terms: Terms) -> tuple[Tensor | None, ...]:
     """Of the case table all but ``n_positions``, in its order; None for what the terms do not have."""
     case, columns = statistics
-    if terms == PLAIN and small_vocabulary.np is not None and case.device.type == "cpu":
-        return small_vocabulary.sum_cases(case.numpy(), *columns[1:3].numpy())
     if case.device.type != "cpu" or terms.gate == PROBABILITY:
         table = tabulate_cases(scores_of(statistics, terms), terms)
         weighted = table.weighted if terms.has_own_sums else None
