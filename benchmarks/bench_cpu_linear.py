@@ -1,7 +1,8 @@
 """CPU time of the loss from hidden states beside a matrix product and the eager formula, forward and backward.
-Takes about two minutes. Prints a table and writes nothing.
+Takes about two minutes. Prints a table, and writes it to the file that --json names.
 
     python benchmarks/bench_cpu_linear.py [--shape N,D,V ...] [--threads 1 2] [--seconds 8] [--ignored 0.0]
+        [--json FILE]
 
 The eager formula is written as a user writes it: ``linear``, ``cross_entropy`` of each position, ``argmax``, the
 weights, a mean. Both run turn by turn in one process. What is compared is the CPU seconds of all threads, by
@@ -11,6 +12,7 @@ median; the ratio is ours over eager. fp32, case table included.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +23,8 @@ import torch.nn.functional as F
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from comparison.problems import IGNORE_INDEX, Problem, make_problem
 from difftrain_kernels import fused_linear_diffusion_loss
+from measuring.arguments import user_path
+from measuring.environment import environment
 
 SHAPES = [(768, 128, 66), (4096, 256, 1003), (512, 768, 50304)]
 
@@ -65,13 +69,15 @@ def shape_of(text: str) -> tuple[int, int, int]:
     return n, width, vocab_size
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--shape", nargs="+", type=shape_of, metavar="N,D,V", default=SHAPES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=8.0, help="for each shape and number of threads")
     parser.add_argument("--ignored", type=float, default=0.0, help="share of positions that do not count")
-    options = parser.parse_args()
+    parser.add_argument("--json", type=user_path, help="write the figures here too")
+    options = parser.parse_args(arguments)
+    found = []
     print(f"torch {torch.__version__}, fp32; CPU ms, median of turns")
     for n, width, vocab_size in options.shape:
         problem = make_problem(n, vocab_size, torch.float32, "cpu", width)
@@ -84,6 +90,12 @@ def main() -> None:
                 f"{theirs * 1e3:8.2f}, ratio {mine / theirs:.2f} ({turns} turns)",
                 flush=True,
             )
+            figure = {"shape": [n, width, vocab_size], "threads": threads, "turns": turns}
+            found.append(figure | {"ours_ms": 1e3 * mine, "eager_ms": 1e3 * theirs, "ratio": mine / theirs})
+    if options.json:
+        setting = environment() | {"seconds": options.seconds, "ignored": options.ignored}
+        text = json.dumps({"setting": setting, "figures": found}, indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from . import cases
+from . import cases, small_vocabulary
 from .reference import (
     Scores,
     bend,
@@ -46,6 +46,9 @@ def score_rows(
     The columns are (6 + further, N): those of :func:`other_columns` follow the plain loss's.
     """
     with torch.no_grad():
+        if small_vocabulary.takes(logits, terms):
+            scored = small_vocabulary.score(logits.detach(), y, x, mask_id, pk, pm, ignore_index)
+            return small_vocabulary.statistics(scored, y)
         y, x = y.long(), x.long()
         vocab_size = logits.shape[1]
         column, is_label = _target_column(y, vocab_size)
@@ -253,6 +256,12 @@ def row_gradients(
         upstream: 0-d or (N,).
     """
     case, columns = statistics
+    if small_vocabulary.takes(logits, terms):
+        is_left_out = case.numpy() == cases.IGNORED
+        made = small_vocabulary.gradient_again(
+            logits.detach(), y, columns[3].numpy(), is_left_out if is_left_out.any() else None, divisor
+        )
+        return made.mul_(upstream[:, None] if upstream.dim() else upstream).to(logits.dtype)
     _, _, _, factor, top, total, *others = columns.unbind()
     scale, z_factor = upstream / divisor, None
     if terms.z_loss:

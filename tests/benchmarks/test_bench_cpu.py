@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bench_cpu
+import bench_cpu_linear
 
 
 def test_all_contenders_compute_the_same_loss_and_gradient():
@@ -44,3 +45,18 @@ def test_a_run_prints_and_writes_every_figure(tmp_path, capsys):
         assert all(row["peak_mib"] > 0 for row in entry["losses"].values())
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * 3
     assert {"torch", "commit", "date", "command", "cpu"} <= found["setting"].keys()
+
+
+def test_a_run_of_the_linear_loss_writes_every_figure(tmp_path, capsys):
+    file = tmp_path / "linear.json"
+    threads = torch.get_num_threads()
+    try:
+        bench_cpu_linear.main(["--shape", "8,4,5", "--threads", "1", "--seconds", "0", "--json", str(file)])
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(file.read_text())
+    (figure,) = found["figures"]
+    assert (figure["shape"], figure["threads"]) == ([8, 4, 5], 1)
+    assert figure["ratio"] == pytest.approx(figure["ours_ms"] / figure["eager_ms"])
+    assert f"ratio {figure['ratio']:.2f}" in capsys.readouterr().out
+    assert {"torch", "commit", "date", "command", "seconds"} <= found["setting"].keys()

@@ -22,7 +22,10 @@ KERNELS = {
     "calls": {"torch", "cases", "rows", "term_validation", "terms", "validation"},
     "reference": {"torch", "calls", "cases", "terms", "validation"},
     "row_blocks": {"torch"},
-    "stepwise_reference": {"torch", "cases", "reference", "row_blocks", "terms", "validation"},
+    "small_vocabulary": {"torch", "numpy", "cases", "terms", "validation"},
+    "stepwise_reference": {
+        "torch", "cases", "reference", "row_blocks", "small_vocabulary", "terms", "validation",
+    },
     "sliced_reference": {"torch", "cases", "reference", "stepwise_reference", "terms", "validation"},
     "triton_kernels": {"torch", "triton"},
     "implementation": {
@@ -31,7 +34,7 @@ KERNELS = {
     "positions": {"torch", "cases", "terms"},
     "weight_sums": {"torch"},
     "grad_accumulation": {"torch"},
-    "cpu_loss": {"torch", "calls", "implementation", "validation"},
+    "cpu_loss": {"torch", "calls", "implementation", "small_vocabulary", "validation"},
     "chunks": {
         "torch", "implementation", "positions", "stepwise_reference", "terms", "weight_sums", "triton_kernels",
     },

@@ -21,6 +21,7 @@ REFERENCE = "kernels/difftrain_kernels/reference.py"
 STEPWISE_REFERENCE = "kernels/difftrain_kernels/stepwise_reference.py"
 ROW_BLOCKS = "kernels/difftrain_kernels/row_blocks.py"
 CPU_LOSS = "kernels/difftrain_kernels/cpu_loss.py"
+SMALL_VOCABULARY = "kernels/difftrain_kernels/small_vocabulary.py"
 SLICED_REFERENCE = "kernels/difftrain_kernels/sliced_reference.py"
 CALLS, CHUNKS, CASES, RECIPES, VALIDATION, IMPLEMENTATION, LINEAR, POSITIONS, WEIGHT_SUMS, GRAD = (
     f"kernels/difftrain_kernels/{name}.py"
@@ -70,6 +71,7 @@ STAGES = {
     STEPWISE_REFERENCE: (["tests/kernels/test_cpu_loss.py"], ["tests/kernels/test_terms.py"]),
     ROW_BLOCKS: (["tests/kernels/test_cpu_loss.py"],),
     CPU_LOSS: (["tests/kernels/test_cpu_loss.py"],),
+    SMALL_VOCABULARY: (["tests/kernels/test_cpu_loss.py"],),
     SLICED_REFERENCE: (
         ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],
         ["tests/kernels/test_terms.py"],
@@ -318,6 +320,14 @@ MUTANTS = [
     (STEPWISE_REFERENCE, "exp of subnormal numbers", "torch.threshold_(z, SMALLEST[z.dtype], -torch.inf).exp_()", "z.exp_()"),
     (STEPWISE_REFERENCE, "sums of cases in fp32", "values.double(), minlength=10", "values, minlength=10"),
     (CPU_LOSS, "a second derivative passes in silence", "if torch.is_grad_enabled():\n            (gradient,)", "if False:\n            (gradient,)"),
+    (CPU_LOSS, "what backward gave away is given again", "made, ctx.made = ctx.made, None", "made = ctx.made"),
+    (CPU_LOSS, "an upstream gradient other than 1 is passed over", "elif upstream.item() != 1.0:", "elif False:"),
+    (SMALL_VOCABULARY, "[MASK] kept as [MASK] is masked", "cases.INTACT, cases.CORRUPTED)", "cases.INTACT, cases.MASKED)"),
+    (SMALL_VOCABULARY, "pk and pm in each other's place", "float(pk), float(pm), 1)", "float(pm), float(pk), 1)"),
+    (SMALL_VOCABULARY, "a label that is none has a loss", "nll[is_none] = factor[is_none] = np.nan", "pass"),
+    (SMALL_VOCABULARY, "rows that do not count keep what they hold", "made[is_left_out] = 0.0", "pass"),
+    (SMALL_VOCABULARY, "a word that is ignored counts", "0 <= ignore_index < size or not", "not"),
+    (SMALL_VOCABULARY, "a label is read from the other end", "place = _first_of_rows(values) + column", "place = _first_of_rows(values) + (size - 1 - column)"),
     (CPU_LOSS, "a scale changed later counts", "call.terms.kept()", "call.terms"),
     (REFERENCE, "a forbidden target is a label", "is_label = is_label & (y != mask_id)", "pass"),
     (SLICED_REFERENCE, "smoothing counts the words of one slice", "/ n_words.sum(0)", "/ n_words[0]"),

@@ -5,9 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
-from difftrain_kernels import fused_diffusion_loss, fused_linear_diffusion_loss, row_blocks
+from difftrain_kernels import (
+    fused_diffusion_loss,
+    fused_linear_diffusion_loss,
+    row_blocks,
+    small_vocabulary,
+)
 from term_problems import ALL, SINGLES, batch, check_rows, check_table, expected, options_of
 
 MASK_ID = 6
@@ -38,11 +44,24 @@ def results(logits, y, x, mask_id=MASK_ID, **options):
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(row_blocks, "BLOCK", 1)
+    monkeypatch.setattr(small_vocabulary, "BLOCK", 1)
+
+
+@pytest.fixture
+def by_steps(monkeypatch):
+    """Rows as where they are long, or where there is no NumPy."""
+    monkeypatch.setattr(small_vocabulary, "MOST_WORDS", 0)
+
+
+@pytest.fixture(params=[256, 0], ids=["small vocabulary", "by steps"])
+def way(request, monkeypatch):
+    """Both ways that rows may be taken, by their length."""
+    monkeypatch.setattr(small_vocabulary, "MOST_WORDS", request.param)
 
 
 @pytest.mark.parametrize("mask_id", [0, 5, 10], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("levels", [0, 3], ids=["distinct", "many ties"])
-def test_value_gradient_and_cases_match_the_oracle(mask_id, levels, small_blocks):
+def test_value_gradient_and_cases_match_the_oracle(mask_id, levels, small_blocks, way):
     logits, y, x = problem(203, 11, mask_id, torch.float64, levels=levels)
     loss, gradient, counts, nll, gap = results(logits, y, x, mask_id, reduction="sum")
     exact = oracle.diffusion_loss(logits, y, x, mask_id, 0.25, 0.5)
@@ -73,13 +92,14 @@ def test_every_term_is_what_the_oracle_says(names, small_blocks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("vocab_size", [11, 1003])
-def test_bits_depend_neither_on_the_block_nor_on_the_threads(dtype, vocab_size, monkeypatch):
+def test_bits_depend_neither_on_the_block_nor_on_the_threads(dtype, vocab_size, way, monkeypatch):
     logits, y, x = problem(43, vocab_size, dtype=dtype)
     whole = results(logits, y, x, reduction="none")
     threads = torch.get_num_threads()
     try:
         for block, n_threads in ((1, 1), (3 * vocab_size, 1), (7 * vocab_size, 2), (2**17, 2)):
             monkeypatch.setattr(row_blocks, "BLOCK", block)
+            monkeypatch.setattr(small_vocabulary, "BLOCK", block)
             torch.set_num_threads(n_threads)
             for ours, theirs in zip(results(logits, y, x, reduction="none"), whole, strict=True):
                 assert torch.equal(ours, theirs), (block, n_threads)
@@ -94,7 +114,7 @@ def test_every_block_has_two_rows_at_least(small_blocks):
         assert min(sizes) >= 2
 
 
-def test_any_leading_shape_and_stride_gives_the_same_bits():
+def test_any_leading_shape_and_stride_gives_the_same_bits(way):
     logits, y, x = problem(24, 9)
     flat = results(logits, y, x, reduction="none")
     padded = torch.full((4, 6, 12), math.nan)
@@ -109,7 +129,7 @@ def test_any_leading_shape_and_stride_gives_the_same_bits():
 
 
 @pytest.mark.parametrize("label", [0, 8, -2, 2**32 + 3])
-def test_a_label_that_is_none_makes_its_row_nan_and_the_table_as_the_reference(label):
+def test_a_label_that_is_none_makes_its_row_nan_and_the_table_as_the_reference(label, way):
     logits, y, x = problem(24, 8)
     logits[3, 0] = 9.0  # the first word is the answer where the label is none
     y[3] = label
@@ -120,14 +140,17 @@ def test_a_label_that_is_none_makes_its_row_nan_and_the_table_as_the_reference(l
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
-def test_a_label_may_be_the_ignored_one():
+def test_a_label_may_be_the_ignored_one(way):
     logits, y, x = problem(24, 8)
-    found, plain = (results(logits, y, x, ignore_index=3, impl=impl) for impl in ("auto", "reference"))
-    for ours, theirs in zip(found, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    for labels in (y, y.clamp(min=0)):
+        found, plain = (
+            results(logits, labels, x, ignore_index=3, impl=impl) for impl in ("auto", "reference")
+        )
+        for ours, theirs in zip(found, plain, strict=True):
+            torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
-def test_penalties_in_tensors_give_the_bits_of_numbers():
+def test_penalties_in_tensors_give_the_bits_of_numbers(way):
     logits, y, x = problem()
     for pk, pm in ((torch.tensor(0.25), torch.tensor(0.5, dtype=torch.float64)), (0.25, torch.tensor(0.5))):
         number, tensor = (
@@ -138,7 +161,7 @@ def test_penalties_in_tensors_give_the_bits_of_numbers():
 
 
 @pytest.mark.parametrize("fall", [80.0, 95.0, 200.0, 1e30, math.inf])
-def test_probabilities_below_the_normal_numbers_are_zero(fall):
+def test_probabilities_below_the_normal_numbers_are_zero(fall, by_steps):
     logits = torch.tensor([[0.0, 1.0, -fall]], requires_grad=True)
     y = torch.tensor([0])
     fused_diffusion_loss(logits, y, y, 2, 1.0, 1.0).backward()
@@ -146,7 +169,7 @@ def test_probabilities_below_the_normal_numbers_are_zero(fall):
     assert logits.grad[0, 2].item() == (0.0 if exact < 1.2e-38 else pytest.approx(exact, rel=1e-5))
 
 
-def test_a_second_derivative_raises_and_the_reference_has_it():
+def test_a_second_derivative_raises_and_the_reference_has_it(way):
     logits, y, x = problem()
     for impl in ("auto", "reference"):
         leaf = logits.clone().requires_grad_()
@@ -183,7 +206,7 @@ def test_a_scale_that_changes_before_backward_keeps_the_gradient():
     assert torch.equal(*gradients)
 
 
-def test_logits_changed_before_backward_raise():
+def test_logits_changed_before_backward_raise(way):
     logits, y, x = problem()
     node = logits.requires_grad_() * 1
     loss = fused_diffusion_loss(node, y, x, MASK_ID, 0.25, 0.5)
@@ -194,14 +217,14 @@ def test_logits_changed_before_backward_raise():
         loss.backward()
 
 
-def test_the_loss_in_inference_mode_leaves_a_buffer_that_training_may_write_to():
+def test_the_loss_in_inference_mode_leaves_a_buffer_that_training_may_write_to(way):
     logits, y, x = problem(30, 13)
     with torch.inference_mode():
         quiet = fused_diffusion_loss(logits, y, x, MASK_ID, 0.25, 0.5)
     assert torch.equal(quiet, results(logits, y, x)[0])
 
 
-def test_sums_of_many_rows_do_not_lose_small_ones():
+def test_sums_of_many_rows_do_not_lose_small_ones(way):
     n = 200_000
     logits = torch.zeros(n, 3)
     logits[:, 1] = torch.rand(n, generator=torch.Generator().manual_seed(0))
@@ -256,3 +279,77 @@ def test_what_changes_before_backward_raises_or_counts_as_it_was():
         scale.fill_(later)
         gradients.append(torch.autograd.grad(loss.sum(), hidden)[0])
     assert torch.equal(*gradients)
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_small_batch_takes_few_operations():
+    logits, y, x = problem(768, 66)
+    y = y.clamp(min=0)
+    leaf = logits.requires_grad_()
+    with _Operations() as forward:
+        loss = fused_diffusion_loss(leaf, y, x, MASK_ID, 0.25, 0.5)
+    with _Operations() as backward:
+        loss.backward()
+    with _Operations() as tabled:
+        fused_diffusion_loss(leaf, y, x, MASK_ID, 0.25, 0.5, return_cases=True)
+    assert (forward.count, backward.count, tabled.count) == (12, 3, 16)  # NumPy's are not counted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_few_words_give_what_the_reference_gives(dtype, bad):
+    logits, y, x = problem(60, 11, dtype=dtype, levels=3)
+    logits[5], logits[3, 2], logits[7] = bad, bad, bad  # the sixth row does not count
+    logits[9, :] = 1.0
+    y[12] = 40
+    for options in (
+        {},
+        {"reduction": "none"},
+        {"reduction": "sum"},
+        {"ignore_index": 2},
+        {"ignore_index": 0},
+    ):
+        ours, theirs = (results(logits, y, x, impl=impl, **options) for impl in ("auto", "reference"))
+        if not options:
+            assert not ours[1][5].any()
+        for found, plain in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, plain, equal_nan=True)
+
+
+def test_a_second_backward_gives_the_bits_of_the_first(way):
+    logits, y, x = problem()
+    for upstream in (1.0, 0.3):
+        leaf = logits.clone().requires_grad_()
+        loss = fused_diffusion_loss(leaf, y, x, MASK_ID, 0.25, 0.5) * upstream
+        first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+        assert first.data_ptr() != second.data_ptr()
+
+
+def test_no_rows_and_one_word(way):
+    for n, vocab_size in ((0, 5), (3, 1)):
+        leaf = torch.zeros(n, vocab_size, requires_grad=True)
+        y = torch.zeros(n, dtype=torch.int64)
+        loss, table = fused_diffusion_loss(leaf, y, y, 0, reduction="sum", return_cases=True)
+        loss.backward()
+        assert loss.item() == 0.0
+        assert not leaf.grad.any()
+        assert table.counts.sum() == n
+    assert fused_diffusion_loss(torch.zeros(0, 5), y[:0], y[:0], 0).isnan()
+
+
+def test_without_numpy_the_loss_is_the_same(monkeypatch):
+    logits, y, x = problem()
+    found = results(logits, y, x)
+    monkeypatch.setattr(small_vocabulary, "np", None)
+    for ours, theirs in zip(found, results(logits, y, x), strict=True):
+        torch.testing.assert_close(ours, theirs)

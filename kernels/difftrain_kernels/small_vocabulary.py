@@ -1,0 +1,186 @@
+"""The plain loss of few words on a CPU, by NumPy.
+
+Rows so short cost less than the calls that read them, so what counts is how soon an operation begins, and how
+many there are: NumPy's begin sooner than torch's, its argmax takes a third of the time, and none of them wakes
+another thread, which costs more than it does. Where NumPy is not installed, ``stepwise_reference.py`` takes these
+rows too. The formula is that of ``reference.py``. What a row gets follows from that row alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cases
+from .terms import PLAIN, Terms
+from .validation import Penalty
+
+try:
+    import numpy as np
+except ImportError:  # torch does not need it
+    np = None  # type: ignore[assignment]
+
+MOST_WORDS = 256  # rows of more cost more than the calls that read them
+BLOCK = 2**17  # numbers that stay in a cache
+Array = Any
+
+
+def takes(logits: Tensor, terms: Terms) -> bool:
+    """Whether these rows (..., V) are taken here: by their length, whatever their number."""
+    is_short = logits.shape[-1] <= MOST_WORDS and logits.device.type == "cpu"
+    return is_short and np is not None and (terms is PLAIN or terms == PLAIN)
+
+
+class Scored(NamedTuple):
+    """What forward finds of each row, arrays (N,) but for the first.
+
+    Attributes:
+        exps: (N, V) fp32 (fp64 for fp64), exp(logit - largest).
+        total: their sum.
+        place: the target's in all logits, row after row; any of its row where there is none.
+        nll: 0 where a row does not count, NaN where its label is none.
+        factor: weight of the loss and of its gradient; 0 and NaN likewise.
+        top: largest logit.
+        at_mask: that of [MASK].
+        said: the predictions.
+        marks: 1 where x is [MASK], + 2 where it is the target, + 4 where the prediction is [MASK].
+        is_left_out: which rows do not count; None where all do.
+    """
+
+    exps: Tensor
+    total: Array
+    place: Array
+    nll: Array
+    factor: Array
+    top: Array
+    at_mask: Array
+    said: Array
+    marks: Array
+    is_left_out: Array
+
+    @property
+    def row_loss(self) -> Tensor:
+        """Of each row, (N,)."""
+        with np.errstate(invalid="ignore"):
+            return torch.from_numpy(self.factor * self.nll)
+
+
+def score(
+    logits: Tensor, y: Tensor, x: Tensor, mask_id: int, pk: Penalty, pm: Penalty, ignore_index: int
+) -> Scored:
+    """What each row of logits (N, V), without gradient, and its labels (N,) say."""
+    values, exps = _widened(logits)
+    label, seen, size = y.numpy(), x.numpy(), logits.shape[1]
+    column, is_left_out = label, None
+    if 0 <= ignore_index < size or not _are_in(label, size):
+        is_left_out, column = label == ignore_index, label.clip(0, size - 1)
+    place = _first_of_rows(values) + column
+    with np.errstate(all="ignore"):
+        said, top, total = _exponentiate(values, exps.numpy())
+        nll = np.log(total.astype(np.float64))
+        nll -= values.reshape(-1).take(place) - top
+    nll = nll.astype(top.dtype)
+    says_mask = said == mask_id
+    marks = says_mask.view(np.uint8) * np.uint8(4)
+    marks += (seen == label).view(np.uint8) * np.uint8(2)
+    marks += seen == mask_id
+    factor = np.array((1, 1, 1, 1, 1, float(pk), float(pm), 1), dtype=top.dtype).take(marks)
+    if is_left_out is not None:
+        is_none = (label != column) & ~is_left_out
+        nll[is_none] = factor[is_none] = np.nan
+        nll[is_left_out] = factor[is_left_out] = 0.0
+    return Scored(exps, total, place, nll, factor, top, values[:, mask_id], said, marks, is_left_out)
+
+
+def _first_of_rows(values: Array) -> Array:
+    """Where each row begins among all numbers."""
+    return np.arange(0, values.size, values.shape[1])
+
+
+def _widened(logits: Tensor) -> tuple[Array, Tensor]:
+    """The logits row after row in fp32 (fp64 for fp64), and memory for as many numbers."""
+    wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+    memory = torch.empty_like(wide, memory_format=torch.contiguous_format)
+    return np.ascontiguousarray(wide.numpy()), memory
+
+
+def _are_in(label: Array, size: int) -> bool:
+    unsigned = label.view(np.uint64 if label.itemsize == 8 else np.uint32)  # what is negative becomes large
+    return not len(label) or int(np.maximum.reduce(unsigned)) < size
+
+
+def _exponentiate(values: Array, exps: Array) -> tuple[Array, Array, Array]:
+    """Each row's prediction, its logit and the sum of exp(logit - that), which is written to ``exps``."""
+    rows = max(1, BLOCK // values.shape[1])
+    if len(values) > rows:
+        starts = range(0, len(values), rows)
+        parts = [
+            _exponentiate(values[start : start + rows], exps[start : start + rows]) for start in starts
+        ]
+        said, top, total = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return said, top, total
+    said = values.argmax(1)  # the first; NaN counts as one
+    top = values.reshape(-1).take(_first_of_rows(values) + said)
+    np.exp(np.subtract(values, top[:, None], out=exps), out=exps)
+    return said, top, np.einsum("ij->i", exps)
+
+
+def gradient(
+    exps: Tensor, total: Array, place: Array, factor: Array, is_left_out: Array, divisor: int
+) -> Tensor:
+    """The gradient of sum(nll * factor) / divisor, in the memory of ``exps``; see :class:`Scored`."""
+    made = exps.numpy()
+    with np.errstate(all="ignore"):
+        factor = factor / factor.dtype.type(divisor)
+        made *= (factor / total)[:, None]
+        made.reshape(-1)[place] -= factor
+    if is_left_out is not None:  # whose logits may be anything
+        made[is_left_out] = 0.0
+    return exps
+
+
+def gradient_again(logits: Tensor, y: Tensor, factor: Array, is_left_out: Array, divisor: int) -> Tensor:
+    """:func:`gradient` of logits (N, V), without gradient, and labels (N,) that were scored before."""
+    values, exps = _widened(logits)
+    with np.errstate(all="ignore"):
+        _, _, total = _exponentiate(values, exps.numpy())
+    place = _first_of_rows(values) + y.numpy().clip(0, logits.shape[1] - 1)
+    return gradient(exps, total, place, factor, is_left_out, divisor)
+
+
+def find_cases(scored: Scored, y: Tensor) -> tuple[Array, Array]:
+    """The case of each row that was scored, (N,) int32, and largest logit - logit of [MASK]."""
+    case = CASES.take(scored.marks + (scored.said == y.numpy()) * np.uint8(8))
+    with np.errstate(invalid="ignore"):
+        gap = scored.top - scored.at_mask
+    if scored.is_left_out is not None:
+        case[scored.is_left_out], gap[scored.is_left_out] = cases.IGNORED, 0.0
+    return case, gap
+
+
+def statistics(scored: Scored, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows that were scored, as ``stepwise_reference.score_rows`` gives them."""
+    case, gap = find_cases(scored, y)
+    columns = (scored.row_loss.numpy(), scored.nll, gap, scored.factor, scored.top, scored.total)
+    return torch.from_numpy(case), torch.from_numpy(np.array(columns))
+
+
+def _case_of(number: int) -> int:
+    """A row's case, from four answers as bits: x is [MASK], x is the target, the prediction is [MASK], is the target."""
+    x_is_mask, x_is_y, says_mask, says_target = (number >> bit & 1 for bit in range(4))
+    kind = (cases.CORRUPTED, cases.MASKED, cases.INTACT, cases.CORRUPTED)[x_is_mask + 2 * x_is_y]
+    return kind * 3 + (cases.MASK if says_mask else cases.TARGET if says_target else cases.OTHER)
+
+
+CASES: Array = None if np is None else np.array([_case_of(number) for number in range(16)], dtype=np.int32)
+
+
+def sum_cases(case: Array, nll: Array, gap: Array) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    """Of the case table all but ``n_positions``, in its order; in fp64, one row after the other."""
+    counts, of_nll, of_gap = (
+        np.bincount(case, weights, 10)[:9].reshape(3, 3) for weights in (None, nll, gap)
+    )
+    of_nll, of_gap = (torch.from_numpy(sums.astype(nll.dtype)) for sums in (of_nll, of_gap.sum(1)))
+    return torch.from_numpy(counts), of_nll, of_gap, None, None, None
