@@ -55,7 +55,9 @@ def random_words(seed: int, stream: int, samples: Tensor, n: int) -> Tensor:
     if lies_on_host(samples):  # where NumPy's operations have a fraction of the fixed cost of torch's
         sample, block = sample.numpy(), block.numpy()
     words = philox4x32((block, stream, sample & _LOW, sample >> 32), (seed & _LOW, seed >> 32 & _LOW))
-    return torch.stack([torch.as_tensor(word) for word in words], dim=2).flatten(1)[:, :n]
+    if lies_on_host(samples):
+        words = tuple(torch.from_numpy(word) for word in words)
+    return torch.stack(words, dim=2).flatten(1)[:, :n]
 
 
 def lies_on_host(tensor: Tensor) -> bool:
