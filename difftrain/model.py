@@ -9,11 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from difftrain.config import Config
-
-ROTARY_BASE = 10000.0
+from difftrain.rotary import Rotation, rotated, rotation, rotation_table
 
 
 class Kept:
@@ -55,7 +53,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias, **where)
 
     def forward(
-        self, h: Tensor, rotation: Tensor | None, visible: Tensor | None = None, kept: Kept | None = None
+        self,
+        h: Tensor,
+        rotation: Rotation | Tensor | None,
+        visible: Tensor | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
         q, k, v = self.in_heads(h, rotation)
         if kept is not None:
@@ -66,15 +68,13 @@ class Attention(nn.Module):
         )
         return F.dropout(self.merged(out), self.dropout, self.training)
 
-    def in_heads(self, h: Tensor, rotation: Tensor | None) -> tuple[Tensor, ...]:
+    def in_heads(self, h: Tensor, rotation: Rotation | Tensor | None) -> tuple[Tensor, ...]:
         """Queries, keys and values of h (B, T, D): (B, n_head, T, D / n_head) each, rotated by their positions."""
-        B, T, D = h.shape
         if rotation is None:
-            qkv = self.qkv(h)
-        else:
-            bias = None if self.qkv.bias is None else in_pairs(self.qkv.bias, self.n_head)
-            qkv = rotate(F.linear(h, in_pairs(self.qkv.weight, self.n_head), bias), rotation)
-        return qkv.view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4).unbind()
+            # Split before the heads: backward then puts three gradients together row by row.
+            parts = self.qkv(h).chunk(3, dim=-1)
+            return tuple(t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in parts)
+        return rotated(h, self.qkv.weight, self.qkv.bias, rotation, self.n_head)
 
     def merged(self, out: Tensor) -> Tensor:
         """What the heads found (B, n_head, T, D / n_head), as (B, T, D)."""
@@ -105,7 +105,11 @@ class Block(nn.Module):
         self.mlp = MLP(config, **where)
 
     def forward(
-        self, h: Tensor, rotation: Tensor | None, visible: Tensor | None, kept: Kept | None = None
+        self,
+        h: Tensor,
+        rotation: Rotation | Tensor | None,
+        visible: Tensor | None,
+        kept: Kept | None = None,
     ) -> Tensor:
         h = h + self.attention(self.norm_1(h), rotation, visible, kept)
         return h + self.mlp(self.norm_2(h))
@@ -124,7 +128,7 @@ class Transformer(nn.Module):
         """
         super().__init__()
         where = {"device": device, "dtype": torch.float32}
-        self.block_size = config.block_size
+        self.block_size, self.n_head = config.block_size, config.n_head
         self.dropout = config.dropout
         self.embedding = nn.Embedding(vocab_size, config.n_embd, **where)
         is_learned = config.position == "learned"
@@ -134,8 +138,8 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.n_embd, vocab_size, bias=False, **where)
         self.head.weight = self.embedding.weight
         head_size = config.n_embd // config.n_head
-        rotation = None if is_learned else rotation_table(config.block_size, head_size, device)
-        self.register_buffer("rotation", rotation, persistent=False)
+        table = None if is_learned else rotation_table(config.block_size, head_size, device)
+        self.register_buffer("rotation", table, persistent=False)
         self.visible: Tensor | None = None  # who sees whom, (T, T) bool, where it is not everybody
         self.apply(_initialise)
         for name, parameter in self.named_parameters():
@@ -175,88 +179,14 @@ class Transformer(nn.Module):
         if self.positions is not None:
             h = h + self.positions.weight[columns]
         h = F.dropout(h, self.dropout, self.training)
-        rotation = None if self.rotation is None else self.rotation[columns]
+        turned = None if self.rotation is None else rotation(self.rotation[columns], self.n_head)
         for block, its in zip(self.blocks, kept, strict=True):
-            h = block(h, rotation, visible, its)
+            h = block(h, turned, visible, its)
         return self.norm(h)
 
     def n_parameters(self) -> int:
         """Trainable numbers, the shared embedding counted once."""
         return sum(p.numel() for p in self.parameters())
-
-
-def rotation_table(length: int, head_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Cosine and sine of each position's angles: (length, head_size / 2, 2) fp32.
-
-    Source: Su et al., "RoFormer" (2021), in the half-split form.
-    """
-    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
-    angle = torch.outer(
-        torch.arange(length, dtype=torch.float32, device=device), ROTARY_BASE ** (-exponent)
-    )
-    return torch.stack((angle.cos(), angle.sin()), dim=-1)
-
-
-def in_pairs(rows: Tensor, n_head: int) -> Tensor:
-    """A copy of the weight (3D, D) or bias (3D,) of queries, keys and values, in the order that :func:`rotate` takes.
-
-    In each head's queries and keys the features i and i + head_size / 2, which are rotated together, come
-    to stand side by side. Scores do not depend on the order of features, and to reorder a weight costs less
-    than to reorder what it makes of every token.
-    """
-    size = rows.shape[0] // 3
-    qk, v = rows.split((2 * size, size))
-    halves = qk.view(2 * n_head, 2, size // n_head // 2, *rows.shape[1:])
-    return torch.cat((halves.transpose(1, 2).reshape(qk.shape), v))
-
-
-def rotate(qkv: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate queries and keys by their positions' angles, in fp32 or wider; values stay.
-
-    Args:
-        qkv: (B, T, 3D) queries, keys and values, the features of each head in pairs; overwritten.
-        rotation: (T, head_size / 2, 2), of :func:`rotation_table`.
-    """
-    rotation = rotation.to(torch.promote_types(rotation.dtype, torch.float32))
-    # Compilers make one loop of the plain formula, and of complex numbers none; not every device has these.
-    if torch.compiler.is_compiling() or qkv.device.type not in ("cpu", "cuda"):
-        return _rotated(qkv, rotation)
-    return _Rotation.apply(qkv, torch.view_as_complex(rotation))
-
-
-def _rotated(qkv: Tensor, rotation: Tensor) -> Tensor:
-    cos, sin = rotation.unbind(-1)
-    qk, v = qkv.split((qkv.shape[-1] // 3 * 2, qkv.shape[-1] // 3), dim=-1)
-    a, b = qk.to(rotation.dtype).unflatten(-1, (-1, *rotation.shape[1:])).transpose(1, 2).unbind(-1)
-    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return torch.cat((turned.transpose(1, 2).reshape(qk.shape).to(qkv.dtype), v), dim=-1)
-
-
-class _Rotation(torch.autograd.Function):
-    """The pairs as complex numbers, multiplied in place: one pass forward and one backward."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, rotation: Tensor) -> Tensor:
-        ctx.save_for_backward(rotation)
-        ctx.mark_dirty(qkv)
-        return _turn(qkv, rotation)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (rotation,) = ctx.saved_tensors
-        # The gradients of q, k and v have just been put together for this alone, so it may be overwritten.
-        return _turn(gradient.contiguous(), rotation.conj()), None
-
-
-def _turn(qkv: Tensor, rotation: Tensor) -> Tensor:
-    """``qkv`` itself, with queries and keys multiplied by complex (T, head_size / 2) numbers."""
-    qk = qkv[..., : qkv.shape[-1] // 3 * 2]
-    pairs = qk.to(rotation.real.dtype).unflatten(-1, (-1, rotation.shape[-1], 2))
-    torch.view_as_complex(pairs).mul_(rotation[:, None])
-    if pairs.dtype != qk.dtype:
-        qk.copy_(pairs.flatten(-3))
-    return qkv
 
 
 def _initialise(module: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,15 +12,16 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, ...]:
     """Four 32-bit random words for each 128-bit counter.
 
     Args:
-        counter: four int64 tensors of one shape holding values in [0, 2^32).
+        counter: four int64 tensors or NumPy arrays whose shapes broadcast, holding values in [0, 2^32); any but
+            the first and the third may be a number.
         key: two integers in [0, 2^32).
 
     Returns:
-        Four int64 tensors of the counters' shape with values in [0, 2^32).
+        Four int64 tensors, or arrays, of the broadcast shape with values in [0, 2^32).
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011), 10 rounds.
     """
@@ -47,11 +50,18 @@ def random_words(seed: int, stream: int, samples: Tensor, n: int) -> Tensor:
         (B, n) int64 with values in [0, 2^32), on the samples' device. Row b depends on the seed,
         the stream and samples[b] alone; the first words do not depend on n.
     """
-    block = torch.arange((n + 3) // 4, dtype=torch.int64, device=samples.device).expand(len(samples), -1)
-    sample = samples[:, None].expand_as(block)
-    counter = (block, torch.full_like(block, stream), sample & _LOW, sample >> 32)
-    words = philox4x32(counter, (seed & _LOW, seed >> 32 & _LOW))
+    sample = samples[:, None]
+    block = torch.arange((n + 3) // 4, dtype=torch.int64, device=samples.device)[None]
+    if lies_on_host(samples):  # where NumPy's operations have a fraction of the fixed cost of torch's
+        sample, block = sample.numpy(), block.numpy()
+    words = philox4x32((block, stream, sample & _LOW, sample >> 32), (seed & _LOW, seed >> 32 & _LOW))
+    if lies_on_host(samples):
+        words = tuple(torch.from_numpy(word) for word in words)
     return torch.stack(words, dim=2).flatten(1)[:, :n]
+
+
+def lies_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def uniform(words: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from difftrain.model import Transformer, rotation_table
+from difftrain.model import Transformer
+from difftrain.rotary import rotation_table
 
 
 class DifftrainConfig(PretrainedConfig):

@@ -221,11 +221,13 @@ class LiveRun:
         Nothing waits for the device. The step before must have been settled. The flags are the process's own,
         those of :class:`Verdict` any process's.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
-        # What GradScaler gives a fused optimiser: where it is 1, the update leaves everything as it was.
-        self.optimizer.found_inf = self.judge.rules_out(
-            self.step, whole(norm), loss_sum, is_stopping, has_failed
-        )
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        # What GradScaler gives a fused optimiser: it divides the gradients by the one as it reads them, and where
+        # the other is 1 leaves everything as it was.
+        if self.config.grad_clip:
+            self.optimizer.grad_scale = ((norm + 1e-6) / self.config.grad_clip).clamp(min=1.0).float()
+        self.optimizer.found_inf = self.judge.rules_out(self.step, norm, loss_sum, is_stopping, has_failed)
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

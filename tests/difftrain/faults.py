@@ -17,13 +17,13 @@ PATHS, SOURCES, COMMANDS, TEXTS, PREPARING, CONTENTS, OPENING, RUN_FOLDER, SAMPL
 )  # fmt: skip
 (
     BUDGET, CONSOLE, ERRORS, CAUSAL, SAMPLE_COMMAND, QUESTIONS, MODEL, PHILOX, WINDOWS, LIKELIHOOD, ANSWERS, OF_TEXT,
-    LEVELS, REPLACEMENT, VERDICT,
+    LEVELS, REPLACEMENT, VERDICT, ROTARY,
 ) = (
     f"difftrain/{name}.py"
     for name in (
         "training/budget", "training/console", "errors", "sampling/causal", "cli/sample", "cli/questions", "model",
         "data/philox", "evaluation/windows", "evaluation/likelihood", "evaluation/answers", "evaluation/of_text",
-        "data/levels", "data/replacement", "training/verdict",
+        "data/levels", "data/replacement", "training/verdict", "rotary",
     )
 )  # fmt: skip
 BLOCKS, CHOOSING, POLICIES, SCORING, SETTLING, WRITING_TEXTS, REPAIRING, MARKING, LOADED, SHOWING = (
@@ -180,6 +180,7 @@ STAGES = {
     ANSWERS: (["tests/difftrain/evaluation/test_of_run.py"],),
     OF_TEXT: (["tests/difftrain/evaluation/test_of_run.py"],),
     PHILOX: (["tests/difftrain/test_philox.py"], DEFAULTS),
+    ROTARY: (["tests/difftrain/test_rotary.py"],),
     CORRUPTION: (["tests/difftrain/test_corruption.py"],),
     PATHS: (["tests/difftrain/test_paths.py"],),
     SOURCES: (["tests/difftrain/test_paths.py"], ["tests/difftrain/test_config.py"], BUDGET_TESTS),
@@ -412,9 +413,15 @@ MUTANTS = [
     (RUNTIME, "a closed terminal ends a run without a save", "signals.append(signal.SIGHUP)", "pass"),
     (RUNTIME, "nohup is overruled", "if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:", "if True:"),
     (PREPARING, "a folder that is there is refused after the work", "if out and out.exists():", "if False:"),
-    (MODEL, "keys and queries are rotated back", "return _turn(gradient.contiguous(), rotation.conj()), None", "return _turn(gradient.contiguous(), rotation), None"),
-    (MODEL, "pairs are neighbours of the half-split form", "halves.transpose(1, 2).reshape(qk.shape)", "qk"),
-    (MODEL, "values are rotated too", "qk = qkv[..., : qkv.shape[-1] // 3 * 2]", "qk = qkv"),
+    (ROTARY, "keys and queries are rotated back", "return Rotation(turns, turns.conj_physical(), ", "return Rotation(turns, turns, "),
+    (ROTARY, "a weight's gradient stays in pairs", "(rows.T @ h.flatten(0, 1)).index_select(0, back_order)", "rows.T @ h.flatten(0, 1)"),
+    (ROTARY, "a bias's gradient stays in pairs", "rows.sum(0).index_select(0, back_order)", "rows.sum(0)"),
+    (ROTARY, "autocast is not heard of", "if torch.is_autocast_enabled(h.device.type):", "if False:"),
+    (ROTARY, "a frozen weight gets a gradient's work", " if of_weight else None", ""),
+    (PHILOX, "the host's words are another stream's", "sample & _LOW, sample >> 32)", "sample & _LOW, sample.astype('int32') >> 32 if hasattr(sample, 'astype') else sample >> 32)"),
+    (STEP, "gradients are not clipped", "clamp(min=1.0)", "clamp(max=1.0)"),
+    (ROTARY, "pairs are neighbours of the half-split form", "halves.transpose(1, 2).reshape(qk.shape)", "qk"),
+    (ROTARY, "values are rotated as keys are", "return heads(_turn(qkv, turns), n_head)", "return heads(_turn(qkv.roll(turns.shape[1], -1), turns).roll(-turns.shape[1], -1), n_head)"),
     (CONSOLE, "a run that nobody reads ends as if read", "        if self.is_closed:\n", "        if False:\n"),
     (COMMANDS, "the interpreter's end meets the closed pipe", "os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())", "pass"),
     (COMMANDS, "a closed pipe fails like a full disk", "    except BrokenPipeError:\n        return _leave(PIPE_CLOSED)\n", ""),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from difftrain.config import Config
-from difftrain.model import Transformer, make_optimizer, rotate, rotation_table
+from difftrain.model import Transformer, make_optimizer
 
 SMALL = Config(n_layer=2, n_head=2, n_embd=16, block_size=12)
 
@@ -53,57 +53,6 @@ def test_untrained_loss_on_unrelated_targets_is_near_uniform():
     x, y = torch.randint(0, 9, (2, 50, 12))
     nll = torch.nn.functional.cross_entropy(make()(x).flatten(0, 1), y.flatten())
     assert abs(nll - torch.tensor(9.0).log()) < 0.1
-
-
-def rotated_halves(heads):
-    """RoFormer in the half-split form, for (B, H, T, size)."""
-    T, size = heads.shape[-2:]
-    angle = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(0, size, 2) / size))
-    a, b = heads.chunk(2, dim=-1)
-    return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), dim=-1)
-
-
-def plain_attention(attention, h):
-    B, T, D = h.shape
-    q, k, v = attention.qkv(h).view(B, T, 3, attention.n_head, -1).permute(2, 0, 3, 1, 4)
-    scores = rotated_halves(q.float()) @ rotated_halves(k.float()).mT / q.shape[-1] ** 0.5
-    out = scores.softmax(-1) @ v.float()
-    return attention.proj(out.to(h.dtype).transpose(1, 2).reshape(B, T, D))
-
-
-@pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
-def test_attention_is_that_of_queries_and_keys_rotated_in_halves(
-    dtype, tolerance, is_compiled, monkeypatch
-):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiled)
-    attention = make(bias=True).blocks[0].attention.to(dtype)
-    torch.nn.init.normal_(attention.qkv.bias)
-    found, expected = [], []
-    for results, function in (
-        (found, lambda h: attention(h, rotation_table(12, 8)[:7])),
-        (expected, lambda h: plain_attention(attention, h)),
-    ):
-        h = torch.linspace(-2, 2, 3 * 7 * 16).sin().view(3, 7, 16).to(dtype).requires_grad_()
-        out = function(h)
-        inputs = [h, attention.qkv.weight, attention.qkv.bias]
-        results += [out, *torch.autograd.grad((out * torch.linspace(-1, 1, 16)).sum(), inputs)]
-    for a, b in zip(found, expected, strict=True):
-        assert a.dtype == b.dtype
-        assert (a - b).abs().max() <= tolerance * max(1, b.abs().max())
-
-
-def test_rotation_keeps_lengths_and_depends_on_the_distance_alone():
-    table = rotation_table(20, 8)
-    q, k, v = torch.randn(3, 8)
-    qkv = torch.cat((q, k, v)).repeat(1, 20, 1)
-    rotated_q, rotated_k, same_v = rotate(qkv.clone(), table)[0].split(8, dim=-1)
-    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm().expand(20))
-    assert torch.equal(same_v, v.expand(20, 8))
-    products = rotated_q @ rotated_k.T
-    torch.testing.assert_close(products[5, 3], products[15, 13])
-    torch.testing.assert_close(rotated_q[0], q)
-    assert (products[5, 3] - products[5, 4]).abs() > 1e-4
 
 
 def test_too_long_input_names_expected_and_got():

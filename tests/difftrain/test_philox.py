@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from difftrain.data import philox
 from difftrain.data.philox import below, philox4x32, random_words, uniform
 
 
@@ -18,6 +19,18 @@ def test_known_answers_of_the_papers_authors(counter, key, words):
     parts = [torch.tensor([int(c, 16)]) for c in counter.split()]
     got = philox4x32(tuple(parts), tuple(int(k, 16) for k in key.split()))
     assert [f"{w.item():08x}" for w in got] == words.split()
+
+
+def test_the_host_draws_the_same_words_as_a_device(monkeypatch):
+    samples = torch.tensor([0, 7, 2**32 - 1, 2**33 + 5, 2**62])
+    for seed in (0, 1337, 2**64 - 1):
+        for n in (1, 4, 131):
+            monkeypatch.setattr(philox, "lies_on_host", lambda tensor: True)
+            on_host = random_words(seed, 5, samples, n)
+            monkeypatch.setattr(philox, "lies_on_host", lambda tensor: False)
+            assert torch.equal(on_host, random_words(seed, 5, samples, n))
+            assert on_host.shape == (5, n)
+    assert random_words(1, 5, samples[:0], 3).shape == (0, 3)
 
 
 def test_a_row_depends_on_its_sample_alone():

@@ -376,7 +376,8 @@ def spied(monkeypatch):
     def step(self, *arguments):
         seen["lr"].append(self.param_groups[0]["lr"])
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        seen["norm"].append(torch.nn.utils.get_total_norm(gradients).item())
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        seen["norm"].append(norm / getattr(self, "grad_scale", 1.0))  # by which AdamW divides the gradients
         return real_step(self, *arguments)
 
     monkeypatch.setattr(loss_module, "fused_diffusion_loss", loss)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from difftrain.data import philox
 from difftrain.runtime import Runtime
 from difftrain.training import step as step_module
 from difftrain.training.loop import train
@@ -85,6 +86,7 @@ def watch(config, rank=0, harm=None):
     patches = [
         (step_module.LiveRun, "gradients", watched_gradients, gradients),
         (Runtime, "to_device", sent, to_device),
+        (philox, "lies_on_host", lambda tensor: not device.holds(tensor), philox.lies_on_host),
         (Runtime, "read_later", read_back, read_later),
     ]
     for holder, name, new, _ in patches:

@@ -109,7 +109,8 @@ TRAINER = {
     "data": {
         "appearing", "errors", "progress", "config", "numpy", "pyarrow", "tiktoken", "tokenizers", "torch", "zstandard",
     },
-    "model": {"config", "torch"},
+    "rotary": {"torch"},
+    "model": {"config", "rotary", "torch"},
     "runtime": {"errors", "progress", "config", "torch"},
     "parallel": {"config", "model", "runtime", "torch"},
     "loss": {"config", "data", "runtime", "difftrain_kernels", "torch"},
@@ -129,7 +130,7 @@ TRAINER = {
         "appearing", "errors", "progress", "config", "schedule", "data", "model", "runtime", "loss", "reporting", "checkpoints",
         "evaluation", "numpy", "torch", "PIL", "matplotlib",
     },
-    "exchange": {"appearing", "errors", "config", "data", "model", "loss", "reporting", "checkpoints", "safetensors", "torch", "transformers"},
+    "exchange": {"appearing", "errors", "config", "data", "rotary", "model", "loss", "reporting", "checkpoints", "safetensors", "torch", "transformers"},
     "hf": {
         "errors", "config", "schedule", "data", "loss", "difftrain_kernels", "numpy", "torch", "transformers", "accelerate",
     },
