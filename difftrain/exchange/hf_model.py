@@ -1,6 +1,6 @@
 """A difftrain model for transformers; ``difftrain export hf`` puts a copy of this file beside the weights.
 
-The copy needs torch and transformers alone: ``difftrain_model.py`` beside it is difftrain's own model.
+The copy needs torch and transformers alone: ``difftrain_model.py`` and ``difftrain_rotary.py`` beside it are difftrain's own model.
 """
 
 from __future__ import annotations

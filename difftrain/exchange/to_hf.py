@@ -18,7 +18,7 @@ from difftrain.exchange.hf_card import card
 from difftrain.exchange.hf_tokenizer import tokenizer_files
 
 HERE = Path(__file__).parent
-MODEL, MODELLING = "difftrain_model.py", "modeling_difftrain.py"
+MODEL, ROTARY, MODELLING = "difftrain_model.py", "difftrain_rotary.py", "modeling_difftrain.py"
 ARCHITECTURE = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size", "bias", "dropout", "position")
 
 
@@ -49,7 +49,8 @@ def export_hf(run_dir: Path, out: Path, *, which: str = "best") -> list[str]:
     texts = {
         CONFIG: json.dumps(_config(checkpoint), indent=2),
         MODEL: _model_text(),
-        MODELLING: _modelling_text(),
+        ROTARY: _beside(HERE.parent / "rotary.py"),
+        MODELLING: _beside(HERE / "hf_model.py"),
         "README.md": card(run_dir, checkpoint, has_words=bool(words)),
         **words,
     }
@@ -89,13 +90,16 @@ def _config(checkpoint: Checkpoint) -> dict:
 
 def _model_text() -> str:
     """difftrain's own model without what only training needs."""
-    text = (HERE.parent / "model.py").read_text(encoding="utf-8")
+    text = _beside(HERE.parent / "model.py")
     text = text[: text.index("\n\ndef make_optimizer(")] + "\n"
     return text.replace("from difftrain.config import Config\n", "").replace(
         "config: Config", "config: Any"
     )
 
 
-def _modelling_text() -> str:
-    text = (HERE / "hf_model.py").read_text(encoding="utf-8")
-    return text.replace("from difftrain.model import", "from .difftrain_model import")
+def _beside(file: Path) -> str:
+    """A module of ours whose neighbours lie beside it."""
+    text = file.read_text(encoding="utf-8")
+    return text.replace("from difftrain.model import", "from .difftrain_model import").replace(
+        "from difftrain.rotary import", "from .difftrain_rotary import"
+    )

@@ -81,7 +81,9 @@ def test_gradients_have_their_inputs_types_under_autocast_and_only_those_wanted_
     expected, weight.grad = weight.grad, None
     weight.requires_grad_(False)
     h.grad = None
-    sum(rotated(h, weight, None, turns, 2)).sum().backward()
+    with Names() as names:
+        sum(rotated(h, weight, None, turns, 2)).sum().backward()
+    assert names.found.count("mm") == 2  # forward, and the gradient of h
     assert weight.grad is None
     assert h.grad is not None
     weight.requires_grad_()

@@ -100,8 +100,8 @@ def test_the_folder_is_readable_by_all_and_names_no_module_of_ours(runs, tmp_pat
     export_hf(runs / "run-plain", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
-        "README.md", "config.json", "difftrain_model.py", "model.safetensors", "modeling_difftrain.py",
-        "tokenizer.json", "tokenizer_config.json",
+        "README.md", "config.json", "difftrain_model.py", "difftrain_rotary.py", "model.safetensors",
+        "modeling_difftrain.py", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     for path in (tmp_path / "out").iterdir():
         assert path.stat().st_mode & 0o777 == 0o666 & ~_umask(), path
