@@ -27,7 +27,7 @@ from torch.library import custom_op
 from . import reference, sliced_reference, stepwise_reference
 from .calls import LossCall, Result
 from .cases import CaseTable
-from .early_gradient import finish_gradient, leave_with, left_with, score_rows_early
+from .early_gradient import EarlyGradient, finish_gradient, leave_with, left_with, score_rows_early
 from .implementation import (
     as_rows,
     forbid_backward,
@@ -92,7 +92,9 @@ def compiled_diffusion_loss(
     logits: Tensor, call: LossCall, *, uses_triton: bool, predicts: bool, check_labels: bool
 ) -> Result:
     """``fused_diffusion_loss`` in a graph, of arguments that were checked."""
-    predicts = predicts and uses_triton and torch.is_grad_enabled() and logits.requires_grad
+    # An exported program keeps the answer, and may run where no gradient is wanted.
+    wants_gradient = torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_exporting()
+    predicts = predicts and uses_triton and wants_gradient
     pk, pm = (as_tensor(p, logits) for p in (call.pk, call.pm))
     terms = flattened(call.terms, logits)
     loss, *statistics = diffusion_loss(
@@ -221,7 +223,8 @@ def diffusion_loss_backward(
     rows, statistics = as_rows(logits), (case, columns)
     how = {"divisor": _divisor(y, reduction), "mask_id": mask_id, "terms": terms_of(*flat_terms)}
     if uses_triton:
-        return finish_gradient(left_with(columns), rows, y, statistics, upstream, **how)
+        early = EarlyGradient() if replays_graphs(logits.device) else left_with(columns)
+        return finish_gradient(early, rows, y, statistics, upstream, **how)
     return row_gradients(False, rows, y, statistics, upstream, **how)
 
 

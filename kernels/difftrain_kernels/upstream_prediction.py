@@ -20,13 +20,15 @@ At most one gradient made in forward waits for its backward in each kind; a call
 its own in backward. So memory holds one buffer more than without prediction, and only where several losses
 of a kind are open at once. After ``MOST_UNUSED`` calls in a row without a backward, whose gradients were made
 for nothing (4 in place of 2), forward makes none until a backward comes; then one more is tried, and if nobody takes
-it either, the next only after twice as many backwards.
+it either, the next only after twice as many backwards. A gradient that ends untaken counts among these too where a
+backward takes another one: a compiled region that computes its forward again makes one each time, which costs 10 in
+place of 8 and soon ends.
 
 One state serves one stream at a time: a graph that took it must not replay beside eager calls of its kind.
 
 A kind is: thread, stream, device, dtype, reduction, vocabulary, and the number of rows up to a factor of 2.
-Nothing is predicted where hooks on saved tensors are at work (checkpointing, offloading), which want little
-kept between forward and backward.
+Nothing is predicted where hooks on saved tensors are at work (checkpointing and offloading of eager code), which
+want little kept between forward and backward.
 """
 
 from __future__ import annotations
@@ -53,12 +55,13 @@ class Expectation:
         state: (5,) fp32 on the device, NaN where nothing is known yet. Only kernels read and write it.
     """
 
-    __slots__ = ("_missed", "_patience", "_unused", "_waiting", "state")
+    __slots__ = ("_dropped", "_missed", "_patience", "_unused", "_waiting", "state")
 
     def __init__(self, state: Tensor) -> None:
         self.state = state
         self._unused = 0  # calls in a row whose gradient no backward has taken
         self._waiting = None  # the gradient that waits for its backward
+        self._dropped = False  # whether one has ended untaken since the last backward
         self._missed, self._patience = (
             0,
             1,
@@ -73,12 +76,17 @@ class Expectation:
     def open(self, gradient: Tensor) -> None:
         """A call has made a gradient, or has left room for it."""
         self._unused += 1
+        self._dropped |= self._waiting is not None
         self._waiting = ref(gradient)
 
     def close(self, gradient: Tensor | None) -> None:
         """A backward has come, and takes ``gradient`` if it has one."""
         if gradient is not None:
-            self._unused, self._missed, self._patience = 0, 0, 1
+            if self._dropped:
+                self._unused -= 1
+            else:
+                self._unused, self._missed, self._patience = 0, 0, 1
+            self._dropped = False
             waiting = self._waiting
             if waiting is not None and waiting() is gradient:
                 self._waiting = None
@@ -127,10 +135,15 @@ def replays_graphs(device: torch.device) -> bool:
 
     They know of no memory that a graph's own tensors do not hold, and refuse to begin where there is some.
     """
-    trees = sys.modules.get("torch._inductor.cudagraph_trees")
-    if device.type != "cuda" or trees is None:
+    inductor, trees = (sys.modules.get(f"torch._inductor.{name}") for name in ("config", "cudagraph_trees"))
+    if device.type != "cuda" or inductor is None:
         return False
+    containers = "tree_manager_containers"
     try:
+        if not inductor.triton.cudagraph_trees:  # captured in another way, which nothing tells
+            return True
+        if trees is None or not (hasattr(trees.local, containers) or torch._C._is_key_in_tls(containers)):
+            return False  # not in this thread, and to ask would begin it
         return trees.get_manager(device.index, create_if_none_exists=False) is not None
-    except Exception:  # private, and of the thread that compiles: unknown here
+    except Exception:  # private, so another torch may not have it
         return True
