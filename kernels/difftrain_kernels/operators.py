@@ -93,7 +93,7 @@ def compiled_diffusion_loss(
 ) -> Result:
     """``fused_diffusion_loss`` in a graph, of arguments that were checked."""
     # An exported program keeps the answer, and may run where no gradient is wanted.
-    wants_gradient = torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_exporting()
+    wants_gradient = torch.is_grad_enabled() and logits.requires_grad and not _is_exporting()
     predicts = predicts and uses_triton and wants_gradient
     pk, pm = (as_tensor(p, logits) for p in (call.pk, call.pm))
     terms = flattened(call.terms, logits)
@@ -102,6 +102,12 @@ def compiled_diffusion_loss(
         call.reduction, uses_triton, predicts, check_labels, *terms,
     )  # fmt: skip
     return result_of(loss, statistics, call, terms, uses_triton)
+
+
+# Not traced: torch 2.11 would take the answer for yes.
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 def as_tensor(number: float | Tensor, like: Tensor) -> Tensor:

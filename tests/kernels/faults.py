@@ -211,7 +211,7 @@ MUTANTS = [
     (EARLY, "compiled: nothing is learnt", "else early.expectation.state", "else None"),
     (EARLY, "compiled: every open loss keeps a gradient", "if not expectation.may_open:", "if False:"),
     (OPERATORS, "compiled: predicts where no gradient is wanted", "torch.is_grad_enabled() and logits.requires_grad and", "True and"),
-    (OPERATORS, "compiled: an exported program predicts", " and not torch.compiler.is_exporting()", ""),
+    (OPERATORS, "compiled: an exported program predicts", " and not _is_exporting()", ""),
     (PREDICTION, "compiled: what is made twice goes on", "self._dropped |= self._waiting is not None", "pass"),
     (PREDICTION, "compiled: to ask begins graphs in a thread", "trees is None or not (hasattr", "trees is None or (not hasattr"),
     (OPERATORS, "compiled: the switch is ignored", "predicts = predicts and uses_triton", "predicts = uses_triton"),
