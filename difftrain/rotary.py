@@ -104,7 +104,8 @@ class _Rotated(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         if torch.is_autocast_enabled(h.device.type):
             dtype = torch.get_autocast_dtype(h.device.type)
-            h, weight, bias = (t if t is None else t.to(dtype) for t in (h, weight, bias))
+            is_wide = h.dtype == torch.float64  # which autocast leaves alone
+            h, weight, bias = (t if t is None or is_wide else t.to(dtype) for t in (h, weight, bias))
         weight = weight.index_select(0, order)
         qkv = F.linear(h, weight, None if bias is None else bias.index_select(0, order))
         ctx.save_for_backward(h, weight, back_turns, back_order)

@@ -16,8 +16,8 @@ def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tupl
     """Four 32-bit random words for each 128-bit counter.
 
     Args:
-        counter: four int64 tensors or NumPy arrays whose shapes broadcast, holding values in [0, 2^32); any but
-            the first and the third may be a number.
+        counter: four int64 tensors or NumPy arrays whose shapes broadcast, holding values in [0, 2^32). The
+            second and fourth may be numbers; the others, whose products wrap, may not.
         key: two integers in [0, 2^32).
 
     Returns:
@@ -50,7 +50,7 @@ def random_words(seed: int, stream: int, samples: Tensor, n: int) -> Tensor:
         (B, n) int64 with values in [0, 2^32), on the samples' device. Row b depends on the seed,
         the stream and samples[b] alone; the first words do not depend on n.
     """
-    sample = samples[:, None]
+    sample = samples.long()[:, None]
     block = torch.arange((n + 3) // 4, dtype=torch.int64, device=samples.device)[None]
     if lies_on_host(samples):  # where NumPy's operations have a fraction of the fixed cost of torch's
         sample, block = sample.numpy(), block.numpy()

@@ -100,8 +100,12 @@ class _SmallLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, call, scored):
         loss = _reduced(scored.row_loss, call.reduction)
-        ctx.how = scored.factor, scored.is_left_out, max(1, len(call.y)) if call.reduction == "mean" else 1
-        ctx.made = small_vocabulary.gradient(scored.exps, scored.total, scored.place, *ctx.how)
+        ctx.how = scored.factor, max(1, len(call.y)) if call.reduction == "mean" else 1
+        ctx.is_left_out, ctx.made = scored.is_left_out, None
+        if (
+            torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        ):  # who has some wants little kept
+            ctx.made = small_vocabulary.gradient(scored.exps, scored.total, scored.place, *ctx.how)
         ctx.save_for_backward(logits, call.y)
         return loss
 
@@ -121,9 +125,7 @@ class _SmallLoss(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         if made is None:
             made = small_vocabulary.gradient_again(_rows(logits.detach()), y, *ctx.how)
-        if upstream.dim():
-            made.mul_(upstream.reshape(-1)[:, None])
-        elif upstream.item() != 1.0:
-            made.mul_(upstream)
+        upstream = upstream.reshape(-1) if upstream.dim() else upstream
+        made = small_vocabulary.scale_(made, upstream, ctx.is_left_out)
         made = made if made.dtype == logits.dtype else made.to(logits.dtype)
         return made if made.dim() == logits.dim() else made.view(logits.shape)

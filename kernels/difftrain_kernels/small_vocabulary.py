@@ -8,6 +8,7 @@ rows too. The formula is that of ``reference.py``. What a row gets follows from 
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +30,22 @@ Array = Any
 
 def takes(logits: Tensor, terms: Terms) -> bool:
     """Whether these rows (..., V) are taken here: by their length, whatever their number."""
-    is_short = logits.shape[-1] <= MOST_WORDS and logits.device.type == "cpu"
-    return is_short and np is not None and (terms is PLAIN or terms == PLAIN)
+    is_short = logits.shape[-1] <= MOST_WORDS and logits.device.type == "cpu" and np is not None
+    return is_short and (terms is PLAIN or terms == PLAIN) and not _is_recorded()
+
+
+def _is_recorded() -> bool:
+    """Whether somebody writes torch's operations down, to run them on other logits."""
+    if torch.jit.is_tracing():
+        return True
+    proxies = sys.modules.get(
+        "torch.fx.experimental.proxy_tensor"
+    )  # slow to import, and needed by who does so
+    return bool(proxies and torch._C._len_torch_dispatch_stack() and proxies.get_proxy_mode())
 
 
 class Scored(NamedTuple):
-    """What forward finds of each row, arrays (N,) but for the first.
+    """What forward finds of each row, arrays (N,) but for the first, which :func:`gradient` overwrites.
 
     Attributes:
         exps: (N, V) fp32 (fp64 for fp64), exp(logit - largest).
@@ -63,7 +74,7 @@ class Scored(NamedTuple):
     @property
     def row_loss(self) -> Tensor:
         """Of each row, (N,)."""
-        with np.errstate(invalid="ignore"):
+        with np.errstate(all="ignore"):
             return torch.from_numpy(self.factor * self.nll)
 
 
@@ -86,7 +97,8 @@ def score(
     marks = says_mask.view(np.uint8) * np.uint8(4)
     marks += (seen == label).view(np.uint8) * np.uint8(2)
     marks += seen == mask_id
-    factor = np.array((1, 1, 1, 1, 1, float(pk), float(pm), 1), dtype=top.dtype).take(marks)
+    with np.errstate(over="ignore"):
+        factor = np.array((1, 1, 1, 1, 1, float(pk), float(pm), 1)).astype(top.dtype).take(marks)
     if is_left_out is not None:
         is_none = (label != column) & ~is_left_out
         nll[is_none] = factor[is_none] = np.nan
@@ -127,33 +139,43 @@ def _exponentiate(values: Array, exps: Array) -> tuple[Array, Array, Array]:
     return said, top, np.einsum("ij->i", exps)
 
 
-def gradient(
-    exps: Tensor, total: Array, place: Array, factor: Array, is_left_out: Array, divisor: int
-) -> Tensor:
-    """The gradient of sum(nll * factor) / divisor, in the memory of ``exps``; see :class:`Scored`."""
+def gradient(exps: Tensor, total: Array, place: Array, factor: Array, divisor: float) -> Tensor:
+    """The gradient of sum(nll * factor) / divisor, in the memory of ``exps``; see :class:`Scored`.
+
+    What rows that do not count hold is cleared by :func:`scale_`, which has to follow.
+    """
     made = exps.numpy()
     with np.errstate(all="ignore"):
         factor = factor / factor.dtype.type(divisor)
         made *= (factor / total)[:, None]
         made.reshape(-1)[place] -= factor
-    if is_left_out is not None:  # whose logits may be anything
-        made[is_left_out] = 0.0
     return exps
 
 
-def gradient_again(logits: Tensor, y: Tensor, factor: Array, is_left_out: Array, divisor: int) -> Tensor:
+def scale_(gradient: Tensor, upstream: Tensor, is_left_out: Array) -> Tensor:
+    """The gradient (N, V) in place for the one that reached the loss, 0-d, or its rows, (N,)."""
+    if upstream.dim():
+        gradient.mul_(upstream[:, None])
+    elif upstream.item() != 1.0:
+        gradient.mul_(upstream)
+    if is_left_out is not None:  # whose logits, and what reached them, may be anything
+        gradient.numpy()[is_left_out] = 0.0
+    return gradient
+
+
+def gradient_again(logits: Tensor, y: Tensor, factor: Array, divisor: float) -> Tensor:
     """:func:`gradient` of logits (N, V), without gradient, and labels (N,) that were scored before."""
     values, exps = _widened(logits)
     with np.errstate(all="ignore"):
         _, _, total = _exponentiate(values, exps.numpy())
     place = _first_of_rows(values) + y.numpy().clip(0, logits.shape[1] - 1)
-    return gradient(exps, total, place, factor, is_left_out, divisor)
+    return gradient(exps, total, place, factor, divisor)
 
 
 def find_cases(scored: Scored, y: Tensor) -> tuple[Array, Array]:
     """The case of each row that was scored, (N,) int32, and largest logit - logit of [MASK]."""
     case = CASES.take(scored.marks + (scored.said == y.numpy()) * np.uint8(8))
-    with np.errstate(invalid="ignore"):
+    with np.errstate(all="ignore"):
         gap = scored.top - scored.at_mask
     if scored.is_left_out is not None:
         case[scored.is_left_out], gap[scored.is_left_out] = cases.IGNORED, 0.0
@@ -182,5 +204,6 @@ def sum_cases(case: Array, nll: Array, gap: Array) -> tuple[Tensor, Tensor, Tens
     counts, of_nll, of_gap = (
         np.bincount(case, weights, 10)[:9].reshape(3, 3) for weights in (None, nll, gap)
     )
-    of_nll, of_gap = (torch.from_numpy(sums.astype(nll.dtype)) for sums in (of_nll, of_gap.sum(1)))
+    with np.errstate(over="ignore"):
+        of_nll, of_gap = (torch.from_numpy(sums.astype(nll.dtype)) for sums in (of_nll, of_gap.sum(1)))
     return torch.from_numpy(counts), of_nll, of_gap, None, None, None

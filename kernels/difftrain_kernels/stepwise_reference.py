@@ -258,10 +258,8 @@ def row_gradients(
     case, columns = statistics
     if small_vocabulary.takes(logits, terms):
         is_left_out = case.numpy() == cases.IGNORED
-        made = small_vocabulary.gradient_again(
-            logits.detach(), y, columns[3].numpy(), is_left_out if is_left_out.any() else None, divisor
-        )
-        return made.mul_(upstream[:, None] if upstream.dim() else upstream).to(logits.dtype)
+        made = small_vocabulary.gradient_again(logits.detach(), y, columns[3].numpy(), divisor)
+        return small_vocabulary.scale_(made, upstream, is_left_out).to(logits.dtype)
     _, _, _, factor, top, total, *others = columns.unbind()
     scale, z_factor = upstream / divisor, None
     if terms.z_loss:

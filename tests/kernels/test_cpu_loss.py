@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
@@ -353,3 +354,45 @@ def test_without_numpy_the_loss_is_the_same(monkeypatch):
     monkeypatch.setattr(small_vocabulary, "np", None)
     for ours, theirs in zip(found, results(logits, y, x), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_row_that_does_not_count_has_gradient_0_whatever_reaches_it(reduction, bad, way):
+    logits, y, x = problem()
+    leaf = logits.requires_grad_()
+    loss = fused_diffusion_loss(leaf, y, x, MASK_ID, 0.25, 0.5, reduction=reduction)
+    loss.backward(torch.full_like(loss, bad))
+    assert torch.equal(leaf.grad[y == -1], torch.zeros(int((y == -1).sum()), 11))
+    assert not leaf.grad[y != -1].isfinite().all()
+
+
+def test_under_hooks_on_saved_tensors_no_gradient_is_kept_for_backward(monkeypatch):
+    logits, y, x = problem()
+    expected = results(logits, y, x)
+    made = []
+    plain = small_vocabulary.gradient
+    monkeypatch.setattr(small_vocabulary, "gradient", lambda *a: made.append(0) or plain(*a))
+    leaf = logits.requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        loss = fused_diffusion_loss(leaf, y, x, MASK_ID, 0.25, 0.5)
+    assert made == []
+    loss.backward(torch.tensor(0.5))
+    assert made == [0]
+    assert torch.equal(leaf.grad, expected[1])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", ["make_fx", "jit"])
+def test_what_is_traced_computes_the_loss_of_other_logits(how, way):
+    logits, y, x = problem()
+
+    def loss_of(logits):
+        return fused_diffusion_loss(logits, y, x, MASK_ID, 0.25, 0.5)
+
+    try:
+        traced = make_fx(loss_of)(logits) if how == "make_fx" else torch.jit.trace(loss_of, logits)
+    except Exception:
+        return  # which says so
+    other = logits.flip(1)
+    torch.testing.assert_close(traced(other), loss_of(other), rtol=1e-6, atol=0)
