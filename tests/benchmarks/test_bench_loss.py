@@ -33,7 +33,7 @@ def test_the_plan_leaves_compiling_to_the_end_and_keeps_contenders_of_one_judge_
     )  # fmt: skip
     compiled = [worker.find_contender(j).is_compiled for j in jobs]
     assert compiled == sorted(compiled)
-    assert compiled.count(True) == 15
+    assert compiled.count(True) == 21
     for shape in bench_loss.LOGITS_SHAPES + bench_loss.LINEAR_SHAPES:
         of_shape = [j for j, late in zip(jobs, compiled, strict=True) if j.shape == shape and not late]
         lacks = [entries.NO_WEIGHTS in worker.find_contender(j).lacks for j in of_shape]
