@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .implementation import row_gradients, score_rows
+from .implementation import divisor_of, row_gradients, score_rows
 from .positions import TILE_ROWS, Positions, TakenRows, check_enough, choose_positions
 from .stepwise_reference import scores_of
 from .terms import PLAIN, Terms
@@ -103,7 +103,7 @@ class ChunkedLoss:
         """How to compute one call's loss; y is (N,)."""
         n = y.shape[0]  # which the len of a tensor in a graph would make a constant
         made_for = upstream_of_gradients(n, reduction, dtype, upstream_scale)
-        divisor = max(1, n) if reduction == "mean" else 1
+        divisor = divisor_of(reduction, n)
         return cls(
             y, mask_id, ignore_index, terms, reduction, made_for, divisor, dtype, uses_triton, chunk_tokens,
             workspace_bytes, counted,
@@ -149,9 +149,9 @@ class ChunkedLoss:
         size = self.chunk_tokens or self.chunk_size(len(rows), len(weight))
         buffer = self._buffer(min(len(rows), size), len(weight), weight.device)
         parts = []
-        for chunk in _chunks(len(rows), size):
+        for chunk in slices_of(len(rows), size):
             states = rows.states(chunk, self.dtype)
-            logits = _product(states, weight, bias, buffer)
+            logits = product(states, weight, bias, buffer)
             part, gradient = self._score(logits, rows, chunk, bool(gradients) and not may_look)
             parts.append(part)
             if gradients and not may_look:
@@ -167,9 +167,9 @@ class ChunkedLoss:
         weight, bias = weight[words], None if bias is None else bias[words]
         size = self.chunk_tokens or self.chunk_size(len(rows), len(weight))
         buffer = self._buffer(min(len(rows), size), len(weight), weight.device)
-        for chunk in _chunks(len(rows), size):
+        for chunk in slices_of(len(rows), size):
             states = rows.states(chunk, self.dtype)
-            logits = _product(states, weight, bias, buffer)
+            logits = product(states, weight, bias, buffer)
             part = statistics[0][chunk], statistics[1][:, chunk].contiguous()
             gradient = row_gradients(
                 self.uses_triton, logits, rows.y[chunk] - words.start, part, rows.upstream_of(chunk, part),
@@ -328,13 +328,13 @@ class _Gradients:
         return self.hidden, None if self.weight is None else self.weight.gradient, self.bias
 
 
-def _chunks(n: int, size: int):
+def slices_of(n: int, size: int):
     """The slices of so many rows; one, empty, of none: sums begin there."""
     for start in range(0, max(n, 1), size):
         yield slice(start, start + size)
 
 
-def _product(states: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+def product(states: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
     """The logits of a chunk, in the buffer."""
     logits = buffer[: len(states)]
     if bias is None:

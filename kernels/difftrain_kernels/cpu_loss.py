@@ -8,6 +8,7 @@ from torch import Tensor
 from . import small_vocabulary
 from .calls import LossCall, Result
 from .implementation import (
+    divisor_of,
     forbid_second_derivative,
     make_table,
     reduce_rows,
@@ -21,7 +22,7 @@ from .validation import check_upstream
 
 def cpu_loss(logits: Tensor, call: LossCall) -> Result:
     """``fused_diffusion_loss`` of checked arguments, without a second derivative."""
-    if small_vocabulary.takes(logits, call.terms):
+    if small_vocabulary.takes(logits.shape[-1], logits.device, call.terms):
         return _small_loss(logits, call)
     if torch.is_grad_enabled() and logits.requires_grad:
         found = []
@@ -52,7 +53,7 @@ class _CpuLoss(torch.autograd.Function):
     def forward(ctx, logits, call, found):
         statistics = _score(logits, call)
         found.append(statistics)
-        ctx.divisor = max(1, len(call.y)) if call.reduction == "mean" else 1
+        ctx.divisor = divisor_of(call.reduction, len(call.y))
         ctx.mask_id, ctx.terms = call.mask_id, call.terms.kept()
         ctx.save_for_backward(logits, call.y, *statistics)
         return reduce_rows(statistics[1][0], call.reduction)
@@ -77,7 +78,7 @@ def _small_loss(logits: Tensor, call: LossCall) -> Result:
     if torch.is_grad_enabled() and logits.requires_grad:
         loss = _SmallLoss.apply(logits, call, scored)
     else:
-        loss = _reduced(scored.row_loss, call.reduction)
+        loss = small_vocabulary.reduced(scored.row_loss, call.reduction)
 
     def tabulate():
         case, gap = small_vocabulary.find_cases(scored, call.y)
@@ -86,21 +87,13 @@ def _small_loss(logits: Tensor, call: LossCall) -> Result:
     return call.result(loss, tabulate, None)
 
 
-def _reduced(row_loss: Tensor, reduction: str) -> Tensor:
-    """:func:`reduce_rows` of a new tensor: the same bits, of operations that begin sooner."""
-    if reduction == "none":
-        return row_loss
-    total = row_loss.sum()
-    return total if reduction == "sum" else total / len(row_loss)
-
-
 class _SmallLoss(torch.autograd.Function):
     """(logits, call, what was scored of them) -> loss."""
 
     @staticmethod
     def forward(ctx, logits, call, scored):
-        loss = _reduced(scored.row_loss, call.reduction)
-        ctx.how = scored.factor, max(1, len(call.y)) if call.reduction == "mean" else 1
+        loss = small_vocabulary.reduced(scored.row_loss, call.reduction)
+        ctx.how = scored.factor, divisor_of(call.reduction, len(call.y))
         ctx.is_left_out, ctx.made = scored.is_left_out, None
         if (
             torch._C._autograd._top_saved_tensors_default_hooks(True) is None

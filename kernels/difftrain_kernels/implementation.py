@@ -149,6 +149,11 @@ def row_values(
     return reference.row_values(stepwise_reference.scores_of(statistics, terms), terms)
 
 
+def divisor_of(reduction: str, n: int) -> int:
+    """What the sum of n row losses is divided by."""
+    return max(1, n) if reduction == "mean" else 1
+
+
 def reduce_rows(row_loss: Tensor, reduction: str) -> Tensor:
     """Row losses (N,) as the reduction wants them; a copy for "none"."""
     return (

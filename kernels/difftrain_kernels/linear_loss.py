@@ -22,6 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from . import small_linear_loss
 from .calls import Result, prepare_call
 from .chunks import DEFAULT_WORKSPACE_MIB, ChunkedLoss
 from .grad_accumulation import check_accumulates, grad_behind
@@ -199,8 +200,10 @@ def fused_linear_diffusion_loss(
         call.check_label_values()
         chunked.check_counted()
     weighting, head = (call.x, call.pk, call.pm), (_flat(hidden), weight, bias)
+    adds = accumulate_into_grad and weight.grad is not None
+    if not adds and small_linear_loss.takes(*head[:2], chunked):
+        return small_linear_loss.small_linear_loss(*head, call, chunked)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
-        adds = accumulate_into_grad and weight.grad is not None
         loss, *statistics = _LinearLoss.apply(*head, chunked, weighting, adds)
     else:
         statistics, _ = chunked.run(*head, weighting=weighting)
@@ -214,6 +217,8 @@ def fused_linear_diffusion_loss(
 
 def _flat(hidden: Tensor) -> Tensor:
     """(N, D) where that is a view; a slice of sequences stays as it is, and its chunks are copied one by one."""
+    if hidden.dim() == 2:
+        return hidden
     try:
         return hidden.view(-1, hidden.shape[-1])
     except RuntimeError:

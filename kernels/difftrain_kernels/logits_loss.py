@@ -22,6 +22,7 @@ from .early_gradient import EarlyGradient, finish_gradient, score_rows_early
 from .implementation import (
     IMPLEMENTATIONS,
     as_rows,
+    divisor_of,
     forbid_second_derivative,
     make_table,
     reduce_rows,
@@ -211,7 +212,7 @@ class _TritonLoss(torch.autograd.Function):
 
         call, stated, expectation, overwrite = how
         rows = as_rows(logits, uneven=True)
-        ctx.divisor = max(1, len(call.y)) if call.reduction == "mean" else 1
+        ctx.divisor = divisor_of(call.reduction, len(call.y))
         ctx.stated, ctx.overwrite, ctx.made_for = stated, overwrite, None
         ctx.mask_id, ctx.terms, ctx.early = call.mask_id, call.terms.kept(), EarlyGradient()
         if expectation is not None:

@@ -30,6 +30,7 @@ from .cases import CaseTable
 from .early_gradient import EarlyGradient, finish_gradient, leave_with, left_with, score_rows_early
 from .implementation import (
     as_rows,
+    divisor_of,
     forbid_backward,
     make_table,
     reduce_rows,
@@ -174,14 +175,10 @@ def diffusion_loss(
         case, columns = score_rows(uses_triton, rows, *labels, terms=terms)
     else:
         (case, columns), early = score_rows_early(
-            rows, labels, terms=terms, divisor=_divisor(y, reduction), expectation=expectation
+            rows, labels, terms=terms, divisor=divisor_of(reduction, len(y)), expectation=expectation
         )
         leave_with(columns, early)
     return reduce_rows(columns[0], reduction), case, columns
-
-
-def _divisor(y: Tensor, reduction: str) -> int:
-    return max(1, len(y)) if reduction == "mean" else 1
 
 
 def check_labels_of(y: Tensor, vocab_size: int, mask_id: int, ignore_index: int, terms: Terms) -> None:
@@ -227,7 +224,7 @@ def diffusion_loss_backward(
     upstream, logits, y, case, columns, reduction, uses_triton, mask_id, *flat_terms
 ):
     rows, statistics = as_rows(logits), (case, columns)
-    how = {"divisor": _divisor(y, reduction), "mask_id": mask_id, "terms": terms_of(*flat_terms)}
+    how = {"divisor": divisor_of(reduction, len(y)), "mask_id": mask_id, "terms": terms_of(*flat_terms)}
     if uses_triton:
         early = EarlyGradient() if replays_graphs(logits.device) else left_with(columns)
         return finish_gradient(early, rows, y, statistics, upstream, **how)

@@ -26,6 +26,7 @@ from .cases import CaseTable
 from .implementation import (
     IMPLEMENTATIONS,
     as_rows,
+    divisor_of,
     forbid_second_derivative,
     make_table,
     reduce_rows,
@@ -263,7 +264,7 @@ class _Share:
             return torch.empty_like(rows)
         call = self.call
         options = {
-            "divisor": max(1, len(y)) if call.reduction == "mean" else 1,
+            "divisor": divisor_of(call.reduction, len(y)),
             "mask_id": call.mask_id - self.start,
             "terms": call.terms,
         }

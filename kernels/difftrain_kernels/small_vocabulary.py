@@ -25,12 +25,13 @@ except ImportError:  # torch does not need it
 
 MOST_WORDS = 256  # rows of more cost more than the calls that read them
 BLOCK = 2**17  # numbers that stay in a cache
+LEFT_OUT = 8  # mark of a row that does not count
 Array = Any
 
 
-def takes(logits: Tensor, terms: Terms) -> bool:
-    """Whether these rows (..., V) are taken here: by their length, whatever their number."""
-    is_short = logits.shape[-1] <= MOST_WORDS and logits.device.type == "cpu" and np is not None
+def takes(vocab_size: int, device: torch.device, terms: Terms) -> bool:
+    """Whether rows of so many logits are taken here, whatever their number."""
+    is_short = vocab_size <= MOST_WORDS and device.type == "cpu" and np is not None
     return is_short and (terms is PLAIN or terms == PLAIN) and not _is_recorded()
 
 
@@ -56,7 +57,7 @@ class Scored(NamedTuple):
         top: largest logit.
         at_mask: that of [MASK].
         said: the predictions.
-        marks: 1 where x is [MASK], + 2 where it is the target, + 4 where the prediction is [MASK].
+        marks: 1 where x is [MASK], + 2 where it is the target, + 4 where the prediction is [MASK]; or LEFT_OUT.
         is_left_out: which rows do not count; None where all do.
     """
 
@@ -84,9 +85,13 @@ def score(
     """What each row of logits (N, V), without gradient, and its labels (N,) say."""
     values, exps = _widened(logits)
     label, seen, size = y.numpy(), x.numpy(), logits.shape[1]
-    column, is_left_out = label, None
+    column, is_left_out, is_none = label, None, None
     if 0 <= ignore_index < size or not _are_in(label, size):
-        is_left_out, column = label == ignore_index, label.clip(0, size - 1)
+        is_left_out = label == ignore_index
+        column = np.where(is_left_out, 0, label)
+        if not _are_in(column, size):
+            is_none = (column < 0) | (column >= size)
+            column = column.clip(0, size - 1)
     place = _first_of_rows(values) + column
     with np.errstate(all="ignore"):
         said, top, total = _exponentiate(values, exps.numpy())
@@ -97,12 +102,12 @@ def score(
     marks = says_mask.view(np.uint8) * np.uint8(4)
     marks += (seen == label).view(np.uint8) * np.uint8(2)
     marks += seen == mask_id
-    with np.errstate(over="ignore"):
-        factor = np.array((1, 1, 1, 1, 1, float(pk), float(pm), 1)).astype(top.dtype).take(marks)
     if is_left_out is not None:
-        is_none = (label != column) & ~is_left_out
+        marks[is_left_out], nll[is_left_out] = LEFT_OUT, 0.0
+    with np.errstate(over="ignore"):
+        factor = np.array((1, 1, 1, 1, 1, float(pk), float(pm), 1, 0)).astype(top.dtype).take(marks)
+    if is_none is not None:
         nll[is_none] = factor[is_none] = np.nan
-        nll[is_left_out] = factor[is_left_out] = 0.0
     return Scored(exps, total, place, nll, factor, top, values[:, mask_id], said, marks, is_left_out)
 
 
@@ -139,6 +144,14 @@ def _exponentiate(values: Array, exps: Array) -> tuple[Array, Array, Array]:
     return said, top, np.einsum("ij->i", exps)
 
 
+def reduced(row_loss: Tensor, reduction: str) -> Tensor:
+    """``reduce_rows`` of a new tensor: the same bits, of operations that begin sooner."""
+    if reduction == "none":
+        return row_loss
+    total = row_loss.sum()
+    return total if reduction == "sum" else total / len(row_loss)
+
+
 def gradient(exps: Tensor, total: Array, place: Array, factor: Array, divisor: float) -> Tensor:
     """The gradient of sum(nll * factor) / divisor, in the memory of ``exps``; see :class:`Scored`.
 
@@ -173,30 +186,32 @@ def gradient_again(logits: Tensor, y: Tensor, factor: Array, divisor: float) -> 
 
 
 def find_cases(scored: Scored, y: Tensor) -> tuple[Array, Array]:
-    """The case of each row that was scored, (N,) int32, and largest logit - logit of [MASK]."""
-    case = CASES.take(scored.marks + (scored.said == y.numpy()) * np.uint8(8))
+    """The case of each row that was scored, (N,) int32, and largest logit - logit of [MASK], whatever the row."""
+    case = CASES.take(scored.marks + (scored.said == y.numpy()) * np.uint8(16))
     with np.errstate(all="ignore"):
         gap = scored.top - scored.at_mask
-    if scored.is_left_out is not None:
-        case[scored.is_left_out], gap[scored.is_left_out] = cases.IGNORED, 0.0
     return case, gap
 
 
 def statistics(scored: Scored, y: Tensor) -> tuple[Tensor, Tensor]:
     """Of the rows that were scored, as ``stepwise_reference.score_rows`` gives them."""
     case, gap = find_cases(scored, y)
+    if scored.is_left_out is not None:
+        gap[scored.is_left_out] = 0.0
     columns = (scored.row_loss.numpy(), scored.nll, gap, scored.factor, scored.top, scored.total)
     return torch.from_numpy(case), torch.from_numpy(np.array(columns))
 
 
 def _case_of(number: int) -> int:
-    """A row's case, from four answers as bits: x is [MASK], x is the target, the prediction is [MASK], is the target."""
-    x_is_mask, x_is_y, says_mask, says_target = (number >> bit & 1 for bit in range(4))
+    """A row's case, from its marks, and + 16 where the prediction is the target."""
+    x_is_mask, x_is_y, says_mask, is_left_out, says_target = (number >> bit & 1 for bit in range(5))
+    if is_left_out:
+        return cases.IGNORED
     kind = (cases.CORRUPTED, cases.MASKED, cases.INTACT, cases.CORRUPTED)[x_is_mask + 2 * x_is_y]
     return kind * 3 + (cases.MASK if says_mask else cases.TARGET if says_target else cases.OTHER)
 
 
-CASES: Array = None if np is None else np.array([_case_of(number) for number in range(16)], dtype=np.int32)
+CASES: Array = None if np is None else np.array([_case_of(number) for number in range(32)], dtype=np.int32)
 
 
 def sum_cases(case: Array, nll: Array, gap: Array) -> tuple[Tensor, Tensor, Tensor, None, None, None]:

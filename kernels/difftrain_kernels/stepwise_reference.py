@@ -46,7 +46,7 @@ def score_rows(
     The columns are (6 + further, N): those of :func:`other_columns` follow the plain loss's.
     """
     with torch.no_grad():
-        if small_vocabulary.takes(logits, terms):
+        if small_vocabulary.takes(logits.shape[-1], logits.device, terms):
             scored = small_vocabulary.score(logits.detach(), y, x, mask_id, pk, pm, ignore_index)
             return small_vocabulary.statistics(scored, y)
         y, x = y.long(), x.long()
@@ -256,7 +256,7 @@ def row_gradients(
         upstream: 0-d or (N,).
     """
     case, columns = statistics
-    if small_vocabulary.takes(logits, terms):
+    if small_vocabulary.takes(logits.shape[-1], logits.device, terms):
         is_left_out = case.numpy() == cases.IGNORED
         made = small_vocabulary.gradient_again(logits.detach(), y, columns[3].numpy(), divisor)
         return small_vocabulary.scale_(made, upstream, is_left_out).to(logits.dtype)

@@ -38,6 +38,7 @@ KERNELS = {
     "chunks": {
         "torch", "implementation", "positions", "stepwise_reference", "terms", "weight_sums", "triton_kernels",
     },
+    "small_linear_loss": {"torch", "calls", "chunks", "implementation", "positions", "small_vocabulary", "validation", "weight_sums"},
     "upstream_prediction": {"torch"},
     "early_gradient": {"torch", "terms", "upstream_prediction", "triton_kernels"},
     "operators": {
@@ -50,8 +51,8 @@ KERNELS = {
         "upstream_prediction", "validation", "triton_kernels",
     },
     "linear_loss": {
-        "torch", "calls", "chunks", "grad_accumulation", "implementation", "linear_operators", "term_validation",
-        "validation", "triton_kernels",
+        "torch", "calls", "chunks", "grad_accumulation", "implementation", "linear_operators", "small_linear_loss",
+        "term_validation", "validation", "triton_kernels",
     },
     "parallel_loss": {
         "torch", "calls", "cases", "implementation", "operators", "reference", "sliced_reference", "validation",

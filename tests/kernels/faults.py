@@ -22,6 +22,7 @@ STEPWISE_REFERENCE = "kernels/difftrain_kernels/stepwise_reference.py"
 ROW_BLOCKS = "kernels/difftrain_kernels/row_blocks.py"
 CPU_LOSS = "kernels/difftrain_kernels/cpu_loss.py"
 SMALL_VOCABULARY = "kernels/difftrain_kernels/small_vocabulary.py"
+SMALL_LINEAR = "kernels/difftrain_kernels/small_linear_loss.py"
 SLICED_REFERENCE = "kernels/difftrain_kernels/sliced_reference.py"
 CALLS, CHUNKS, CASES, RECIPES, VALIDATION, IMPLEMENTATION, LINEAR, POSITIONS, WEIGHT_SUMS, GRAD = (
     f"kernels/difftrain_kernels/{name}.py"
@@ -72,6 +73,7 @@ STAGES = {
     ROW_BLOCKS: (["tests/kernels/test_cpu_loss.py"],),
     CPU_LOSS: (["tests/kernels/test_cpu_loss.py"],),
     SMALL_VOCABULARY: (["tests/kernels/test_cpu_loss.py"],),
+    SMALL_LINEAR: (["tests/kernels/test_small_linear_loss.py"],),
     SLICED_REFERENCE: (
         ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],
         ["tests/kernels/test_terms.py"],
@@ -203,8 +205,8 @@ MUTANTS = [
     (GRADIENT, "gradient buffer ignores the logits' phase", "(stride - size) % tiles.vector_size(logits.dtype)", "0"),
     (TILES, "unaligned rows treated as aligned", "aligned = not any(row_phase(logits))", "aligned = True"),
     (BLOCKS, "bulk accesses through 2-byte elements", "return tl.multiple_of(row_ptr + head + block * BLOCK, 16)", "return row_ptr + head + block * BLOCK"),
-    (LOGITS_LOSS, "mean over counted positions", "ctx.divisor = max(1, len(call.y))", "ctx.divisor = max(1, int((call.y != -1).sum()))"),
-    (LOGITS_LOSS, "sum's gradient divided by N", "if call.reduction == \"mean\" else 1\n", "if call.reduction != \"none\" else 1\n"),
+    (LOGITS_LOSS, "mean over counted positions", "divisor_of(call.reduction, len(call.y))", "divisor_of(call.reduction, int((call.y != -1).sum()))"),
+    (IMPLEMENTATION, "sum's gradient divided by N", "if reduction == \"mean\" else 1\n", "if reduction != \"none\" else 1\n"),
     (EARLY, "buffer given away twice", "made, early.gradient = early.gradient, None", "made = early.gradient"),
     (EARLY, "statement trusted unseen", "\"stated\": early.made_for", "\"stated\": float(upstream.flatten()[0])"),
     (EARLY, "compiled: what nobody took is not told", "        early.expectation.close(made)", "        pass"),
@@ -293,7 +295,6 @@ MUTANTS = [
     (STREAMED_ROWS, "compiled, streamed: target stored beside its block", "    if target >= 0:\n        tl.debug_barrier()\n", "    if target >= 0:\n"),
     (STREAMED_ROWS, "compiled, terms: forbidden word stored beside its block", "    if terms.FORBID_MASK:\n        tl.debug_barrier()\n", "    if terms.FORBID_MASK:\n"),
     (PARALLEL, "processes without columns take part", "        if 0 in self.sizes:", "        if False:"),
-    (PARALLEL, "sum's gradient divided by N", "\"divisor\": max(1, len(y)) if call.reduction == \"mean\" else 1,", "\"divisor\": max(1, len(y)),"),
     (PARALLEL, "slice starts one late", "sum(sizes[:rank]), group", "sum(sizes[:rank]) + 1, group"),
     (PARALLEL, "DTensor split evenly", "[max(0, min(widest, vocab_size - i * widest)) for i in range(len(ranks))]", "[vocab_size // len(ranks)] * len(ranks)"),
     (SLICED_REFERENCE, "last maximum wins", "first = tops.argmax(0, keepdim=True)", "first = len(tops) - 1 - tops.flip(0).argmax(0, keepdim=True)"),
@@ -328,11 +329,22 @@ MUTANTS = [
     (CPU_LOSS, "a gradient is kept beside what hooks offload", "_top_saved_tensors_default_hooks(True) is None", "_top_saved_tensors_default_hooks(True) != 0"),
     (SMALL_VOCABULARY, "an upstream gradient other than 1 is passed over", "elif upstream.item() != 1.0:", "elif False:"),
     (SMALL_VOCABULARY, "[MASK] kept as [MASK] is masked", "cases.INTACT, cases.CORRUPTED)", "cases.INTACT, cases.MASKED)"),
-    (SMALL_VOCABULARY, "pk and pm in each other's place", "float(pk), float(pm), 1)", "float(pm), float(pk), 1)"),
+    (SMALL_VOCABULARY, "pk and pm in each other's place", "float(pk), float(pm), 1, 0)", "float(pm), float(pk), 1, 0)"),
     (SMALL_VOCABULARY, "a label that is none has a loss", "nll[is_none] = factor[is_none] = np.nan", "pass"),
     (SMALL_VOCABULARY, "rows that do not count keep what they hold", "gradient.numpy()[is_left_out] = 0.0", "pass"),
     (SMALL_VOCABULARY, "a word that is ignored counts", "0 <= ignore_index < size or not", "not"),
     (SMALL_VOCABULARY, "a label is read from the other end", "place = _first_of_rows(values) + column", "place = _first_of_rows(values) + (size - 1 - column)"),
+    (SMALL_LINEAR, "few words: rows of weight 0 keep what memory held", "            of_hidden.numpy()[rows] = 0.0\n", "            pass\n"),
+    (SMALL_LINEAR, "few words: ignored rows keep what memory held", "made[0].numpy()[~is_counted] = 0.0", "pass"),
+    (SMALL_LINEAR, "few words: a live row is taken for one of the first chunk", "live + rows.start if", "live if"),
+    (SMALL_LINEAR, "few words: ignored rows are multiplied", "None if n == len(label) else", "None if True else"),
+    (SMALL_LINEAR, "few words: the bias begins with what memory held", "of_bias.zero_() if is_first", "of_bias if is_first"),
+    (SMALL_LINEAR, "few words: each chunk's weight gradient replaces the last", "scale, 0 if is_first else 1", "scale, 0"),
+    (SMALL_LINEAR, "few words: an upstream gradient other than 1 is passed over", "upstream.item() != ctx.chunked.made_for", "False"),
+    (SMALL_LINEAR, "few words: a stated upstream gradient is forgotten", "rows, chunked.scale,", "rows, 1 / chunked.divisor,"),
+    (SMALL_LINEAR, "few words: what is given away is given twice", "made, ctx.made = ctx.made, None", "made = ctx.made"),
+    (SMALL_LINEAR, "few words: more than were stated count", "    check_enough(", "    (lambda *_: None)("),
+    (SMALL_LINEAR, "few words: penalties are read when backward runs", "float(call.pk), float(call.pm)", "call.pk, call.pm"),
     (CPU_LOSS, "a scale changed later counts", "call.terms.kept()", "call.terms"),
     (REFERENCE, "a forbidden target is a label", "is_label = is_label & (y != mask_id)", "pass"),
     (SLICED_REFERENCE, "smoothing counts the words of one slice", "/ n_words.sum(0)", "/ n_words[0]"),

