@@ -12,6 +12,8 @@ from pathlib import Path
 
 import triton
 
+SPILLS = ("LDL", "STL")  # loads and stores of a thread's own memory
+
 
 def _tool(name: str, *arguments: str) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -59,7 +61,8 @@ def read_nvidia(cubin: bytes, element_bits: int, is_streamed: bool) -> dict:
     code, usage = read_sass(cubin)
     opcodes = [_opcode(instruction) for _, instruction in code]
     slots, widest, narrow = {"slots_scan": None, "slots_grad": None}, {}, 0
-    for body in innermost_loops(code) if is_streamed else []:
+    loops = innermost_loops(code)
+    for body in loops if is_streamed else []:
         operations = [_opcode(i) for i in body]
         if not any(o.startswith("MUFU.EX2") for o in operations):
             continue
@@ -77,7 +80,8 @@ def read_nvidia(cubin: bytes, element_bits: int, is_streamed: bool) -> dict:
             slots[key] = max(count, slots[key])
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spill_instructions": sum(o.startswith(("LDL", "STL")) for o in opcodes),
+        "spill_instructions": sum(o.startswith(SPILLS) for o in opcodes),
+        "spills_in_loops": sum(_opcode(i).startswith(SPILLS) for body in loops for i in body),
         "wide_accesses": sum(_access_bits(o) >= 128 for o in opcodes),
         "narrow_accesses_in_loops": narrow,
         "fp64_instructions": sum(bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|F2F\.F64|MUFU\.\w*64", o)) for o in opcodes),
@@ -91,6 +95,7 @@ def read_amd(assembly: str) -> dict:
     return {
         "registers": count["vgpr_count"],
         "spill_instructions": count["vgpr_spill_count"],
+        "spills_in_loops": None,
         "wide_accesses": len(re.findall(r"^\s+(?:global|buffer)_(?:load|store)_dwordx4", assembly, re.M)),
         "narrow_accesses_in_loops": None,
         "fp64_instructions": len(re.findall(r"^\s+v_\w+_f64", assembly, re.M)),

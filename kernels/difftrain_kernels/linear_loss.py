@@ -201,7 +201,7 @@ def fused_linear_diffusion_loss(
         chunked.check_counted()
     weighting, head = (call.x, call.pk, call.pm), (_flat(hidden), weight, bias)
     adds = accumulate_into_grad and weight.grad is not None
-    if not adds and small_linear_loss.takes(*head[:2], chunked):
+    if not adds and small_linear_loss.takes(*head, chunked):
         return small_linear_loss.small_linear_loss(*head, call, chunked)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
         loss, *statistics = _LinearLoss.apply(*head, chunked, weighting, adds)

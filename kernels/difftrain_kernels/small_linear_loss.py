@@ -2,12 +2,13 @@
 
 The chunks of ``chunks.py`` in as few steps as they take, with the loss of ``small_vocabulary.py``: products so small
 cost less than what stands around them there. Rows that do not count are not multiplied, nor backward those whose
-answer gave them weight 0. The products are those of ``chunks.py``, and so are the bits.
+answer gave them weight 0. The products are those of ``chunks.py``, and so are the bits: what is compiled goes that way.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +18,19 @@ from .calls import LossCall, Result
 from .chunks import ChunkedLoss, product, slices_of, sum_dtype
 from .implementation import forbid_second_derivative, make_table
 from .positions import check_enough
-from .small_vocabulary import Scored, np
+from .small_vocabulary import np
 from .validation import check_upstream
 from .weight_sums import add_product
 
 Array = Any
 
 
-def takes(hidden: Tensor, weight: Tensor, chunked: ChunkedLoss) -> bool:
+def takes(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunked: ChunkedLoss) -> bool:
     """Whether the loss of these hidden states and this head (V, D) is made here."""
     is_plain = hidden.dim() == 2 and chunked.reduction != "none" and not chunked.uses_triton
-    is_cast = not hidden.dtype == weight.dtype == chunked.dtype == sum_dtype(chunked.dtype)
-    return is_plain and not is_cast and small_vocabulary.takes(len(weight), hidden.device, chunked.terms)
+    dtypes = {hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype, chunked.dtype}
+    is_wide = dtypes == {sum_dtype(chunked.dtype)}
+    return is_plain and is_wide and small_vocabulary.takes(len(weight), hidden.device, chunked.terms)
 
 
 def small_linear_loss(
@@ -37,31 +39,41 @@ def small_linear_loss(
     """``fused_linear_diffusion_loss`` of checked arguments, hidden (N, D), that :func:`takes` takes."""
     head = hidden, weight, bias
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
-        found: list = []
-        loss = _SmallLinearLoss.apply(*head, chunked, call, found)
+        scores: list[Kept] = []
+        loss = _SmallLinearLoss.apply(*head, chunked, call, scores)
     else:
         with torch.no_grad():
-            loss, found, _ = _run(*head, chunked, call.labels[1:], (False,) * 3, call.return_cases)
+            loss, scores, _ = _run(*head, chunked, call, (False,) * 3)
 
     def tabulate():
-        case, nll, gap = map(np.concatenate, zip(*found, strict=True))
+        case, nll, gap = map(np.concatenate, zip(*(part.cases for part in scores), strict=True))
         return make_table(small_vocabulary.sum_cases(case, nll, gap), call.y.numel())
 
     return call.result(loss, tabulate, None)
+
+
+class Kept(NamedTuple):
+    """What is kept of a chunk's rows, arrays (rows,).
+
+    Attributes:
+        factor: weight of the loss and of its gradient.
+        cases: case, nll and gap, where a table is wanted.
+    """
+
+    factor: Array
+    cases: tuple[Array, Array, Array] | None
 
 
 class _SmallLinearLoss(torch.autograd.Function):
     """(hidden, weight, bias, ...) -> loss; puts what the table is made of into the list it is given."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, chunked, call, found):
-        ctx.chunked = chunked
-        ctx.weighting = call.mask_id, float(call.pk), float(call.pm), call.ignore_index
-        ctx.needs = ctx.needs_input_grad[:3]
-        labels = call.x, *ctx.weighting
-        loss, parts, ctx.made = _run(hidden, weight, bias, chunked, labels, ctx.needs, call.return_cases)
-        found += parts
-        ctx.save_for_backward(hidden, weight, bias, call.y, call.x)
+    def forward(ctx, hidden, weight, bias, chunked, call, scores):
+        ctx.chunked, ctx.needs = chunked, ctx.needs_input_grad[:3]
+        loss, parts, ctx.made = _run(hidden, weight, bias, chunked, call, ctx.needs)
+        scores += parts
+        ctx.factors = [part.factor for part in parts]
+        ctx.save_for_backward(hidden, weight, bias, call.y)
         return loss
 
     @staticmethod
@@ -77,69 +89,103 @@ class _SmallLinearLoss(torch.autograd.Function):
         # What forward made is given away once. A second backward makes it again.
         made, ctx.made = ctx.made, None
         if made is None:
-            *head, _, x = ctx.saved_tensors
-            _, _, made = _run(*head, ctx.chunked, (x, *ctx.weighting), ctx.needs, False)
-        if upstream.item() != ctx.chunked.made_for:
+            *head, _ = ctx.saved_tensors
+            made = _run_again(*head, ctx.chunked, ctx.factors, ctx.needs)
+        if upstream != ctx.chunked.made_for:
             for gradient in made:
                 if gradient is not None:
                     gradient.mul_(upstream / ctx.chunked.made_for)
         return made
 
 
-def _run(hidden, weight, bias, chunked, weighting, needs, wants_cases) -> tuple[Tensor, list, list]:
-    """One pass over the chunks: (loss; case, nll and gap of each chunk's rows; gradients of the first three).
-
-    Args:
-        weighting: x (N,), mask_id, pk, pm, ignore_index.
-    """
-    x, *rest = weighting
-    label, seen, hidden = chunked.y.numpy(), x.numpy(), hidden.detach()
-    is_counted = label != rest[-1]
-    n = int(np.count_nonzero(is_counted))
-    check_enough(chunked.counted, n)
-    index = None if n == len(label) else np.flatnonzero(is_counted)
-    losses, cases, made = hidden.new_zeros(len(label)), [], []
-    for tensor, is_needed in zip((hidden, weight, bias), needs, strict=True):
-        made.append(tensor.new_empty(tensor.shape) if is_needed else None)
-    if needs[0] and index is not None:
-        made[0].numpy()[~is_counted] = 0.0
-    size = chunked.chunk_tokens or chunked.chunk_size(n, len(weight))
-    buffer = hidden.new_empty(min(n, size), len(weight))
-    for chunk in slices_of(n, size):
-        rows = chunk if index is None else index[chunk]
-        states = _taken(hidden, rows)
-        y, logits = torch.from_numpy(label[rows]), product(states, weight, bias, buffer)
-        scored = small_vocabulary.score(logits, y, torch.from_numpy(seen[rows]), *rest)
-        losses.numpy()[rows] = scored.row_loss.numpy()
-        if wants_cases:
+def _run(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunked: ChunkedLoss, call: LossCall, needs: Sequence[bool]
+) -> tuple[Tensor, list[Kept], list[Tensor | None]]:  # fmt: skip
+    """The loss, what is kept of each chunk, and those gradients of the first three that are wanted."""
+    label, seen = call.y.numpy(), call.x.numpy()
+    losses = torch.zeros(len(label), dtype=hidden.dtype, device="cpu")
+    scores, made = [], _Gradients(hidden, weight, bias, chunked, needs)
+    for chunk, states, logits in made.chunks():
+        y = torch.from_numpy(label[chunk])
+        scored = small_vocabulary.score(
+            logits, y, torch.from_numpy(seen[chunk]), call.mask_id, call.pk, call.pm, call.ignore_index
+        )
+        losses.numpy()[chunk] = scored.row_loss.numpy()
+        cases = None
+        if call.return_cases:
             case, gap = small_vocabulary.find_cases(scored, y)
-            cases.append((case, scored.nll, gap))
+            cases = case, scored.nll, gap
+        scores.append(Kept(scored.factor, cases))
         if any(needs):
-            _add(made, scored, states, weight, rows, chunked.scale, is_first=chunk.start == 0)
-    return small_vocabulary.reduced(losses, chunked.reduction), cases, made
+            # No row that does not count is among these, so nothing has to be cleared.
+            gradient = small_vocabulary.gradient(
+                scored.exps, scored.total, scored.place, scored.factor, 1.0
+            )
+            made.add(chunk, gradient, states, scored.factor)
+    return small_vocabulary.reduced(losses, chunked.reduction), scores, made.parts
 
 
-def _add(made: list, scored: Scored, states, weight, rows, scale: float, *, is_first: bool) -> None:
-    """The share of a chunk's rows in the gradients of hidden, weight and bias."""
-    of_hidden, of_weight, of_bias = made
-    gradient = small_vocabulary.gradient(scored.exps, scored.total, scored.place, scored.factor, 1.0)
-    if not scored.factor.all():  # rows of weight 0 have none
-        if of_hidden is not None:
-            of_hidden.numpy()[rows] = 0.0
-        live = np.flatnonzero(scored.factor)
-        gradient, states = _taken(gradient, live), _taken(states, live)
-        rows = live + rows.start if isinstance(rows, slice) else rows[live]
-    if of_hidden is not None and isinstance(rows, slice):
-        add_product(of_hidden[rows], gradient, weight, scale, 0)
-    elif of_hidden is not None:
-        of_rows = gradient.new_empty(len(gradient), weight.shape[1])
-        add_product(of_rows, gradient, weight, scale, 0)
-        of_hidden.numpy()[rows] = of_rows.numpy()
-    if of_weight is not None:
-        add_product(of_weight, gradient.t(), states, scale, 0 if is_first else 1)
-    if of_bias is not None:
-        of_bias = of_bias.zero_() if is_first else of_bias
-        of_bias.add_(gradient.sum(0), alpha=scale)
+def _run_again(hidden, weight, bias, chunked, factors: list[Array], needs) -> list[Tensor | None]:
+    """The gradients alone, of rows with these weights."""
+    label, made = chunked.y.numpy(), _Gradients(hidden, weight, bias, chunked, needs)
+    for (chunk, states, logits), factor in zip(made.chunks(), factors, strict=True):
+        gradient = small_vocabulary.gradient_again(logits, torch.from_numpy(label[chunk]), factor, 1.0)
+        made.add(chunk, gradient, states, factor)
+    return made.parts
+
+
+class _Gradients:
+    """The gradients of hidden, weight and bias, filled chunk by chunk; None for what is not wanted.
+
+    A chunk is a slice of all rows, or where some do not count the numbers of some that do.
+    """
+
+    def __init__(self, hidden, weight, bias, chunked: ChunkedLoss, needs):
+        self.head, self.chunked = (hidden.detach(), weight, bias), chunked
+        is_counted = chunked.y.numpy() != chunked.ignore_index
+        self.n = int(np.count_nonzero(is_counted))
+        check_enough(chunked.counted, self.n)
+        self.index = None if self.n == len(is_counted) else np.flatnonzero(is_counted)
+        self.parts: list[Tensor | None] = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") if is_needed else None
+            for tensor, is_needed in zip((hidden, weight, bias), needs, strict=True)
+        ]
+        if needs[0] and self.index is not None:
+            self.parts[0].numpy()[~is_counted] = 0.0
+        self.is_first = True
+
+    def chunks(self) -> Iterator[tuple[slice | Array, Tensor, Tensor]]:
+        """Each chunk, its states, and its logits in a buffer that all share."""
+        hidden, weight, bias = self.head
+        size = self.chunked.chunk_tokens or self.chunked.chunk_size(self.n, len(weight))
+        buffer = torch.empty(min(self.n, size), len(weight), dtype=hidden.dtype, device="cpu")
+        for rows in slices_of(self.n, size):
+            chunk = rows if self.index is None else self.index[rows]
+            states = _taken(hidden, chunk)
+            yield chunk, states, product(states, weight, bias, buffer)
+
+    def add(self, chunk: slice | Array, gradient: Tensor, states: Tensor, factor: Array) -> None:
+        """The share of a chunk, from the gradient of its logits; rows of weight 0 have none."""
+        of_hidden, of_weight, of_bias = self.parts
+        scale, weight = self.chunked.scale, self.head[1]
+        if not factor.all():
+            if of_hidden is not None:
+                of_hidden.numpy()[chunk] = 0.0
+            live = np.flatnonzero(factor)
+            gradient, states = _taken(gradient, live), _taken(states, live)
+            chunk = live + chunk.start if isinstance(chunk, slice) else chunk[live]
+        if of_hidden is not None and isinstance(chunk, slice):
+            add_product(of_hidden[chunk], gradient, weight, scale, 0)
+        elif of_hidden is not None:
+            of_rows = gradient.new_empty(len(gradient), weight.shape[1])
+            add_product(of_rows, gradient, weight, scale, 0)
+            of_hidden.numpy()[chunk] = of_rows.numpy()
+        if of_weight is not None:
+            add_product(of_weight, gradient.t(), states, scale, 0 if self.is_first else 1)
+        if of_bias is not None:
+            of_bias = of_bias.zero_() if self.is_first else of_bias
+            of_bias.add_(gradient.sum(0), alpha=scale)
+        self.is_first = False
 
 
 def _taken(values: Tensor, rows: slice | Array) -> Tensor:

@@ -97,14 +97,12 @@ def score(
         said, top, total = _exponentiate(values, exps.numpy())
         nll = np.log(total.astype(np.float64))
         nll -= values.reshape(-1).take(place) - top
-    nll = nll.astype(top.dtype)
-    says_mask = said == mask_id
-    marks = says_mask.view(np.uint8) * np.uint8(4)
-    marks += (seen == label).view(np.uint8) * np.uint8(2)
-    marks += seen == mask_id
-    if is_left_out is not None:
-        marks[is_left_out], nll[is_left_out] = LEFT_OUT, 0.0
-    with np.errstate(over="ignore"):
+        nll = nll.astype(top.dtype)
+        marks = (said == mask_id).view(np.uint8) * np.uint8(4)
+        marks += (seen == label).view(np.uint8) * np.uint8(2)
+        marks += seen == mask_id
+        if is_left_out is not None:
+            marks[is_left_out], nll[is_left_out] = LEFT_OUT, 0.0
         factor = np.array((1, 1, 1, 1, 1, float(pk), float(pm), 1, 0)).astype(top.dtype).take(marks)
     if is_none is not None:
         nll[is_none] = factor[is_none] = np.nan
@@ -155,7 +153,7 @@ def reduced(row_loss: Tensor, reduction: str) -> Tensor:
 def gradient(exps: Tensor, total: Array, place: Array, factor: Array, divisor: float) -> Tensor:
     """The gradient of sum(nll * factor) / divisor, in the memory of ``exps``; see :class:`Scored`.
 
-    What rows that do not count hold is cleared by :func:`scale_`, which has to follow.
+    What rows that do not count hold is cleared by :func:`scale_`, which has to follow where there are such.
     """
     made = exps.numpy()
     with np.errstate(all="ignore"):

@@ -252,8 +252,8 @@ def test_each_term(name, vocab_size):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TERMS)
 def test_each_term_in_slices(name):
-    check_slices([40, 26], terms=TERMS[name], n=3)
-    check_slices([4200, 4097], terms=TERMS[name], n=3)
+    check_slices([40, 26], terms=TERMS[name])
+    check_slices([4200, 4097], terms=TERMS[name])
 
 
 @pytest.mark.slow
