@@ -98,8 +98,11 @@ def _finished(file: Path) -> dict[str, Any]:
     return {name: record for name, record in stages.items() if "ok" in record}
 
 
-def _left_over(patience: float = 20.0) -> list[int]:
-    """Processes of a rehearsal that are still there although its session is not, after some patience."""
+def _left_over(patience: float = 300.0) -> list[int]:
+    """Processes of a rehearsal that are still there although its session is not, after some patience.
+
+    A compiler's worker looks for its parent only once it has imported torch, which a busy machine makes long.
+    """
     until = time.monotonic() + patience
     while True:
         found = []

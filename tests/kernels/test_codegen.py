@@ -142,9 +142,8 @@ def test_terms_of_a_row_and_a_forbidden_word_cost_the_loops_nothing(tmp_path):
     )  # fmt: skip
     assert 4 < row["slots_scan"] <= 6.19, row
     assert 4 < row["slots_grad"] <= 5.25, row
-    assert row["spill_instructions"] == row["narrow_accesses_in_loops"] == row["fp64_instructions"] == 0, (
-        row
-    )
+    assert row["spill_instructions"] <= 8, row  # 7 with Triton 3.6, none with 3.7
+    assert row["spills_in_loops"] == row["narrow_accesses_in_loops"] == row["fp64_instructions"] == 0, row
     assert row["int32_address_products"] == 0, row
     assert row["wide_accesses"] > 0, row
 
