@@ -21,8 +21,8 @@ its own in backward. So memory holds one buffer more than without prediction, an
 of a kind are open at once. After ``MOST_UNUSED`` calls in a row without a backward, whose gradients were made
 for nothing (4 in place of 2), forward makes none until a backward comes; then one more is tried, and if nobody takes
 it either, the next only after twice as many backwards. A gradient that ends untaken counts among these too where a
-backward takes another one: a compiled region that computes its forward again makes one each time, which costs 10 in
-place of 8 and soon ends.
+backward takes another one: several losses that are looked at for one that is trained on, or a compiled region that
+computes its forward again.
 
 One state serves one stream at a time: a graph that took it must not replay beside eager calls of its kind.
 

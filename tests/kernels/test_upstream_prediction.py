@@ -399,6 +399,21 @@ def test_losses_without_a_backward_soon_make_no_gradient(traffic, device):
     assert traffic.read()[1] == 4
 
 
+def test_losses_without_a_backward_beside_one_with_it_soon_make_no_gradient(traffic, device):
+    problem = problem_of(device)
+    leaf = problem[0].clone().requires_grad_()
+    moved = []
+    for _ in range(30):
+        for _ in range(3):
+            loss_of(leaf, *problem[1:])
+            gc.collect()  # what Triton's interpreter keeps of it
+        gradient_of(problem, 1.0)
+        gc.collect()
+        moved.append(traffic.read()[1])
+    assert max(moved) <= 16  # all four with their gradients
+    assert moved[-10:].count(12) >= 8  # three losses alone, and 6
+
+
 def test_losses_that_are_kept_without_a_backward_beside_others_cost_less_and_less(traffic, device):
     logits, y, x = problem = problem_of(device)
     for _ in range(3):
