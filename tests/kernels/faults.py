@@ -215,7 +215,7 @@ MUTANTS = [
     (OPERATORS, "compiled: predicts where no gradient is wanted", "torch.is_grad_enabled() and logits.requires_grad and", "True and"),
     (OPERATORS, "compiled: an exported program predicts", " and not _is_exporting()", ""),
     (PREDICTION, "compiled: what is made twice goes on", "self._dropped |= self._waiting is not None", "pass"),
-    (PREDICTION, "compiled: to ask begins graphs in a thread", "trees is None or not (hasattr", "trees is None or (not hasattr"),
+    (PREDICTION, "compiled: to ask begins graphs in a thread", " or not (hasattr(trees.local, containers) or torch._C._is_key_in_tls(containers))", ""),
     (OPERATORS, "compiled: the switch is ignored", "predicts = predicts and uses_triton", "predicts = uses_triton"),
     (OPERATORS, "compiled: predicts where graphs are captured", " and not replays_graphs(logits.device)", ""),
     (OPERATORS, "compiled: the gradient stays behind", "        leave_with(columns, early)\n", ""),
