@@ -84,7 +84,7 @@ STREAMED = {"loss", "loss_and_gradient", "gradient", "slice"}
 # thread more than 64 registers would halve the programs that a multiprocessor holds.
 NO_SPILLS = {"spill_instructions": 0, "spills_in_loops": 0}
 KNOWN_SPILLS = {
-    ("rescale", "sm_120"): {"spill_instructions": 2, "spills_in_loops": 1},  # where V is odd
+    ("rescale", "sm_120"): {"spill_instructions": 2, "spills_in_loops": 1},  # at odd V and at 5000
     ("gradient", "sm_89"): {"spill_instructions": 2, "spills_in_loops": 0},  # of fp32
 }
 SPILLS_OF_TERMS = {"spill_instructions": 32, "spills_in_loops": 8}
