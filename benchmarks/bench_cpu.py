@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,10 +29,9 @@ import measuring.checkout  # noqa: F401  our packages are this checkout's, insta
 from difftrain_kernels import fused_diffusion_loss
 from measuring.arguments import user_path
 from measuring.environment import environment
-from measuring.timing import quantiles
+from measuring.timing import cpu_times, quantiles
 
 SHAPES = ("768x66", "4096x1003", "512x50304", "512x50304xbfloat16")
-ROUND_SECONDS = 0.02  # of one contender, in repeated calls
 
 
 def eager(logits: Tensor, y: Tensor, x: Tensor, mask_id: int, pk: float, pm: float) -> Tensor:
@@ -111,20 +110,7 @@ def peak_mib(loss: Callable[..., Tensor], arguments: tuple) -> float:
 def measure(shape: str, seconds: float) -> dict[str, dict[str, float]]:
     """Milliseconds of CPU, ratios to eager and peak MiB of each contender."""
     arguments = problem(shape)
-    calls = {}
-    for name, loss in CONTENDERS.items():
-        step(loss, arguments)
-        began = time.process_time()
-        step(loss, arguments)
-        calls[name] = max(1, round(ROUND_SECONDS / max(time.process_time() - began, 1e-6)))
-    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["eager"]) < 5:
-        for name, loss in CONTENDERS.items():
-            began = time.process_time()
-            for _ in range(calls[name]):
-                step(loss, arguments)
-            times[name].append(1e3 * (time.process_time() - began) / calls[name])
+    times = cpu_times({name: partial(step, loss, arguments) for name, loss in CONTENDERS.items()}, seconds)
     rows = {}
     for name, values in times.items():
         ratios = [ours / eager for ours, eager in zip(values, times["eager"], strict=True)]

@@ -23,6 +23,7 @@ from measuring.rehearsal import is_rehearsed
 
 FEWEST, MOST = 10, 200  # samples of one measurement
 LONGEST_SPIN_MS = 20.0
+ROUND_SECONDS = 0.02  # of CPU time, in repeated calls
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,29 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
         return samples[0], samples[0], samples[0]
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
     return statistics.median(samples), fifths[0], fifths[3]
+
+
+def cpu_times(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """CPU milliseconds of each call, of all threads, in rounds in turn for so long; five at least.
+
+    A round repeats a short call: what other threads take is added to the clock in steps of milliseconds, and would
+    count for whichever call such a step meets.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        began = time.process_time()
+        call()
+        repeats[name] = max(1, round(ROUND_SECONDS / max(time.process_time() - began, 1e-6)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, call in calls.items():
+            began = time.process_time()
+            for _ in range(repeats[name]):
+                call()
+            times[name].append(1e3 * (time.process_time() - began) / repeats[name])
+    return times
 
 
 @lru_cache

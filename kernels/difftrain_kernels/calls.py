@@ -136,8 +136,10 @@ def prepare_call(
         y, x = _moved(y, shift, ignore_index), _moved(x, shift, 0)
         if made.token_weights is not None:
             made = replace(made, token_weights=_moved(made.token_weights, shift, 1))
+    if y.dim() != 1:
+        y, x = y.reshape(-1), x.reshape(-1)
     return LossCall(
-        y.reshape(-1), x.reshape(-1), mask_id, pk, pm, ignore_index,
+        y, x, mask_id, pk, pm, ignore_index,
         "sum" if normalizer is not None else reduction, made, shape, vocab_size, shift, normalizer,
         bool(return_cases), bool(return_rows),
     )  # fmt: skip

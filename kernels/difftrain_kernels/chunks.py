@@ -42,7 +42,7 @@ def row_bytes(vocab_size: int, dtype: torch.dtype, uses_triton: bool, terms: Ter
     if uses_triton:
         return -(-vocab_size * dtype.itemsize // 16) * 16
     wide = sum_dtype(dtype).itemsize
-    return vocab_size * (dtype.itemsize + (3 if terms == PLAIN else 5) * wide)
+    return vocab_size * (dtype.itemsize + (3 if terms is PLAIN or terms == PLAIN else 5) * wide)
 
 
 def choose_chunk_tokens(n_tokens: int, bytes_per_row: int, workspace_mib: float) -> int:

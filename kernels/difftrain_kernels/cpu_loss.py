@@ -74,15 +74,19 @@ class _CpuLoss(torch.autograd.Function):
 
 def _small_loss(logits: Tensor, call: LossCall) -> Result:
     """:func:`cpu_loss` of few words: the gradient is made with the loss, and backward multiplies it."""
-    scored = small_vocabulary.score(_rows(logits.detach()), *call.labels)
+    label, seen = call.y.numpy(), call.x.numpy()
+    is_left_out = small_vocabulary.left_out(label, call.ignore_index)
+    scored = small_vocabulary.score(
+        _rows(logits.detach()), label, seen, call.mask_id, call.pk, call.pm, is_left_out
+    )
     if torch.is_grad_enabled() and logits.requires_grad:
         loss = _SmallLoss.apply(logits, call, scored)
     else:
-        loss = small_vocabulary.reduced(scored.row_loss, call.reduction)
+        loss = small_vocabulary.reduced(scored.loss, call.reduction)
 
     def tabulate():
-        case, gap = small_vocabulary.find_cases(scored, call.y)
-        return make_table(small_vocabulary.sum_cases(case, scored.nll, gap), call.y.numel())
+        sums = small_vocabulary.sum_cases(scored.marks, scored.nll, scored.gap)
+        return make_table(sums, call.y.numel())
 
     return call.result(loss, tabulate, None)
 
@@ -92,8 +96,8 @@ class _SmallLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, call, scored):
-        loss = small_vocabulary.reduced(scored.row_loss, call.reduction)
-        ctx.how = scored.factor, divisor_of(call.reduction, len(call.y))
+        loss = small_vocabulary.reduced(scored.loss, call.reduction)
+        ctx.how = scored.factor, 1 / divisor_of(call.reduction, call.y.shape[0])
         ctx.is_left_out, ctx.made = scored.is_left_out, None
         if (
             torch._C._autograd._top_saved_tensors_default_hooks(True) is None
@@ -117,7 +121,7 @@ class _SmallLoss(torch.autograd.Function):
         # It is given away once. A second backward makes it again.
         made, ctx.made = ctx.made, None
         if made is None:
-            made = small_vocabulary.gradient_again(_rows(logits.detach()), y, *ctx.how)
+            made = small_vocabulary.gradient_again(_rows(logits.detach()), y.numpy(), *ctx.how)
         upstream = upstream.reshape(-1) if upstream.dim() else upstream
         made = small_vocabulary.scale_(made, upstream, ctx.is_left_out)
         made = made if made.dtype == logits.dtype else made.to(logits.dtype)

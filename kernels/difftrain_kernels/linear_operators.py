@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from . import small_linear_loss
 from .calls import LossCall, Result
 from .chunks import ChunkedLoss, gradient_dtype, upstream_of_gradients
 from .implementation import forbid_backward, reduce_rows
@@ -67,6 +68,11 @@ def linear_diffusion_loss(
         check_labels_of(chunked.y, len(weight), chunked.mask_id, chunked.ignore_index, chunked.terms)
         chunked.check_counted()
     needs = _made_in_forward(chunked.reduction, wants_hidden, wants_weight, wants_bias)
+    if small_linear_loss.takes(hidden, weight, bias, chunked):
+        loss, statistics, gradients = small_linear_loss.run(
+            hidden, weight, bias, chunked, (x, pk, pm), needs
+        )
+        return loss, *statistics, *_present(hidden, gradients)
     statistics, gradients = chunked.run(hidden, weight, bias, needs, weighting=(x, pk, pm))
     return reduce_rows(statistics[1][0], chunked.reduction), *statistics, *_present(hidden, gradients)
 
@@ -111,7 +117,11 @@ def linear_diffusion_loss_backward(
     hidden, weight, bias, case, columns, upstream, wants_hidden, wants_weight, wants_bias, *plan
 ):
     needs = (wants_hidden, wants_weight, wants_bias)
-    _, gradients = _planned(plan).run(hidden, weight, bias, needs, saved=(case, columns), upstream=upstream)
+    chunked = _planned(plan)
+    if small_linear_loss.takes(hidden, weight, bias, chunked):
+        gradients = small_linear_loss.run_again(hidden, weight, bias, chunked, columns, needs)
+    else:
+        _, gradients = chunked.run(hidden, weight, bias, needs, saved=(case, columns), upstream=upstream)
     return tuple(_present(hidden, gradients))
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import reference, sliced_reference, stepwise_reference
+from . import reference, sliced_reference, small_vocabulary, stepwise_reference
 from .calls import LossCall, Result
 from .cases import CaseTable
 from .early_gradient import EarlyGradient, finish_gradient, leave_with, left_with, score_rows_early
@@ -178,6 +178,8 @@ def diffusion_loss(
             rows, labels, terms=terms, divisor=divisor_of(reduction, len(y)), expectation=expectation
         )
         leave_with(columns, early)
+    if not uses_triton and small_vocabulary.takes(logits.shape[-1], logits.device, terms):
+        return small_vocabulary.reduced(columns[0].numpy().copy(), reduction), case, columns
     return reduce_rows(columns[0], reduction), case, columns
 
 

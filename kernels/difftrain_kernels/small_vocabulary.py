@@ -9,6 +9,7 @@ rows too. The formula is that of ``reference.py``. What a row gets follows from 
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,6 @@ except ImportError:  # torch does not need it
 
 MOST_WORDS = 256  # rows of more cost more than the calls that read them
 BLOCK = 2**17  # numbers that stay in a cache
-LEFT_OUT = 8  # mark of a row that does not count
 Array = Any
 
 
@@ -49,15 +49,15 @@ class Scored(NamedTuple):
     """What forward finds of each row, arrays (N,) but for the first, which :func:`gradient` overwrites.
 
     Attributes:
-        exps: (N, V) fp32 (fp64 for fp64), exp(logit - largest).
-        total: their sum.
+        exps: (N, V) fp32 (fp64 for fp64), exp(logit - largest), or their shares of the row's sum.
+        total: that sum.
         place: the target's in all logits, row after row; any of its row where there is none.
         nll: 0 where a row does not count, NaN where its label is none.
         factor: weight of the loss and of its gradient; 0 and NaN likewise.
+        loss: their product.
         top: largest logit.
-        at_mask: that of [MASK].
-        said: the predictions.
-        marks: 1 where x is [MASK], + 2 where it is the target, + 4 where the prediction is [MASK]; or LEFT_OUT.
+        gap: that less the logit of [MASK], whatever the row.
+        marks: what :data:`CASES` and :func:`_factors` are looked up by.
         is_left_out: which rows do not count; None where all do.
     """
 
@@ -66,47 +66,65 @@ class Scored(NamedTuple):
     place: Array
     nll: Array
     factor: Array
+    loss: Array
     top: Array
-    at_mask: Array
-    said: Array
+    gap: Array
     marks: Array
     is_left_out: Array
 
-    @property
-    def row_loss(self) -> Tensor:
-        """Of each row, (N,)."""
-        with np.errstate(all="ignore"):
-            return torch.from_numpy(self.factor * self.nll)
-
 
 def score(
-    logits: Tensor, y: Tensor, x: Tensor, mask_id: int, pk: Penalty, pm: Penalty, ignore_index: int
-) -> Scored:
-    """What each row of logits (N, V), without gradient, and its labels (N,) say."""
-    values, exps = _widened(logits)
-    label, seen, size = y.numpy(), x.numpy(), logits.shape[1]
-    column, is_left_out, is_none = label, None, None
-    if 0 <= ignore_index < size or not _are_in(label, size):
-        is_left_out = label == ignore_index
-        column = np.where(is_left_out, 0, label)
-        if not _are_in(column, size):
-            is_none = (column < 0) | (column >= size)
-            column = column.clip(0, size - 1)
+    logits: Tensor, label: Array, seen: Array, mask_id: int, pk: Penalty, pm: Penalty, is_left_out: Array | None,
+    *, shares: bool = False,
+) -> Scored:  # fmt: skip
+    """What each row of logits (N, V), without gradient, and its labels, y and x (N,), say.
+
+    Args:
+        is_left_out: see :func:`left_out`.
+        shares: whether torch's softmax is taken, the sooner one where the other threads are awake; of fp32 or fp64.
+    """
+    values, size = _values_of(logits), logits.shape[1]
+    column, is_none = label if is_left_out is None else np.where(is_left_out, 0, label), None
+    if not _are_in(column, size):
+        is_none = (column < 0) | (column >= size)
+        column = column.clip(0, size - 1)
     place = _first_of_rows(values) + column
     with np.errstate(all="ignore"):
-        said, top, total = _exponentiate(values, exps.numpy())
-        nll = np.log(total.astype(np.float64))
+        exps, said, top, total = _exponentiated(logits, values, shares)
+        nll = np.log(total)
         nll -= values.reshape(-1).take(place) - top
-        nll = nll.astype(top.dtype)
-        marks = (said == mask_id).view(np.uint8) * np.uint8(4)
-        marks += (seen == label).view(np.uint8) * np.uint8(2)
-        marks += seen == mask_id
+        gap = top - values[:, mask_id]
+        marks = _packed(is_left_out, said == label, said == mask_id, seen == label, seen == mask_id)
+        factor = _factors(float(pk), float(pm), total.dtype).take(marks)
         if is_left_out is not None:
-            marks[is_left_out], nll[is_left_out] = LEFT_OUT, 0.0
-        factor = np.array((1, 1, 1, 1, 1, float(pk), float(pm), 1, 0)).astype(top.dtype).take(marks)
-    if is_none is not None:
-        nll[is_none] = factor[is_none] = np.nan
-    return Scored(exps, total, place, nll, factor, top, values[:, mask_id], said, marks, is_left_out)
+            nll[is_left_out] = 0.0
+        if is_none is not None:
+            nll[is_none] = factor[is_none] = np.nan
+        return Scored(exps, total, place, nll, factor, factor * nll, top, gap, marks, is_left_out)
+
+
+def left_out(label: Array, ignore_index: int) -> Array | None:
+    """Which rows do not count; None where all do."""
+    is_left_out = label == ignore_index
+    return is_left_out if np.count_nonzero(is_left_out) else None
+
+
+def _packed(first: Array | None, *others: Array) -> Array:
+    """Truths (N,) as the digits of numbers of 8 bits, the first one's being the highest; 0 for one that is None."""
+    if first is None:
+        first, *others = others
+    number = first.view(np.uint8)
+    for digit in others:
+        number = number + number
+        number += digit.view(np.uint8)
+    return number
+
+
+@lru_cache(maxsize=8)
+def _factors(pk: float, pm: float, dtype: Any) -> Array:
+    """The weight of each number of marks."""
+    counted = (1, 1, 1, 1, 1, pk, pm, 1)
+    return np.array((*counted, *counted, *(0,) * 16)).astype(dtype)  # too large a number is infinite
 
 
 def _first_of_rows(values: Array) -> Array:
@@ -114,16 +132,25 @@ def _first_of_rows(values: Array) -> Array:
     return np.arange(0, values.size, values.shape[1])
 
 
-def _widened(logits: Tensor) -> tuple[Array, Tensor]:
-    """The logits row after row in fp32 (fp64 for fp64), and memory for as many numbers."""
+def _values_of(logits: Tensor) -> Array:
+    """The logits row after row in fp32 (fp64 for fp64)."""
     wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-    memory = torch.empty_like(wide, memory_format=torch.contiguous_format)
-    return np.ascontiguousarray(wide.numpy()), memory
+    return np.ascontiguousarray(wide.numpy())
 
 
 def _are_in(label: Array, size: int) -> bool:
     unsigned = label.view(np.uint64 if label.itemsize == 8 else np.uint32)  # what is negative becomes large
     return not len(label) or int(np.maximum.reduce(unsigned)) < size
+
+
+def _exponentiated(logits: Tensor, values: Array, shares: bool) -> tuple[Tensor, Array, Array, Array]:
+    """What :class:`Scored` calls exps, the predictions, what it calls top, and what it calls total."""
+    if not shares:
+        exps = torch.empty_like(torch.from_numpy(values))
+        return exps, *_exponentiate(values, exps.numpy())
+    said, exps = values.argmax(1), torch.softmax(logits, 1)
+    place = _first_of_rows(values) + said
+    return exps, said, values.reshape(-1).take(place), 1.0 / exps.numpy().reshape(-1).take(place)
 
 
 def _exponentiate(values: Array, exps: Array) -> tuple[Array, Array, Array]:
@@ -142,23 +169,27 @@ def _exponentiate(values: Array, exps: Array) -> tuple[Array, Array, Array]:
     return said, top, np.einsum("ij->i", exps)
 
 
-def reduced(row_loss: Tensor, reduction: str) -> Tensor:
-    """``reduce_rows`` of a new tensor: the same bits, of operations that begin sooner."""
+def reduced(losses: Array, reduction: str) -> Tensor:
+    """Rows (N,), as the reduction wants them; for "none" in their memory."""
     if reduction == "none":
-        return row_loss
-    total = row_loss.sum()
-    return total if reduction == "sum" else total / len(row_loss)
+        return torch.from_numpy(losses)
+    total = np.add.reduce(losses)
+    if reduction == "mean":
+        with np.errstate(invalid="ignore"):  # of no rows
+            total = total / losses.dtype.type(len(losses))
+    return torch.from_numpy(np.asarray(total))
 
 
-def gradient(exps: Tensor, total: Array, place: Array, factor: Array, divisor: float) -> Tensor:
-    """The gradient of sum(nll * factor) / divisor, in the memory of ``exps``; see :class:`Scored`.
+def gradient(exps: Tensor, total: Array | None, place: Array, factor: Array, scale: float) -> Tensor:
+    """The gradient of scale * sum(nll * factor), in the memory of ``exps``; see :class:`Scored`.
 
-    What rows that do not count hold is cleared by :func:`scale_`, which has to follow where there are such.
+    The total of shares, which is 1, is None. What rows that do not count hold is cleared by :func:`scale_`,
+    which has to follow where there are such.
     """
     made = exps.numpy()
     with np.errstate(all="ignore"):
-        factor = factor / factor.dtype.type(divisor)
-        made *= (factor / total)[:, None]
+        factor = factor * factor.dtype.type(scale)
+        made *= (factor if total is None else factor / total)[:, None]
         made.reshape(-1)[place] -= factor
     return exps
 
@@ -174,49 +205,45 @@ def scale_(gradient: Tensor, upstream: Tensor, is_left_out: Array) -> Tensor:
     return gradient
 
 
-def gradient_again(logits: Tensor, y: Tensor, factor: Array, divisor: float) -> Tensor:
-    """:func:`gradient` of logits (N, V), without gradient, and labels (N,) that were scored before."""
-    values, exps = _widened(logits)
+def gradient_again(
+    logits: Tensor, label: Array, factor: Array, scale: float, *, shares: bool = False
+) -> Tensor:
+    """:func:`gradient` of logits (N, V), without gradient, and labels y (N,) that were scored before."""
+    values = _values_of(logits)
     with np.errstate(all="ignore"):
-        _, _, total = _exponentiate(values, exps.numpy())
-    place = _first_of_rows(values) + y.numpy().clip(0, logits.shape[1] - 1)
-    return gradient(exps, total, place, factor, divisor)
+        exps, _, _, total = _exponentiated(logits, values, shares)
+    place = _first_of_rows(values) + label.clip(0, logits.shape[1] - 1)
+    return gradient(exps, None if shares else total, place, factor, scale)
 
 
-def find_cases(scored: Scored, y: Tensor) -> tuple[Array, Array]:
-    """The case of each row that was scored, (N,) int32, and largest logit - logit of [MASK], whatever the row."""
-    case = CASES.take(scored.marks + (scored.said == y.numpy()) * np.uint8(16))
-    with np.errstate(all="ignore"):
-        gap = scored.top - scored.at_mask
-    return case, gap
-
-
-def statistics(scored: Scored, y: Tensor) -> tuple[Tensor, Tensor]:
+def statistics(scored: Scored) -> tuple[Tensor, Tensor]:
     """Of the rows that were scored, as ``stepwise_reference.score_rows`` gives them."""
-    case, gap = find_cases(scored, y)
+    gap = scored.gap
     if scored.is_left_out is not None:
-        gap[scored.is_left_out] = 0.0
-    columns = (scored.row_loss.numpy(), scored.nll, gap, scored.factor, scored.top, scored.total)
-    return torch.from_numpy(case), torch.from_numpy(np.array(columns))
+        gap = np.where(scored.is_left_out, 0.0, gap).astype(gap.dtype)
+    columns = (scored.loss, scored.nll, gap, scored.factor, scored.top, scored.total)
+    return torch.from_numpy(CASES.take(scored.marks)), torch.from_numpy(np.array(columns))
 
 
-def _case_of(number: int) -> int:
-    """A row's case, from its marks, and + 16 where the prediction is the target."""
-    x_is_mask, x_is_y, says_mask, is_left_out, says_target = (number >> bit & 1 for bit in range(5))
+def _case_of(marks: int) -> int:
+    """A row's case, from what :func:`score` packs."""
+    x_is_mask, x_is_y, says_mask, says_target, is_left_out = (marks >> bit & 1 for bit in range(5))
     if is_left_out:
         return cases.IGNORED
     kind = (cases.CORRUPTED, cases.MASKED, cases.INTACT, cases.CORRUPTED)[x_is_mask + 2 * x_is_y]
     return kind * 3 + (cases.MASK if says_mask else cases.TARGET if says_target else cases.OTHER)
 
 
-CASES: Array = None if np is None else np.array([_case_of(number) for number in range(32)], dtype=np.int32)
+CASES: Array = None if np is None else np.array([_case_of(marks) for marks in range(32)], dtype=np.int32)
 
 
-def sum_cases(case: Array, nll: Array, gap: Array) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+def sum_cases(marks: Array, nll: Array, gap: Array) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
     """Of the case table all but ``n_positions``, in its order; in fp64, one row after the other."""
+    case = CASES.take(marks)
     counts, of_nll, of_gap = (
         np.bincount(case, weights, 10)[:9].reshape(3, 3) for weights in (None, nll, gap)
     )
+    of_gap = np.add.reduce(of_gap, 1)
     with np.errstate(over="ignore"):
-        of_nll, of_gap = (torch.from_numpy(sums.astype(nll.dtype)) for sums in (of_nll, of_gap.sum(1)))
+        of_nll, of_gap = (torch.from_numpy(sums.astype(nll.dtype)) for sums in (of_nll, of_gap))
     return torch.from_numpy(counts), of_nll, of_gap, None, None, None

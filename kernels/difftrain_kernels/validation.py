@@ -131,6 +131,8 @@ def check_number(name: str, value: object, expected: str = "a number") -> float:
     """
     if type(value) is float:
         return value
+    if type(value) is int and abs(value) < 2**53:
+        return float(value)
     # By numpy's letters for its dtypes, as numpy itself need not be installed.
     letter = getattr(getattr(value, "dtype", None), "kind", None)
     is_scalar = letter in ("b", "i", "u", "f") and getattr(value, "ndim", None) == 0

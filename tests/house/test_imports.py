@@ -38,14 +38,17 @@ KERNELS = {
     "chunks": {
         "torch", "implementation", "positions", "stepwise_reference", "terms", "weight_sums", "triton_kernels",
     },
-    "small_linear_loss": {"torch", "calls", "chunks", "implementation", "positions", "small_vocabulary", "validation", "weight_sums"},
+    "small_linear_loss": {
+        "torch", "calls", "cases", "chunks", "implementation", "positions", "small_vocabulary", "stepwise_reference",
+        "validation",
+    },
     "upstream_prediction": {"torch"},
     "early_gradient": {"torch", "terms", "upstream_prediction", "triton_kernels"},
     "operators": {
         "torch", "calls", "cases", "early_gradient", "implementation", "reference", "sliced_reference",
-        "stepwise_reference", "terms", "upstream_prediction", "validation", "triton_kernels",
+        "small_vocabulary", "stepwise_reference", "terms", "upstream_prediction", "validation", "triton_kernels",
     },
-    "linear_operators": {"torch", "calls", "chunks", "implementation", "operators"},
+    "linear_operators": {"torch", "calls", "chunks", "implementation", "operators", "small_linear_loss"},
     "logits_loss": {
         "torch", "calls", "cpu_loss", "early_gradient", "implementation", "operators", "reference", "term_validation",
         "upstream_prediction", "validation", "triton_kernels",
