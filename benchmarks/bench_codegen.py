@@ -34,7 +34,7 @@ from triton.language import constexpr
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from difftrain_kernels import triton_kernels
 from difftrain_kernels.terms import PLAIN, Terms
-from measuring.arguments import user_path
+from measuring.arguments import count, user_path
 from measuring.machine_code import int32_address_products, read_amd, read_nvidia
 
 TARGETS = {
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--json", type=user_path, help="write the table as a list of objects")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--vocab-size", nargs="+", type=int, default=list(VOCAB_SIZES))
+    parser.add_argument("--vocab-size", nargs="+", type=count, default=list(VOCAB_SIZES))
     parser.add_argument("--kernel", nargs="+", help="such as loss_and_gradient; all by default")
     parser.add_argument("--terms", choices=TERMS, default="plain", help="of the loss; plain by default")
     options = parser.parse_args()

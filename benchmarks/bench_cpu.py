@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from difftrain_kernels import fused_diffusion_loss
-from measuring.arguments import user_path
+from measuring.arguments import count, user_path
 from measuring.environment import environment
 from measuring.timing import cpu_times, quantiles
 
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=count, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=10.0, help="of each shape and thread count [10]")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="NxV or NxVxDTYPE")
     parser.add_argument("--json", type=user_path, help="write the figures here too")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from comparison.problems import IGNORE_INDEX, Problem, make_problem
 from difftrain_kernels import fused_linear_diffusion_loss
-from measuring.arguments import user_path
+from measuring.arguments import count, user_path
 from measuring.environment import environment
 from measuring.timing import cpu_times
 
@@ -67,7 +67,7 @@ def shape_of(text: str) -> tuple[int, int, int]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--shape", nargs="+", type=shape_of, metavar="N,D,V", default=SHAPES)
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--threads", nargs="+", type=count, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=8.0, help="for each shape and number of threads")
     parser.add_argument("--ignored", type=float, default=0.0, help="share of positions that do not count")
     parser.add_argument("--json", type=user_path, help="write the figures here too")

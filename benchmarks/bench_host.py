@@ -25,7 +25,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from difftrain_kernels import fused_diffusion_loss
-from measuring.arguments import user_path
+from measuring.arguments import count, user_path
 from measuring.timing import Nothing
 
 SHAPE = (4, 64, 66)
@@ -95,7 +95,7 @@ def measure(repeats: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=count, default=40)
     parser.add_argument("--json", type=user_path, help="write the table as a list of objects")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -26,6 +26,7 @@ import measuring.checkout  # noqa: F401  our packages are this checkout's, insta
 from difftrain.data import ShardRequest, prepare_shards
 from difftrain.data.byte_pairs import learn_byte_pairs
 from difftrain.data.vocabulary import Tokenizer
+from measuring.arguments import count
 
 LEARNED = 4_000_000  # characters
 PIECE = 1 << 16
@@ -82,7 +83,7 @@ def compare(folder: Path, tokenizer: str, size: int, turns: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--megabytes", type=float, default=100.0)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=count, default=3)
     parser.add_argument(
         "--tokenizer", nargs="+", choices=("char", "bytes", "bpe"), default=["char", "bytes"]
     )

@@ -28,7 +28,7 @@ import triton
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from bench_codegen import DTYPES, TERMS, launches, show
 from difftrain_kernels.terms import PLAIN, Terms
-from measuring.arguments import user_path
+from measuring.arguments import count, user_path
 from ptx.device import Launch, emulated
 
 VOCAB_SIZES = (4097, 5000, 8192, 16385, 32000, 50304, 50305)
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--json", type=user_path, help="write the table as a list of objects")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--vocab-size", nargs="+", type=int, default=list(VOCAB_SIZES))
+    parser.add_argument("--vocab-size", nargs="+", type=count, default=list(VOCAB_SIZES))
     parser.add_argument("--kernel", nargs="+", help="such as loss_and_gradient; all by default")
     parser.add_argument("--terms", choices=TERMS, default="plain", help="of the loss; plain by default")
     parser.add_argument("--capability", type=int, default=90, help="of the device, such as 80 or 90")

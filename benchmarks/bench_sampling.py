@@ -29,7 +29,7 @@ from difftrain.sampling.choosing import Choice
 from difftrain.sampling.loaded import Loaded, load
 from difftrain.sampling.policies import POLICIES
 from difftrain.sampling.writing import How, Writer
-from measuring.arguments import user_path
+from measuring.arguments import count, user_path
 from measuring.environment import environment
 from text_quality.errors import KINDS, plant
 from text_quality.gap_lengths import measure_lengths
@@ -122,18 +122,20 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folders of trained runs")
     parser.add_argument("--judge", type=user_path, required=True, metavar="RUN", help="a run in gpt2 mode")
-    parser.add_argument("--passes", type=int, nargs="+", default=list(PASSES), help="of the model, a text")
+    parser.add_argument(
+        "--passes", type=count, nargs="+", default=list(PASSES), help="of the model, a text"
+    )
     parser.add_argument(
         "--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="of writing [all]"
     )
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured [all]"
     )
-    parser.add_argument("--texts", type=int, default=64, help="of each kind [64]")
+    parser.add_argument("--texts", type=count, default=64, help="of each kind [64]")
     parser.add_argument("--share", type=float, default=0.5, help="of held-out text that is masked [0.5]")
     parser.add_argument("--temperature", type=float, default=1.0, help="[1.0]")
     parser.add_argument("--sure", type=float, nargs="+", default=list(SURE), help="of repair")
-    parser.add_argument("--threads", type=int, default=1, help="of torch [1]")
+    parser.add_argument("--threads", type=count, default=1, help="of torch [1]")
     parser.add_argument("--json", type=user_path, help="write the figures here")
     parser.add_argument("--plot", type=user_path, help="draw them here, as PNG")
     options = parser.parse_args(arguments)

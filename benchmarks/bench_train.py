@@ -35,7 +35,7 @@ from difftrain.config import Config
 from difftrain.data.vocabulary import Ids
 from difftrain.model import Transformer, restore_optimizer
 from difftrain.runtime import Runtime, start_runtime
-from measuring.arguments import user_path
+from measuring.arguments import count, user_path
 from measuring.timing import quantiles
 from training_step.our_step import PARTS, OurStep
 from training_step.plain_step import PlainGPT, PlainStep
@@ -154,16 +154,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     shape = {"batch_size": 12, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128}
     for name, default in shape.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"[{default}]")
-    parser.add_argument("--vocab_size", type=int, default=66, help="with [MASK] [66]")
+        parser.add_argument(f"--{name}", type=count, default=default, help=f"[{default}]")
+    parser.add_argument("--vocab_size", type=count, default=66, help="with [MASK] [66]")
     parser.add_argument(
         "--position", default="learned", choices=("learned", "rotary"), help="ours [learned]"
     )
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="which seconds are counted [wall]")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=count, default=200)
     parser.add_argument("--warmup", type=int, default=20)
-    parser.add_argument("--saves", type=int, default=20, help="checkpoints saved and resumed from [20]")
+    parser.add_argument("--saves", type=count, default=20, help="checkpoints saved and resumed from [20]")
     parser.add_argument("--deterministic", action="store_true", help="as the option of difftrain train")
     parser.add_argument("--json", type=user_path, help="write the figures here too")
     args = parser.parse_args(arguments)

@@ -36,7 +36,7 @@ from difftrain.training.loop import train
 from experiment.arms import ARMS, BASE, JUDGE, JUDGE_SEED, options_of, run_config, run_folder
 from experiment.measures import Effort, measure, references
 from experiment.tables import TABLES, draw, table
-from measuring.arguments import user_path
+from measuring.arguments import count, user_path
 from measuring.environment import environment
 from text_quality.held_out import HeldOut
 
@@ -125,14 +125,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=user_path, default=Path("runs/curriculum"), help="folder of all runs")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which; [all]")
-    parser.add_argument("--seeds", type=int, help="runs of each arm, at most [3; of some 5]")
-    parser.add_argument("--steps", type=int, help=f"of each run [{BASE['max_iters']}]")
+    parser.add_argument("--seeds", type=count, help="runs of each arm, at most [3; of some 5]")
+    parser.add_argument("--steps", type=count, help=f"of each run [{BASE['max_iters']}]")
     parser.add_argument("--options", type=user_path, metavar="FILE", help="options of the trainer, as TOML")
     parser.add_argument("--part", default="1/1", metavar="K/N", help="the K-th of N shares of the runs")
     parser.add_argument(
         "--most", type=float, default=float("inf"), help="begin no run after so many minutes"
     )
-    parser.add_argument("--threads", type=int, default=1, help="of torch [1]")
+    parser.add_argument("--threads", type=count, default=1, help="of torch [1]")
     parser.add_argument("--json", type=user_path, help="write the figures here")
     parser.add_argument("--plot", type=user_path, help="draw four of them here, as PNG")
     options = parser.parse_args(arguments)
@@ -142,8 +142,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError
     except ValueError:
         parser.error(f"--part must be K/N with 1 <= K <= N, got {options.part!r}")
-    if options.seeds is not None and options.seeds < 1:
-        parser.error(f"--seeds must be at least 1, got {options.seeds}")
     torch.set_num_threads(options.threads)
     end = time.monotonic() + 60 * options.most
     try:

@@ -15,7 +15,7 @@ import argparse
 import torch
 
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
-from measuring.arguments import user_path
+from measuring.arguments import count, user_path
 from measuring.environment import environment
 from reporting.result_files import default_path
 
@@ -24,7 +24,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--json", type=user_path, help="write the table there")
     parser.add_argument("--minutes", type=float, default=8.0, help="for the whole sweep")
-    parser.add_argument("--vocab-size", nargs="+", type=int, help="above 4096; all of the table by default")
+    parser.add_argument(
+        "--vocab-size", nargs="+", type=count, help="above 4096; all of the table by default"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")

@@ -1,4 +1,4 @@
-"""Arguments of the programs that are paths: ``~`` and variables as in difftrain's own commands."""
+"""Arguments of the programs: numbers of things, and paths with ``~`` and variables as in difftrain's own commands."""
 
 from __future__ import annotations
 
@@ -16,3 +16,10 @@ def user_path(text: str) -> Path:
         return Path(expand_path(text))
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def count(text: str) -> int:
+    """A number of at least 1, as a ``type`` for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
+    return int(text)

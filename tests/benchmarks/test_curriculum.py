@@ -142,7 +142,7 @@ def test_no_run_begins_after_the_time(arguments, tmp_path):
     [
         (["--part", "3/2"], "--part must be K/N with 1 <= K <= N, got '3/2'"),
         (["--part", "x"], "--part must be K/N with 1 <= K <= N, got 'x'"),
-        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--seeds", "0"], "argument --seeds: must be a number of at least 1, got 0"),
     ],
 )
 def test_wrong_options_are_said_in_a_line(words, message, capsys):

@@ -1,11 +1,11 @@
-"""Paths given to the programs, as a shell would have them."""
+"""Paths given to the programs, as a shell would have them; and numbers of things."""
 
 import argparse
 from pathlib import Path
 
 import pytest
 
-from measuring.arguments import user_path
+from measuring.arguments import count, user_path
 
 
 def test_home_and_variables_are_expanded(monkeypatch, tmp_path):
@@ -22,3 +22,13 @@ def test_an_unset_variable_is_one_line_of_the_command_line(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--json", "$NOT_SET_ANYWHERE/a.json"])
     assert "names the environment variable NOT_SET_ANYWHERE, which is not set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "two", "", "²"])
+def test_what_is_no_number_of_things_is_one_line_of_the_command_line(text, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--saves", type=count)
+    assert parser.parse_args(["--saves", "20"]).saves == 20
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--saves", text])
+    assert f"argument --saves: must be a number of at least 1, got {text}" in capsys.readouterr().err

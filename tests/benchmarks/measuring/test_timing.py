@@ -33,3 +33,16 @@ def test_calls_are_timed_in_turn_within_the_budget(each_ms, count):
     assert made[:6] == ["a", "restore a", "b", "restore b", "c", "restore c"], "the first round is untimed"
     assert rounds == [3, count]
     assert made[12:20:2] == ["a", "b", "c", "a"]
+
+
+def test_cpu_times_are_of_rounds_that_repeat_short_calls(monkeypatch):
+    clock, calls = [0.0], []
+
+    def call(name, seconds):
+        calls.append(name)
+        clock[0] += seconds
+
+    monkeypatch.setattr(timing.time, "process_time", lambda: clock[0])
+    times = timing.cpu_times({"a": partial(call, "a", 0.005), "b": partial(call, "b", 0.5)}, 0.0)
+    assert times == {"a": [pytest.approx(5.0)] * 5, "b": [pytest.approx(500.0)] * 5}
+    assert calls == [*"aabb", *(5 * "aaaab")]
