@@ -222,7 +222,7 @@ def statistics(scored: Scored) -> tuple[Tensor, Tensor]:
     if scored.is_left_out is not None:
         gap = np.where(scored.is_left_out, 0.0, gap).astype(gap.dtype)
     columns = (scored.loss, scored.nll, gap, scored.factor, scored.top, scored.total)
-    return torch.from_numpy(CASES.take(scored.marks)), torch.from_numpy(np.array(columns))
+    return torch.from_numpy(CASES.take(scored.marks).astype(np.int32)), torch.from_numpy(np.array(columns))
 
 
 def _case_of(marks: int) -> int:
@@ -234,7 +234,7 @@ def _case_of(marks: int) -> int:
     return kind * 3 + (cases.MASK if says_mask else cases.TARGET if says_target else cases.OTHER)
 
 
-CASES: Array = None if np is None else np.array([_case_of(marks) for marks in range(32)], dtype=np.int32)
+CASES: Array = None if np is None else np.array([_case_of(marks) for marks in range(32)], dtype=np.intp)
 
 
 def sum_cases(marks: Array, nll: Array, gap: Array) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
