@@ -24,6 +24,7 @@ from measuring.rehearsal import is_rehearsed
 FEWEST, MOST = 10, 200  # samples of one measurement
 LONGEST_SPIN_MS = 20.0
 ROUND_SECONDS = 0.02  # of CPU time, in repeated calls
+REST_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def cpu_times(calls: dict[str, Callable[[], object]], seconds: float) -> dict[st
     """CPU milliseconds of each call, of all threads, in rounds in turn for so long; five at least.
 
     A round repeats a short call: what other threads take is added to the clock in steps of milliseconds, and would
-    count for whichever call such a step meets.
+    count for whichever call such a step meets. Before each round there is a rest: for some 20 ms after its work an
+    OpenMP thread looks for more, and that would count for the call that comes next.
     """
     repeats = {}
     for name, call in calls.items():
@@ -58,6 +60,7 @@ def cpu_times(calls: dict[str, Callable[[], object]], seconds: float) -> dict[st
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
         for name, call in calls.items():
+            time.sleep(REST_SECONDS)
             began = time.process_time()
             for _ in range(repeats[name]):
                 call()

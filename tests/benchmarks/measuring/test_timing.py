@@ -43,6 +43,7 @@ def test_cpu_times_are_of_rounds_that_repeat_short_calls(monkeypatch):
         clock[0] += seconds
 
     monkeypatch.setattr(timing.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: calls.append("rest"))
     times = timing.cpu_times({"a": partial(call, "a", 0.005), "b": partial(call, "b", 0.5)}, 0.0)
     assert times == {"a": [pytest.approx(5.0)] * 5, "b": [pytest.approx(500.0)] * 5}
-    assert calls == [*"aabb", *(5 * "aaaab")]
+    assert calls == [*"aabb", *(5 * ["rest", *"aaaa", "rest", "b"])]
