@@ -132,6 +132,27 @@ def test_the_losss_cpu_figures_are_those_of_their_file():
         assert line.endswith(f" | {ours['ratio']:.2f} | {tabled['ratio']:.2f} | {peaks} |")
 
 
+def test_the_linear_losss_cpu_figures_are_those_of_their_file():
+    figures = json.loads((RESULTS / "linear-cpu-2026-11-28.json").read_text())["figures"]
+    ratios = {}
+    for figure in figures:
+        ratios.setdefault(tuple(figure["shape"]), []).append(f"{figure['ratio']:.2f}")
+    told = ", ".join(f"{' and '.join(found)} at {shape}" for shape, found in ratios.items())
+    assert f"with one thread and two: {told}." in " ".join(page("benchmarks/NOTES.md").split())
+
+
+def test_a_plain_models_step_takes_as_long_as_the_table_says():
+    text = page("benchmarks/NOTES.md")
+    for block, name in ((64, "learned"), (256, "learned-block256")):
+        result = json.loads((RESULTS / f"train-cpu-{name}-2026-11-28.json").read_text())
+        told = f"| {result['parts']['loop']['median_ms']:.1f} |\n"
+        (line,) = [
+            line for line in text.splitlines(True) if line.startswith(f"| block {block}, learned, trainer")
+        ]
+        assert line.endswith(told)
+        assert result["ratios"]["loop"] <= 1.0
+
+
 def test_the_experiments_tables_are_those_of_its_file():
     from experiment.tables import TABLES, table
 
