@@ -72,7 +72,7 @@ STAGES = {
     STEPWISE_REFERENCE: (["tests/kernels/test_cpu_loss.py"], ["tests/kernels/test_terms.py"]),
     ROW_BLOCKS: (["tests/kernels/test_cpu_loss.py"],),
     CPU_LOSS: (["tests/kernels/test_cpu_loss.py"],),
-    SMALL_VOCABULARY: (["tests/kernels/test_cpu_loss.py"],),
+    SMALL_VOCABULARY: (["tests/kernels/test_cpu_loss.py"], ["tests/kernels/test_small_linear_loss.py"]),
     SMALL_LINEAR: (["tests/kernels/test_small_linear_loss.py"],),
     SLICED_REFERENCE: (
         ["tests/kernels/test_parallel_loss.py", "-k", "not kernels"],
