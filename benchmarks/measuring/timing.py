@@ -48,7 +48,7 @@ def cpu_times(calls: dict[str, Callable[[], object]], seconds: float) -> dict[st
 
     A round repeats a short call: what other threads take is added to the clock in steps of milliseconds, and would
     count for whichever call such a step meets. Before each round there is a rest: for some 20 ms after its work an
-    OpenMP thread looks for more, and that would count for the call that comes next.
+    OpenMP thread looks for more, and that would count for the call that comes next. After a round it counts for none.
     """
     repeats = {}
     for name, call in calls.items():

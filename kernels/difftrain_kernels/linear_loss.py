@@ -1,7 +1,7 @@
 """fused_linear_diffusion_loss: the masked-diffusion loss from hidden states; logits are never stored whole.
 
-Tokens are taken in chunks (``chunks.py``). Matrix products of K*D*V multiplications each, where K of N positions
-take part (``positions.py``), and what is kept until backward:
+Tokens are taken in chunks (``chunks.py``; on a CPU those of a plain loss of few words in ``small_linear_loss.py``). Matrix
+products of K*D*V multiplications each, where K of N positions take part (``positions.py``), and what is kept until backward:
 
 | call | forward | backward | kept |
 |---|---|---|---|
@@ -199,10 +199,10 @@ def fused_linear_diffusion_loss(
     if check_labels:
         call.check_label_values()
         chunked.check_counted()
-    weighting, head = (call.x, call.pk, call.pm), (_flat(hidden), weight, bias)
     adds = accumulate_into_grad and weight.grad is not None
-    if not adds and small_linear_loss.takes(*head, chunked):
-        return small_linear_loss.small_linear_loss(*head, call, chunked)
+    if not adds and small_linear_loss.takes(hidden, weight, bias, chunked):
+        return small_linear_loss.small_linear_loss(hidden, weight, bias, call, chunked)
+    weighting, head = (call.x, call.pk, call.pm), (_flat(hidden), weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
         loss, *statistics = _LinearLoss.apply(*head, chunked, weighting, adds)
     else:

@@ -2,8 +2,9 @@
 
 The chunks of ``chunks.py`` in as few steps as they take, with the loss of ``small_vocabulary.py``: products so small
 cost less than what stands around them there. Rows that do not count, and backward those of weight 0, are left out of
-the products where they are many: to take a few out of a chunk costs more than to multiply them. Under ``torch.compile``
-the operator takes this way too, so the bits are the same.
+the products where they are many: to take a few out of a chunk costs more than to multiply them. Their gradient is 0, and
+where one of them is not finite they are left out too. Under ``torch.compile`` the operator takes this way, so the bits are
+the same.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ def takes(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunked: ChunkedL
         and hidden.dtype is dtype
         and weight.dtype is dtype
         and (bias is None or bias.dtype is dtype)
-        and hidden.dim() == 2
         and chunked.reduction != "none"
         and not chunked.uses_triton
     )
@@ -49,8 +49,9 @@ def takes(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunked: ChunkedL
 def small_linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LossCall, chunked: ChunkedLoss
 ) -> Result:
-    """``fused_linear_diffusion_loss`` of checked arguments, hidden (N, D), that :func:`takes` takes."""
-    head, weighting = (hidden, weight, bias), (call.x, call.pk, call.pm)
+    """``fused_linear_diffusion_loss`` of checked arguments, hidden (..., D), that :func:`takes` takes."""
+    states = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
+    head, weighting = (states, weight, bias), (call.x, call.pk, call.pm)
     kept: list[tuple[Array, ...]] = []
 
     def keep(rows, scored):
@@ -140,6 +141,9 @@ def _run(
     Args:
         keep: is shown the rows of each chunk that are scored, and their scores.
     """
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return _run(hidden, weight, bias, chunked, weighting, needs, keep)
     x, pk, pm = weighting
     seen, made = x.numpy(), _Pass(hidden, weight, bias, chunked, needs)
     if chunked.counted is not None:
@@ -152,22 +156,24 @@ def _run(
         columns[:, rows] = scored.loss, scored.factor, scored.total
         keep(rows, scored)
         if any(needs):
-            gradient = small_vocabulary.gradient(
-                scored.exps, None, scored.place, scored.factor, chunked.scale
-            )
+            gradient = small_vocabulary.gradient(scored.exps, None, scored.place, scored.factor, 1.0)
             made.add(chunk, rows, gradient, states, scored.factor, scored.total)
+            del gradient
+        del logits, scored  # before the next chunk's are made
     return small_vocabulary.reduced(columns[0], chunked.reduction), columns, made.gradients
 
 
 def _run_again(hidden, weight, bias, chunked, columns: Array, needs) -> list[Tensor | None]:
     """The gradients alone, from the columns of rows that were scored."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return _run_again(hidden, weight, bias, chunked, columns, needs)
     made = _Pass(hidden, weight, bias, chunked, needs)
     for chunk, rows, _, states, logits in made.chunks():
         _, factor, total = columns[:, rows]
-        gradient = small_vocabulary.gradient_again(
-            logits, made.label[rows], factor, chunked.scale, shares=True
-        )
+        gradient = small_vocabulary.gradient_again(logits, made.label[rows], factor, 1.0, shares=True)
         made.add(chunk, rows, gradient, states, factor, total)
+        del logits, gradient
     return made.gradients
 
 
@@ -206,25 +212,30 @@ class _Pass:
             gradient, states = _taken(gradient, live), _taken(states, live)
             rows = chunk.start + live if rows is chunk else rows[live]
         needs_hidden, needs_weight, needs_bias = self.needs
+        # Scaled by the products: gradients over N would lie below the normal numbers sooner, which take far longer.
+        scale = self.chunked.scale
         if needs_hidden:
-            self._put(rows, torch.mm(gradient, weight))
-        if needs_weight:
-            self._sum(1, torch.mm(gradient.t(), states))
+            self._put(rows, lambda **out: torch.addmm(states, gradient, weight, beta=0, alpha=scale, **out))
+        if needs_weight and self.gradients[1] is None:
+            self.gradients[1] = torch.addmm(weight, gradient.t(), states, beta=0, alpha=scale)
+        elif needs_weight:
+            self.gradients[1].addmm_(gradient.t(), states, alpha=scale)
         if needs_bias:
-            self._sum(2, gradient.sum(0))
+            of_bias = gradient.sum(0).mul_(scale)
+            self.gradients[2] = of_bias if self.gradients[2] is None else self.gradients[2].add_(of_bias)
 
-    def _put(self, rows: Rows, made: Tensor) -> None:
+    def _put(self, rows: Rows, multiply: Callable[..., Tensor]) -> None:
+        """The rows of the gradient of hidden that a product gives."""
         n = len(self.label)
-        if len(made) == n:
-            self.gradients[0] = made
+        if isinstance(rows, slice) and rows.stop - rows.start >= n:
+            self.gradients[0] = multiply()
             return
         if self.gradients[0] is None:
-            self.gradients[0] = made.new_zeros(n, made.shape[1])
-        self.gradients[0].numpy()[rows] = made.numpy()
-
-    def _sum(self, place: int, made: Tensor) -> None:
-        already = self.gradients[place]
-        self.gradients[place] = made if already is None else already.add_(made)
+            self.gradients[0] = self.head[0].new_zeros(n, self.head[0].shape[1])
+        if isinstance(rows, slice):
+            multiply(out=self.gradients[0][rows])
+        else:
+            self.gradients[0].numpy()[rows] = multiply().numpy()
 
 
 def _taken(values: Tensor, rows: Rows) -> Tensor:

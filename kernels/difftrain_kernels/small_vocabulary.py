@@ -2,8 +2,9 @@
 
 Rows so short cost less than the calls that read them, so what counts is how soon an operation begins, and how
 many there are: NumPy's begin sooner than torch's, its argmax takes a third of the time, and none of them wakes
-another thread, which costs more than it does. Where NumPy is not installed, ``stepwise_reference.py`` takes these
-rows too. The formula is that of ``reference.py``. What a row gets follows from that row alone.
+another thread, which costs more than it does. Where a product has woken them, torch's softmax is the sooner one.
+Where NumPy is not installed, ``stepwise_reference.py`` takes these rows too. The formula is that of ``reference.py``.
+What a row gets follows from that row alone.
 """
 
 from __future__ import annotations
@@ -173,9 +174,9 @@ def reduced(losses: Array, reduction: str) -> Tensor:
     """Rows (N,), as the reduction wants them; for "none" in their memory."""
     if reduction == "none":
         return torch.from_numpy(losses)
-    total = np.add.reduce(losses)
-    if reduction == "mean":
-        with np.errstate(invalid="ignore"):  # of no rows
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.add.reduce(losses)
+        if reduction == "mean":  # of no rows too
             total = total / losses.dtype.type(len(losses))
     return torch.from_numpy(np.asarray(total))
 
@@ -183,8 +184,8 @@ def reduced(losses: Array, reduction: str) -> Tensor:
 def gradient(exps: Tensor, total: Array | None, place: Array, factor: Array, scale: float) -> Tensor:
     """The gradient of scale * sum(nll * factor), in the memory of ``exps``; see :class:`Scored`.
 
-    The total of shares, which is 1, is None. What rows that do not count hold is cleared by :func:`scale_`,
-    which has to follow where there are such.
+    The total of shares, which is 1, is None. Rows that do not count are 0 where their exps are finite; of logits
+    that were given :func:`scale_` clears the others.
     """
     made = exps.numpy()
     with np.errstate(all="ignore"):
@@ -243,7 +244,7 @@ def sum_cases(marks: Array, nll: Array, gap: Array) -> tuple[Tensor, Tensor, Ten
     counts, of_nll, of_gap = (
         np.bincount(case, weights, 10)[:9].reshape(3, 3) for weights in (None, nll, gap)
     )
-    of_gap = np.add.reduce(of_gap, 1)
     with np.errstate(over="ignore"):
+        of_gap = np.add.reduce(of_gap, 1)
         of_nll, of_gap = (torch.from_numpy(sums.astype(nll.dtype)) for sums in (of_nll, of_gap))
     return torch.from_numpy(counts), of_nll, of_gap, None, None, None

@@ -125,6 +125,49 @@ def test_a_graph_gives_the_same_bits(kind, chunk_tokens, others):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
+def test_a_slice_of_sequences_gives_the_same_bits_in_a_graph_and_by_its_copy():
+    (hidden, weight, bias, y, x), penalties = problem("few are ignored")
+    sequences = torch.nn.functional.pad(hidden.detach().view(4, 15, 16), (0, 0, 0, 1)).requires_grad_()
+    labels = y.view(4, 15), x.view(4, 15)
+
+    def step(sequences, weight, bias):
+        return fused_linear_diffusion_loss(
+            sequences[:, :-1], weight, *labels, MASK_ID, bias=bias, chunk_tokens=7, **penalties
+        )
+
+    head = sequences, weight, bias
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    loss, *gradients = all_of((hidden, weight, bias, y, x), penalties, chunk_tokens=7)[:4]
+    for run in (step, compiled):
+        found = run(*head)
+        of_sequences, *others = torch.autograd.grad(found, head)
+        assert torch.equal(found, loss)
+        assert torch.equal(of_sequences[:, :-1].reshape(60, 16), gradients[0])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(others, gradients[1:], strict=True))
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 7])
+def test_a_backward_under_autocast_is_that_of_the_forward_s_dtype(chunk_tokens):
+    inputs, _ = problem("few are ignored", dtype=torch.float32)
+    loss = linear_loss(*inputs, chunk_tokens=chunk_tokens)
+    plain = torch.autograd.grad(loss, inputs[:3], retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = [torch.autograd.grad(loss, inputs[:3], retain_graph=True) for _ in range(2)]
+    for found in again:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, plain, strict=True))
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_sums_beyond_the_numbers_are_infinite_in_silence():
+    y = torch.full((4,), 1)
+    hidden, weight = torch.full((4, 1), 3e38), torch.zeros(10, 1)
+    weight[0] = 1.0
+    assert fused_linear_diffusion_loss(hidden, weight, y, y, MASK_ID, return_cases=True)[0] == math.inf
+    hidden, weight = torch.full((4, 1), 1.5e308, dtype=torch.float64), weight.double()
+    _, table = fused_linear_diffusion_loss(hidden, weight, y * 5, y, MASK_ID, return_cases=True)
+    assert math.inf in table.gap.tolist()
+
+
 @pytest.mark.parametrize("kind", ["few are ignored", "many are ignored"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("holds", ["a number", "a whole state"])
