@@ -10,6 +10,7 @@ the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from math import isfinite
 from typing import Any
 
@@ -132,6 +133,20 @@ class _SmallLinearLoss(torch.autograd.Function):
         return made
 
 
+def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose products autocast would narrow: a backward may run where the forward did not."""
+
+    @wraps(function)
+    def run(*arguments):
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*arguments)
+        with torch.autocast("cpu", enabled=False):
+            return function(*arguments)
+
+    return run
+
+
+@_outside_autocast
 def _run(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, chunked: ChunkedLoss, weighting: tuple, needs: Sequence[bool],
     keep: Callable[[Rows, Scored], None],
@@ -141,9 +156,6 @@ def _run(
     Args:
         keep: is shown the rows of each chunk that are scored, and their scores.
     """
-    if torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):
-            return _run(hidden, weight, bias, chunked, weighting, needs, keep)
     x, pk, pm = weighting
     seen, made = x.numpy(), _Pass(hidden, weight, bias, chunked, needs)
     if chunked.counted is not None:
@@ -163,11 +175,9 @@ def _run(
     return small_vocabulary.reduced(columns[0], chunked.reduction), columns, made.gradients
 
 
+@_outside_autocast
 def _run_again(hidden, weight, bias, chunked, columns: Array, needs) -> list[Tensor | None]:
     """The gradients alone, from the columns of rows that were scored."""
-    if torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):
-            return _run_again(hidden, weight, bias, chunked, columns, needs)
     made = _Pass(hidden, weight, bias, chunked, needs)
     for chunk, rows, _, states, logits in made.chunks():
         _, factor, total = columns[:, rows]

@@ -22,7 +22,7 @@ COMMANDS = [
 ]
 COMMANDS += [words.split() for words in re.findall(r"`(python benchmarks/[^`]+)`", PAGE)]
 CUDA = re.compile(
-    r'torch\.cuda\.|_cuda_|\.is_cuda|"nccl"|GradScaler|fused=True|non_blocking|out_dtype=|torch\.autocast\('
+    r'torch\.cuda\.|_cuda_|\.is_cuda|"nccl"|GradScaler|fused=True|non_blocking|out_dtype=|torch\.autocast\((?!"cpu")'
     r'|device\.type [!=]= "cuda"|device\.type != "cpu"|device\.type not in \("cpu", "cuda"\)'
 )
 

@@ -341,7 +341,7 @@ MUTANTS = [
     (SMALL_LINEAR, "few words: rows of weight 0 are multiplied, however many", "(n_dead >= MANY * len(factor) or not", "(not"),
     (SMALL_LINEAR, "few words: what an ignored state holds passes into the weight's gradient", " or not isfinite(np.add.reduce(total))", ""),
     (SMALL_LINEAR, "few words: each chunk's gradient replaces the last", "needs_weight and self.gradients[1] is None", "needs_weight"),
-    (SMALL_LINEAR, "few words: autocast narrows a second backward", 'if torch.is_autocast_enabled("cpu"):\n        with torch.autocast("cpu", enabled=False):\n            return _run_again', 'if False:\n        with torch.autocast("cpu", enabled=False):\n            return _run_again'),
+    (SMALL_LINEAR, "few words: autocast narrows a second backward", 'if not torch.is_autocast_enabled("cpu"):', "if True:"),
     (SMALL_LINEAR, "few words: an upstream gradient other than 1 is passed over", "upstream.detach().numpy() != ctx.chunked.made_for", "False"),
     (SMALL_LINEAR, "few words: a stated upstream gradient is forgotten", "scale = self.chunked.scale", "scale = 1 / self.chunked.divisor"),
     (SMALL_LINEAR, "few words: what is given away is given twice", "made, ctx.made = ctx.made, None", "made = ctx.made"),
