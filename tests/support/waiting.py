@@ -14,18 +14,19 @@ def wait_until(is_so, what: str) -> None:
         time.sleep(0.01)
 
 
-def popen_whose_time_is_over_when(is_over):
-    """A Popen for which a first limit of time is reached as soon as ``is_over()`` is true, and not before."""
+def popen_whose_time_is_over_when(*limits):
+    """A Popen for which the first limits of time are reached, in turn, as soon as these are true, and not before."""
 
     class Popen(subprocess.Popen):
-        was_over = False
+        n_over = 0
 
         def wait(self, timeout=None):
-            if timeout is None or self.was_over:
+            if timeout is None or self.n_over == len(limits):
                 return super().wait(timeout)
+            is_over = limits[self.n_over]
             wait_until(lambda: is_over() or self.poll() is not None, "the program hangs or ends")
-            self.was_over = is_over()
-            if self.was_over:
+            if is_over():
+                self.n_over += 1
                 raise subprocess.TimeoutExpired(self.args, timeout)
             return super().wait()
 

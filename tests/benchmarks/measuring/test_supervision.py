@@ -74,6 +74,7 @@ SAYS_WHAT_IT_CAME_TO = """
 import signal, sys, time
 def say(*_):
     print("came to 3 of 7", flush=True)
+    open(sys.argv[2], "w").close()
     {after}
 signal.signal(signal.SIGINT, say)
 open(sys.argv[1], "w").close()
@@ -83,10 +84,11 @@ time.sleep(600)
 
 @pytest.mark.parametrize("after", ["sys.exit(2)", "time.sleep(600)"], ids=["and ends", "and runs on"])
 def test_a_command_that_takes_too_long_may_say_what_it_came_to(after, tmp_path, monkeypatch):
-    began = tmp_path / "began"
-    popen = popen_whose_time_is_over_when(began.exists)
+    began, said = tmp_path / "began", tmp_path / "said"
+    limits = [began.exists] if after == "sys.exit(2)" else [began.exists, said.exists]
+    popen = popen_whose_time_is_over_when(*limits)
     monkeypatch.setattr(supervision.subprocess, "Popen", popen)
     program = SAYS_WHAT_IT_CAME_TO.format(after=after)
-    grace = PATIENCE if after == "sys.exit(2)" else 2.0
-    code, text = supervision.run_command([sys.executable, "-c", program, str(began)], 4.0, grace=grace)
+    command = [sys.executable, "-c", program, str(began), str(said)]
+    code, text = supervision.run_command(command, 4.0, grace=PATIENCE)
     assert (code, text) == (None, "came to 3 of 7\n")
