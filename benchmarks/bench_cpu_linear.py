@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from comparison.problems import IGNORE_INDEX, Problem, make_problem
 from difftrain_kernels import fused_linear_diffusion_loss
-from measuring.arguments import count, user_path
+from measuring.arguments import count, linear_shape, user_path
 from measuring.environment import environment
 from measuring.timing import cpu_times
 
@@ -59,14 +59,9 @@ def compare(problem: Problem, seconds: float) -> tuple[float, float, int]:
     return statistics.median(times["ours"]), statistics.median(times["eager"]), len(times["ours"])
 
 
-def shape_of(text: str) -> tuple[int, int, int]:
-    n, width, vocab_size = map(int, text.split(","))
-    return n, width, vocab_size
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--shape", nargs="+", type=shape_of, metavar="N,D,V", default=SHAPES)
+    parser.add_argument("--shape", nargs="+", type=linear_shape, metavar="N,D,V", default=SHAPES)
     parser.add_argument("--threads", nargs="+", type=count, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=8.0, help="for each shape and number of threads")
     parser.add_argument("--ignored", type=float, default=0.0, help="share of positions that do not count")

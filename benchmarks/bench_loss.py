@@ -27,7 +27,7 @@ from comparison.contenders import CONTENDERS
 from comparison.entries import Entry
 from comparison.worker import DTYPES, Job, work
 from measuring import device
-from measuring.arguments import user_path
+from measuring.arguments import count, linear_shape, user_path
 from measuring.environment import environment
 from measuring.rehearsal import is_rehearsed
 from measuring.supervision import NOT_MEASURED, run_jobs
@@ -84,31 +84,13 @@ def report(entries: list[Entry], shape: list[int] | None = None) -> str:
 # Command line -------------------------------------------------------------------------------------
 
 
-def shape_of(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        shape = ()
-    if len(shape) != 3 or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"expected N,D,V, got {text}")
-    return shape
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return int(text)
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="one shape of each kind, shorter measurements")
+    parser.add_argument("--vocab", nargs="+", type=count, metavar="V", help="these vocabulary sizes alone")
+    parser.add_argument("--rows", type=count, metavar="N", help="positions, with --vocab (8192)")
     parser.add_argument(
-        "--vocab", nargs="+", type=positive, metavar="V", help="these vocabulary sizes alone"
-    )
-    parser.add_argument("--rows", type=positive, metavar="N", help="positions, with --vocab (8192)")
-    parser.add_argument(
-        "--linear", nargs="*", type=shape_of, metavar="N,D,V", help="these linear shapes alone"
+        "--linear", nargs="*", type=linear_shape, metavar="N,D,V", help="these linear shapes alone"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="contenders whose name holds a text")

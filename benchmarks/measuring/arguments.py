@@ -23,3 +23,14 @@ def count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
     return int(text)
+
+
+def linear_shape(text: str) -> tuple[int, ...]:
+    """Positions, width and words, N,D,V, as a ``type`` for argparse."""
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) != 3 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"expected N,D,V, got {text}")
+    return shape
