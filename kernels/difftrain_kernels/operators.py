@@ -178,8 +178,9 @@ def diffusion_loss(
             rows, labels, terms=terms, divisor=divisor_of(reduction, len(y)), expectation=expectation
         )
         leave_with(columns, early)
-    if not uses_triton and small_vocabulary.takes(logits.shape[-1], logits.device, terms):
-        return small_vocabulary.reduced(columns[0].numpy().copy(), reduction), case, columns
+    is_small = not uses_triton and small_vocabulary.takes(logits.shape[-1], logits.device, terms)
+    if is_small and reduction != "none":
+        return small_vocabulary.reduced(columns[0].numpy(), reduction), case, columns
     return reduce_rows(columns[0], reduction), case, columns
 
 

@@ -161,7 +161,7 @@ def _run(
     if chunked.counted is not None:
         check_enough(chunked.counted, int(np.count_nonzero(made.label != chunked.ignore_index)))
     columns = np.zeros((3, len(seen)), np.float64 if hidden.dtype is torch.float64 else np.float32)
-    for chunk, rows, is_left_out, states, logits in made.chunks():
+    for rows, is_left_out, states, logits in made.chunks():
         scored = small_vocabulary.score(
             logits, made.label[rows], seen[rows], chunked.mask_id, pk, pm, is_left_out, shares=True
         )
@@ -169,7 +169,7 @@ def _run(
         keep(rows, scored)
         if any(needs):
             gradient = small_vocabulary.gradient(scored.exps, None, scored.place, scored.factor, 1.0)
-            made.add(chunk, rows, gradient, states, scored.factor, scored.total)
+            made.add(rows, gradient, states, scored.factor, scored.total)
             del gradient
         del logits, scored  # before the next chunk's are made
     return small_vocabulary.reduced(columns[0], chunked.reduction), columns, made.gradients
@@ -179,10 +179,10 @@ def _run(
 def _run_again(hidden, weight, bias, chunked, columns: Array, needs) -> list[Tensor | None]:
     """The gradients alone, from the columns of rows that were scored."""
     made = _Pass(hidden, weight, bias, chunked, needs)
-    for chunk, rows, _, states, logits in made.chunks():
+    for rows, _, states, logits in made.chunks():
         _, factor, total = columns[:, rows]
         gradient = small_vocabulary.gradient_again(logits, made.label[rows], factor, 1.0, shares=True)
-        made.add(chunk, rows, gradient, states, factor, total)
+        made.add(rows, gradient, states, factor, total)
         del logits, gradient
     return made.gradients
 
@@ -197,8 +197,8 @@ class _Pass:
         self.label = chunked.y.numpy()
         self.gradients: list[Tensor | None] = [None] * 3
 
-    def chunks(self) -> Iterator[tuple[slice, Rows, Array | None, Tensor, Tensor]]:
-        """Each chunk of all rows; those of it that are taken; which of these do not count; their states and logits."""
+    def chunks(self) -> Iterator[tuple[Rows, Array | None, Tensor, Tensor]]:
+        """The rows of each chunk that are taken; which of these do not count; their states and logits."""
         hidden, weight, bias = self.head
         n = len(self.label)
         size = self.chunked.chunk_tokens or self.chunked.chunk_size(n, weight.shape[0])
@@ -208,11 +208,9 @@ class _Pass:
             if is_left_out is not None and np.count_nonzero(is_left_out) >= MANY * len(is_left_out):
                 rows, is_left_out = chunk.start + np.flatnonzero(~is_left_out), None
             states = hidden if size >= n and rows is chunk else _taken(hidden, rows)
-            yield chunk, rows, is_left_out, states, torch.nn.functional.linear(states, weight, bias)
+            yield rows, is_left_out, states, torch.nn.functional.linear(states, weight, bias)
 
-    def add(
-        self, chunk: slice, rows: Rows, gradient: Tensor, states: Tensor, factor: Array, total: Array
-    ) -> None:
+    def add(self, rows: Rows, gradient: Tensor, states: Tensor, factor: Array, total: Array) -> None:
         """The share of a chunk, from the gradient of the logits of its rows that were taken, and their states."""
         weight = self.head[1]
         n_dead = len(factor) - np.count_nonzero(factor)
@@ -220,7 +218,7 @@ class _Pass:
         if n_dead and (n_dead >= MANY * len(factor) or not isfinite(np.add.reduce(total))):
             live = np.flatnonzero(factor)
             gradient, states = _taken(gradient, live), _taken(states, live)
-            rows = chunk.start + live if rows is chunk else rows[live]
+            rows = rows.start + live if isinstance(rows, slice) else rows[live]
         needs_hidden, needs_weight, needs_bias = self.needs
         # Scaled by the products: gradients over N would lie below the normal numbers sooner, which take far longer.
         scale = self.chunked.scale

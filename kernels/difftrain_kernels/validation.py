@@ -131,13 +131,12 @@ def check_number(name: str, value: object, expected: str = "a number") -> float:
     """
     if type(value) is float:
         return value
-    if type(value) is int and abs(value) < 2**53:
-        return float(value)
-    # By numpy's letters for its dtypes, as numpy itself need not be installed.
-    letter = getattr(getattr(value, "dtype", None), "kind", None)
-    is_scalar = letter in ("b", "i", "u", "f") and getattr(value, "ndim", None) == 0
-    if not (is_scalar or isinstance(value, (Real, Decimal))):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    if type(value) is not int:
+        # By numpy's letters for its dtypes, as numpy itself need not be installed.
+        letter = getattr(getattr(value, "dtype", None), "kind", None)
+        is_scalar = letter in ("b", "i", "u", "f") and getattr(value, "ndim", None) == 0
+        if not (is_scalar or isinstance(value, (Real, Decimal))):
+            raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     try:
         return float(value)
     except (OverflowError, ValueError):  # 10**400; a signaling NaN

@@ -335,7 +335,7 @@ MUTANTS = [
     (SMALL_VOCABULARY, "a word that is ignored counts", "is_left_out = label == ignore_index", "is_left_out = (label == ignore_index) & (label < 0)"),
     (SMALL_VOCABULARY, "a label is read from the other end", "place = _first_of_rows(values) + column", "place = _first_of_rows(values) + (size - 1 - column)"),
     (SMALL_LINEAR, "few words: rows that are not multiplied keep what memory held", "self.head[0].new_zeros(n,", "self.head[0].new_ones(n,"),
-    (SMALL_LINEAR, "few words: a live row is taken for one of the first chunk", "chunk.start + live if", "live if"),
+    (SMALL_LINEAR, "few words: a live row is taken for one of the first chunk", "rows.start + live if", "live if"),
     (SMALL_LINEAR, "few words: a row that counts is taken for one of the first chunk", "chunk.start + np.flatnonzero", "np.flatnonzero"),
     (SMALL_LINEAR, "few words: ignored rows are multiplied, however many", ">= MANY * len(is_left_out)", "> len(is_left_out)"),
     (SMALL_LINEAR, "few words: rows of weight 0 are multiplied, however many", "(n_dead >= MANY * len(factor) or not", "(not"),
