@@ -1,12 +1,12 @@
-"""What a call of the logits loss costs its host, forward and backward, with the launches left out. No GPU.
+"""What a call of the losses costs its host, forward and backward, with the launches left out. No GPU.
 Takes a few seconds of one CPU core. Prints a table, and writes it to the file that --json names.
 
     python benchmarks/bench_host.py [--repeats N] [--json FILE]
 
-Every kernel is replaced by a function that does nothing; all else runs: checks, autograd, buffers. Each way of
-calling takes its turn with a function of autograd that does nothing, so the ratio to that holds on any machine.
-Times are CPU time of the calling thread in microseconds, the least of all repeats: what others do to the
-machine only adds. What Triton's own launcher takes is not in them.
+Every kernel and every matrix product is replaced by a function that does nothing; all else runs: checks, autograd,
+buffers, PyTorch's small operations. Each way of calling takes its turn with a function of autograd that does nothing,
+so the ratio to that holds on any machine. Times are CPU time of the calling thread in microseconds, the least of
+all repeats: what others do to the machine only adds. What Triton's own launcher takes is not in them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
-from difftrain_kernels import fused_diffusion_loss
+from difftrain_kernels import chunks, fused_diffusion_loss, fused_linear_diffusion_loss, weight_sums
 from measuring.arguments import count, user_path
 from measuring.timing import Nothing
 
 SHAPE = (4, 64, 66)
+N_EMBD = 32
 MASK_ID = 65
 CALLS = 20  # to a repeat
 WAYS = {
@@ -37,16 +38,29 @@ WAYS = {
     "upstream stated": {"upstream_scale": 1.0},
     "with the case table": {"return_cases": True},
 }
+LINEAR_WAYS = {
+    "linear, one chunk": {},
+    "linear, two chunks": {"chunk_tokens": 128},
+    "linear, with the table": {"return_cases": True},
+}
 
 
 def count_launches(calls: dict) -> dict[str, list[str]]:
-    """The kernels that a steady call launches, forward and backward."""
+    """The kernels and products that a steady call launches, forward and backward; the products no more from now on."""
     found: list[str] = []
 
     def launch(kernel, grid):
         return lambda **arguments: found.append(kernel.fn.__name__.strip("_").removesuffix("_kernel"))
 
+    def product(states, weight, bias, buffer):
+        found.append("product")
+        return buffer[: len(states)]
+
+    def add_product(*_):
+        found.append("product")
+
     InterpretedFunction.__getitem__ = launch
+    chunks.product, chunks.add_product, weight_sums.add_product = product, add_product, add_product
     counted = {}
     for name, call in calls.items():
         found.clear()
@@ -60,22 +74,27 @@ def measure(repeats: int) -> list[dict]:
     logits = torch.zeros(SHAPE, dtype=torch.bfloat16, device="cpu", requires_grad=True)
     y = torch.zeros(SHAPE[:-1], dtype=torch.int64, device="cpu")
     upstream = torch.ones((), dtype=torch.float32, device="cpu")
-    forwards = {"nothing": partial(Nothing.apply, logits)}
+    like = {"dtype": torch.bfloat16, "device": "cpu", "requires_grad": True}
+    head = torch.zeros(*SHAPE[:-1], N_EMBD, **like), torch.zeros(SHAPE[-1], N_EMBD, **like)
+    rest = (y, y, MASK_ID, 0.25, 0.5)
+    forwards = {"nothing": (partial(Nothing.apply, logits), logits)}
     for name, options in WAYS.items():
-        forwards[name] = partial(
-            fused_diffusion_loss, logits, y, y, MASK_ID, 0.25, 0.5, impl="triton", **options
-        )
+        call = partial(fused_diffusion_loss, logits, *rest, impl="triton", **options)
+        forwards[name] = call, logits
+    for name, options in LINEAR_WAYS.items():
+        call = partial(fused_linear_diffusion_loss, *head, *rest, impl="triton", **options)
+        forwards[name] = call, head
 
-    def both(forward):
+    def both(forward, inputs):
         loss = forward()
-        torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, logits, upstream)
+        torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, inputs, upstream)
 
-    launches = count_launches({name: partial(both, f) for name, f in forwards.items()})
+    launches = count_launches({name: partial(both, *f) for name, f in forwards.items()})
     InterpretedFunction.__getitem__ = lambda kernel, grid: lambda **arguments: None
     times = {name: {"forward": [], "together": []} for name in forwards}
     for _ in range(repeats):
-        for name, forward in forwards.items():
-            for part, call in (("forward", forward), ("together", partial(both, forward))):
+        for name, (forward, inputs) in forwards.items():
+            for part, call in (("forward", forward), ("together", partial(both, forward, inputs))):
                 start = time.thread_time()
                 for _ in range(CALLS):
                     call()
@@ -103,7 +122,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {SHAPE} bf16")
     for row in rows:
         print(
-            f"{row['way']:20} {row['forward_us']:8.1f} us forward {row['together_us']:8.1f} us together "
+            f"{row['way']:22} {row['forward_us']:8.1f} us forward {row['together_us']:8.1f} us together "
             f"{row['ratio']:6.2f} of nothing  {', '.join(row['launches'])}"
         )
     if options.json:

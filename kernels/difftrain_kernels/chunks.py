@@ -12,13 +12,13 @@ weight is 0. On a GPU those are multiplied, as zeros: which they are is known on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .implementation import divisor_of, row_gradients, score_rows
-from .positions import TILE_ROWS, Positions, TakenRows, check_enough, choose_positions
+from .implementation import divisor_of, no_grad, row_gradients, score_rows, triton_kernels
+from .positions import TILE_ROWS, Positions, TakenRows, check_enough, choose_positions, part_of
 from .stepwise_reference import scores_of
 from .terms import PLAIN, Terms
 from .weight_sums import ROUNDING_BYTES, SumPlan, WeightSum, add_product, plan_sums
@@ -74,7 +74,7 @@ def gradient_dtype(dtype: torch.dtype, device: torch.device, uses_triton: bool) 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """In what the gradients of weight and bias are summed."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,11 @@ class ChunkedLoss:
             workspace_bytes, counted,
         )  # fmt: skip
 
+    def kept(self) -> ChunkedLoss:
+        """The same, for a backward before which a scale on the device may change."""
+        terms = self.terms.kept()
+        return self if terms is self.terms else replace(self, terms=terms)
+
     def run(
         self, hidden, weight, bias, needs=(False,) * 3, *, weighting=None, saved=None, upstream=None, into=None,
     ):  # fmt: skip
@@ -121,7 +126,7 @@ class ChunkedLoss:
             upstream: (N,) or 0-d factor of each row's gradient; 1 by default.
             into: a gradient (V, D) that the weight's is added to, and that is given back.
         """
-        with torch.no_grad():
+        with no_grad():
             may_look = hidden.device.type == "cpu" and not self.uses_triton
             positions = choose_positions(self._is_left_out(), self.counted, may_look=may_look)
             rows = TakenRows.of(positions, hidden, self.y, self.terms, weighting, saved, upstream)
@@ -146,8 +151,9 @@ class ChunkedLoss:
 
     def _first_round(self, rows, weight, bias, gradients, may_look) -> tuple[Tensor, Tensor]:
         """The statistics of the rows, and all gradients but those of words left to further rounds."""
-        size = self.chunk_tokens or self.chunk_size(len(rows), len(weight))
-        buffer = self._buffer(min(len(rows), size), len(weight), weight.device)
+        vocab_size = weight.shape[0]
+        size = self.chunk_tokens or self.chunk_size(len(rows), vocab_size)
+        buffer = self._buffer(min(len(rows), size), vocab_size, weight.device)
         parts = []
         for chunk in slices_of(len(rows), size):
             states = rows.states(chunk, self.dtype)
@@ -165,8 +171,9 @@ class ChunkedLoss:
     def _further_round(self, rows, weight, bias, statistics, weight_sum, words) -> None:
         """The weight's gradient for some words: their logits again, and of these the gradient."""
         weight, bias = weight[words], None if bias is None else bias[words]
-        size = self.chunk_tokens or self.chunk_size(len(rows), len(weight))
-        buffer = self._buffer(min(len(rows), size), len(weight), weight.device)
+        vocab_size = weight.shape[0]
+        size = self.chunk_tokens or self.chunk_size(len(rows), vocab_size)
+        buffer = self._buffer(min(len(rows), size), vocab_size, weight.device)
         for chunk in slices_of(len(rows), size):
             states = rows.states(chunk, self.dtype)
             logits = product(states, weight, bias, buffer)
@@ -182,20 +189,19 @@ class ChunkedLoss:
         """Uninitialised (rows, V); for the kernel every row begins at a 16-byte boundary."""
         per_16_bytes = 16 // self.dtype.itemsize if self.uses_triton else 1
         width = -(-vocab_size // per_16_bytes) * per_16_bytes
-        return torch.empty(rows, width, dtype=self.dtype, device=device)[:, :vocab_size]
+        buffer = torch.empty(rows, width, dtype=self.dtype, device=device)
+        return buffer if width == vocab_size else buffer.narrow(1, 0, vocab_size)
 
     def _score(self, logits, rows, chunk, wants_gradient):
         """A chunk's statistics and the gradient of its losses, where the kernel runs over the logits."""
-        y, terms = rows.y[chunk], rows.terms.of_rows(chunk)
+        y, terms = part_of(rows.y, chunk), rows.terms.of_rows(chunk)
         if rows.saved is not None:
             part = rows.saved[0][chunk], rows.saved[1][:, chunk].contiguous()
         else:
             x, pk, pm = rows.weighting
-            arguments = (logits, y, x[chunk], self.mask_id, pk, pm, self.ignore_index)
+            arguments = (logits, y, part_of(x, chunk), self.mask_id, pk, pm, self.ignore_index)
             if self.uses_triton and wants_gradient:
-                from . import triton_kernels
-
-                return triton_kernels.launch_loss_and_gradient(
+                return triton_kernels().launch_loss_and_gradient(
                     *arguments, terms=terms, upstream=1.0, divisor=1.0, gradient_out=logits
                 )
             part = score_rows(self.uses_triton, *arguments, terms=terms)
@@ -301,7 +307,7 @@ class _Gradients:
             index = self.positions.index
             index = live if index is None else index[chunk] if live is None else index[chunk][live]
             if index is None:
-                add_product(self.hidden[chunk], gradient, weight, self.scale, 0)
+                add_product(part_of(self.hidden, chunk), gradient, weight, self.scale, 0)
             else:
                 out = self.hidden
                 if self.positions.index is None:
@@ -336,7 +342,7 @@ def slices_of(n: int, size: int):
 
 def product(states: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
     """The logits of a chunk, in the buffer."""
-    logits = buffer[: len(states)]
+    logits = part_of(buffer, slice(0, states.shape[0]))
     if bias is None:
         return torch.mm(states, weight.t(), out=logits)
     return torch.addmm(bias, states, weight.t(), out=logits)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .implementation import triton_kernels
 from .terms import Terms
 from .upstream_prediction import Expectation
 
@@ -37,14 +38,11 @@ def score_rows_early(
     Args:
         labels: as for :func:`implementation.score_rows`.
     """
-    from . import triton_kernels
-
+    kernels = triton_kernels()
     if not expectation.may_open:
-        return triton_kernels.launch_loss(rows, *labels, terms=terms), EarlyGradient(
-            expectation=expectation
-        )
-    made_for = torch.empty(len(labels[0]), dtype=torch.float32, device=rows.device)
-    statistics, gradient = triton_kernels.launch_loss_and_gradient(
+        return kernels.launch_loss(rows, *labels, terms=terms), EarlyGradient(expectation=expectation)
+    made_for = torch.empty(labels[0].shape, dtype=torch.float32, device=rows.device)
+    statistics, gradient = kernels.launch_loss_and_gradient(
         rows, *labels, terms=terms, upstream=expectation.state, made_for_out=made_for, divisor=divisor
     )
     expectation.open(gradient)
@@ -59,18 +57,16 @@ def finish_gradient(
 
     That buffer is given away once: a second backward makes its own.
     """
-    from . import triton_kernels
-
-    made, early.gradient = early.gradient, None
+    kernels, made, early.gradient = triton_kernels(), early.gradient, None
     if early.expectation is not None:
         early.expectation.close(made)
     expected = {}
     # Hooks on saved tensors may give the logits back at another address, which other kernels read.
-    if made is not None and triton_kernels.have_one_phase(made, rows):
+    if made is not None and kernels.have_one_phase(made, rows):
         state = None if early.expectation is None else early.expectation.state
         expected = {"gradient_out": made, "stated": early.made_for, "state": state}
-    return triton_kernels.launch_gradient(
-        rows, y, triton_kernels.RowStatistics(*statistics), upstream,
+    return kernels.launch_gradient(
+        rows, y, kernels.RowStatistics(*statistics), upstream,
         divisor=divisor, mask_id=mask_id, terms=terms, **expected,
     )  # fmt: skip
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,6 +17,14 @@ from .terms import PLAIN, Terms
 from .validation import active_transform, is_traced
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
+
+
+@cache
+def triton_kernels() -> ModuleType:
+    """The kernels, imported when first asked for; ImportError where Triton is not installed."""
+    from . import triton_kernels
+
+    return triton_kernels
 
 
 def uses_triton(impl: str, like: Tensor, dtype: torch.dtype) -> bool:
@@ -43,18 +54,26 @@ def _obstacle_to_triton(dtype: torch.dtype, device: torch.device, *, launches: b
     if dtype == torch.float64:
         return "logits in fp32, bf16 or fp16, got torch.float64"
     try:
-        from . import triton_kernels
+        kernels = triton_kernels()
     except ImportError:
         return "the package triton, which is not installed"
     if not launches and device.type in ("meta", "cuda"):
         return ""  # the machine need not have the device
-    if triton_kernels.is_interpreted():
+    if kernels.is_interpreted():
         return "" if device.type in ("cpu", "cuda") else f"a CPU or CUDA device, got {device}"
     if device.type != "cuda":
         return f"a CUDA device (or TRITON_INTERPRET=1 on the CPU), got {device}"
     if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         return f"compute capability 8.0, got {torch.cuda.get_device_capability(device)}"
     return ""
+
+
+_NO_CHANGE = nullcontext()
+
+
+def no_grad():
+    """``torch.no_grad()``; where gradients are off already, what costs the host less."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NO_CHANGE
 
 
 def as_rows(logits: Tensor, *, uneven: bool = False) -> Tensor:
@@ -96,9 +115,7 @@ def score_rows(uses_triton: bool, logits: Tensor, *labels, terms: Terms = PLAIN)
     """The statistics of rows; ``labels`` are y (N,), x (N,), mask_id, pk, pm, ignore_index."""
     if not uses_triton:
         return stepwise_reference.score_rows(logits, *labels, terms)
-    from . import triton_kernels
-
-    return triton_kernels.launch_loss(logits, *labels, terms=terms)
+    return triton_kernels().launch_loss(logits, *labels, terms=terms)
 
 
 def row_gradients(
@@ -110,11 +127,9 @@ def row_gradients(
         return stepwise_reference.row_gradients(
             logits, y, statistics, upstream, divisor, mask_id=mask_id, terms=terms
         )
-    from . import triton_kernels
-
-    statistics = triton_kernels.RowStatistics(*statistics)
-    return triton_kernels.launch_gradient(
-        logits, y, statistics, upstream, divisor=divisor, mask_id=mask_id, terms=terms,
+    kernels = triton_kernels()
+    return kernels.launch_gradient(
+        logits, y, kernels.RowStatistics(*statistics), upstream, divisor=divisor, mask_id=mask_id, terms=terms,
         gradient_out=logits if overwrite else None,
     )  # fmt: skip
 
@@ -122,9 +137,8 @@ def row_gradients(
 def sum_cases(uses_triton: bool, statistics: tuple[Tensor, Tensor], terms: Terms = PLAIN) -> tuple:
     """What :class:`CaseTable` holds but ``n_positions``, in its order; None for what the terms do not have."""
     if uses_triton:
-        from . import triton_kernels
-
-        sums = triton_kernels.launch_case_sums(triton_kernels.RowStatistics(*statistics), terms)
+        kernels = triton_kernels()
+        sums = kernels.launch_case_sums(kernels.RowStatistics(*statistics), terms)
         has = (terms.has_own_sums, terms.label_smoothing > 0, terms.z_loss > 0)
         return *sums[:3], *(part if wanted else None for part, wanted in zip(sums[3:], has, strict=False))
     return stepwise_reference.sum_cases(statistics, terms)
@@ -141,9 +155,7 @@ def row_values(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The case of each row, and the fields of :class:`RowOutputs` by name, (N,) each."""
     if uses_triton:
-        from . import triton_kernels
-
-        statistics = triton_kernels.RowStatistics(*statistics)
+        statistics = triton_kernels().RowStatistics(*statistics)
         names = ["nll", "lse", "p_mask", "confidence", *(["entropy"] if terms.entropy else [])]
         return statistics.case, {name: statistics.column(name.upper(), terms) for name in names}
     return reference.row_values(stepwise_reference.scores_of(statistics, terms), terms)

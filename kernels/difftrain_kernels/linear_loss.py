@@ -30,9 +30,11 @@ from .implementation import (
     IMPLEMENTATIONS,
     forbid_second_derivative,
     make_table,
+    no_grad,
     reduce_rows,
     row_values,
     sum_cases,
+    triton_kernels,
     uses_triton,
 )
 from .linear_operators import compiled_linear_diffusion_loss
@@ -204,10 +206,11 @@ def fused_linear_diffusion_loss(
         return small_linear_loss.small_linear_loss(hidden, weight, bias, call, chunked)
     weighting, head = (call.x, call.pk, call.pm), (_flat(hidden), weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
-        loss, *statistics = _LinearLoss.apply(*head, chunked, weighting, adds)
+        statistics = []
+        loss = _LinearLoss.apply(*head, chunked, weighting, adds, statistics)
     else:
         statistics, _ = chunked.run(*head, weighting=weighting)
-        loss = reduce_rows(statistics[1][0], call.reduction)
+        loss = reduce_rows(statistics[1].select(0, 0), call.reduction)
     return call.result(
         loss,
         lambda: make_table(sum_cases(is_fused, statistics, call.terms), call.y.numel()),
@@ -232,32 +235,34 @@ def _has_autocast(device_type: str) -> bool:
 
 
 class _LinearLoss(torch.autograd.Function):
-    """(hidden (..., D), weight, bias, ...) -> (loss, *statistics); the statistics have no gradient."""
+    """(hidden (..., D), weight, bias, ..., list) -> loss; the row statistics go into the list, which is no output of
+    autograd's."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, chunked, weighting, adds):
+    def forward(ctx, hidden, weight, bias, chunked, weighting, adds, found):
         # Else backward makes them, with the upstream gradient itself.
         is_made_now = chunked.reduction != "none" and not adds
         needs = tuple(ctx.needs_input_grad[:3]) if is_made_now else (False,) * 3
         statistics, gradients = chunked.run(hidden, weight, bias, needs, weighting=weighting)
-        ctx.chunked = replace(chunked, terms=chunked.terms.kept())
+        ctx.chunked = chunked.kept()
         ctx.adds, ctx.made = adds, gradients if is_made_now else None
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.shape = hidden.shape
         ctx.save_for_backward(hidden, weight, bias, chunked.y, chunked.terms.token_weights, *statistics)
-        ctx.mark_non_differentiable(*statistics)
-        return reduce_rows(statistics[1][0], chunked.reduction), *statistics
+        found += statistics
+        return reduce_rows(statistics[1].select(0, 0), chunked.reduction)
 
     @staticmethod
-    def backward(ctx, upstream, *_):
+    def backward(ctx, upstream):
         into = grad_behind(ctx.next_functions[1][0]) if ctx.adds and ctx.needs_input_grad[1] else None
         sources = (upstream, *ctx.saved_tensors[:3]) if torch.is_grad_enabled() else ()
-        with torch.no_grad():
-            of_hidden, *others = _LinearLoss._gradients(ctx, check_upstream(upstream), into)
-            gradients = [None if of_hidden is None else of_hidden.view(ctx.shape), *others]
+        with no_grad():
+            gradients = _LinearLoss._gradients(ctx, check_upstream(upstream), into)
+            if gradients[0] is not None and len(ctx.shape) != 2:
+                gradients[0] = gradients[0].view(ctx.shape)
         if torch.is_grad_enabled():
             gradients = forbid_second_derivative(gradients, *sources)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
     @staticmethod
     def _gradients(ctx, upstream, into):
@@ -284,12 +289,12 @@ def _scaled(
     if made is None:
         return None
     if made.dtype != dtype:
-        return torch.mul(made, upstream / chunked.made_for, out=torch.empty_like(made, dtype=dtype))
+        factor = upstream if chunked.made_for == 1 else upstream / chunked.made_for
+        return torch.mul(made, factor, out=torch.empty_like(made, dtype=dtype))
     if chunked.uses_triton:
-        from . import triton_kernels
-
         # Compared on the device: where the upstream gradient is the expected one, nothing is read or written.
-        triton_kernels.launch_rescale(made.view(-1, made.shape[-1]), upstream, stated=chunked.made_for)
+        rows = made if made.dim() == 2 else made.view(1, -1)
+        triton_kernels().launch_rescale(rows, upstream, stated=chunked.made_for)
     elif upstream.device.type != "cpu" or upstream != chunked.made_for:
         made.mul_(upstream / chunked.made_for)
     return made

@@ -30,6 +30,7 @@ from .implementation import (
     row_values,
     score_rows,
     sum_cases,
+    triton_kernels,
     uses_triton,
 )
 from .operators import compiled_diffusion_loss
@@ -190,7 +191,7 @@ def _triton_loss(
         expectation = None
         # Over the logits a gradient made for another upstream gradient could not be made again.
         if predicts and stated is None and not overwrite:
-            expectation = find_expectation(logits, len(call.y), call.reduction)
+            expectation = find_expectation(logits, call.y.shape[0], call.reduction)
         statistics = []
         loss = _TritonLoss.apply(logits, (call, stated, expectation, overwrite), statistics)
     else:
@@ -208,11 +209,9 @@ class _TritonLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, how, kept):
-        from . import triton_kernels
-
         call, stated, expectation, overwrite = how
         rows = as_rows(logits, uneven=True)
-        ctx.divisor = divisor_of(call.reduction, len(call.y))
+        ctx.divisor = divisor_of(call.reduction, call.y.shape[0])
         ctx.stated, ctx.overwrite, ctx.made_for = stated, overwrite, None
         ctx.mask_id, ctx.terms, ctx.early = call.mask_id, call.terms.kept(), EarlyGradient()
         if expectation is not None:
@@ -220,9 +219,9 @@ class _TritonLoss(torch.autograd.Function):
                 rows, call.labels, terms=call.terms, divisor=ctx.divisor, expectation=expectation
             )
         elif stated is None:
-            statistics = triton_kernels.launch_loss(rows, *call.labels, terms=call.terms)
+            statistics = triton_kernels().launch_loss(rows, *call.labels, terms=call.terms)
         else:
-            statistics, gradient = triton_kernels.launch_loss_and_gradient(
+            statistics, gradient = triton_kernels().launch_loss_and_gradient(
                 rows, *call.labels, terms=call.terms, upstream=stated, divisor=ctx.divisor,
                 gradient_out=rows if overwrite else None,
             )  # fmt: skip
@@ -263,10 +262,8 @@ class _TritonLoss(torch.autograd.Function):
 
 def _scale_overwritten(ctx, gradient: Tensor, upstream: Tensor) -> Tensor:
     """The gradient that lies over the logits, for this upstream gradient."""
-    from . import triton_kernels
-
     if ctx.made_for is None:
-        triton_kernels.launch_rescale(gradient, upstream, stated=ctx.stated)
+        triton_kernels().launch_rescale(gradient, upstream, stated=ctx.stated)
         ctx.made_for = upstream.clone()
         return gradient
     ratio = torch.where(upstream == ctx.made_for, 1.0, upstream / ctx.made_for)

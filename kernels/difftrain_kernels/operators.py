@@ -38,6 +38,7 @@ from .implementation import (
     row_values,
     score_rows,
     sum_cases,
+    triton_kernels,
 )
 from .terms import PLAIN, Terms
 from .upstream_prediction import find_expectation, replays_graphs
@@ -210,9 +211,7 @@ def fake_loss(n, dtype, like, reduction, uses_triton, terms):
 def n_columns(uses_triton: bool, terms: Terms, *, sliced: bool = False) -> int:
     """How many columns the statistics of rows have, or of rows in slices of a vocabulary."""
     if uses_triton:
-        from . import triton_kernels
-
-        return len(triton_kernels.columns(terms))
+        return len(triton_kernels().columns(terms))
     plain = sliced_reference.N_SLICED + (terms != PLAIN) if sliced else stepwise_reference.N_STATISTICS
     return plain + len(reference.other_columns(terms))
 
@@ -238,10 +237,8 @@ def diffusion_loss_backward(
 def _(upstream, logits, y, case, columns, reduction, uses_triton, mask_id, *flat_terms):
     if not uses_triton:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
-    from . import triton_kernels
-
     rows = as_rows(logits)
-    return triton_kernels.empty_gradient_like(rows, rows.storage_offset() % (16 // rows.dtype.itemsize))
+    return triton_kernels().empty_gradient_like(rows, rows.storage_offset() % (16 // rows.dtype.itemsize))
 
 
 def _keep_for_backward(ctx, inputs, output):

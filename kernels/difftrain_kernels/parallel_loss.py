@@ -32,6 +32,7 @@ from .implementation import (
     reduce_rows,
     row_values,
     sum_cases,
+    triton_kernels,
     uses_triton,
 )
 from .validation import (
@@ -196,6 +197,7 @@ class _ParallelLoss(torch.autograd.Function):
         ctx.share = share
         ctx.save_for_backward(logits, y, *statistics)
         ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)  # zeros for the statistics, a launch each
         row_loss = statistics[1].select(0, 0)  # [0] looks for the device, which a fake tensor need not have
         return reduce_rows(row_loss, share.call.reduction), *statistics
 
@@ -227,10 +229,8 @@ class _Share:
             dtype = torch.promote_types(rows.dtype, torch.float32)
             n_columns = operators.n_columns(self.uses_triton, self.call.terms, sliced=True)
             return y.new_empty(len(y), dtype=torch.int32), rows.new_empty(n_columns, len(y), dtype=dtype)
-        if self.uses_triton:
-            from . import triton_kernels as kernels
-
         call, terms = self.call, self.call.terms
+        kernels = triton_kernels() if self.uses_triton else None
         if rows.shape[1] == 0:
             size = kernels.message_size(terms) if self.uses_triton else sliced_reference.message_size(terms)
             dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -272,10 +272,8 @@ class _Share:
             return sliced_reference.slice_gradients(
                 rows, y - self.start, statistics, upstream, vocab_size=call.vocab_size, **options
             )
-        from . import triton_kernels
-
-        statistics = triton_kernels.RowStatistics(*statistics)
-        return triton_kernels.launch_gradient(rows, y - self.start, statistics, upstream, **options)
+        statistics = triton_kernels().RowStatistics(*statistics)
+        return triton_kernels().launch_gradient(rows, y - self.start, statistics, upstream, **options)
 
     def table(self, statistics: Sequence[Tensor]) -> CaseTable:
         if is_traced(self.call.y):

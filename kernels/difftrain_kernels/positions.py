@@ -57,7 +57,7 @@ class Positions:
         states = rows_of(hidden, rows if self.index is None else self.index[rows]).to(dtype)
         if self.is_left_out is not None:
             # A NaN in a position that does not count would pass through 0 * NaN into the weight's gradient.
-            states = states.masked_fill(self.is_left_out[rows, None], 0.0)
+            states = states.masked_fill(part_of(self.is_left_out, rows).unsqueeze(1), 0.0)
         if self.missing is not None and rows.start == 0:
             states[:1] += self.poison().to(dtype)
         return states
@@ -119,7 +119,7 @@ class TakenRows:
         return cls(positions, hidden, take(y), terms, weighting, saved, upstream)
 
     def __len__(self) -> int:
-        return len(self.y)
+        return self.y.shape[0]
 
     def states(self, chunk: slice, dtype: torch.dtype) -> Tensor:
         return self.positions.states(self.hidden, chunk, dtype)
@@ -128,7 +128,7 @@ class TakenRows:
         """0-d or (rows,), for a chunk with these statistics."""
         if self.upstream is None:
             return part[1].new_ones(())
-        return self.upstream[chunk] if self.upstream.dim() else self.upstream
+        return part_of(self.upstream, chunk) if self.upstream.dim() else self.upstream
 
 
 def choose_positions(is_left_out: Tensor, counted: int | None, *, may_look: bool) -> Positions:
@@ -141,7 +141,7 @@ def choose_positions(is_left_out: Tensor, counted: int | None, *, may_look: bool
     Raises:
         ValueError: ``counted`` is too small, and the host may look.
     """
-    n = len(is_left_out)
+    n = is_left_out.shape[0]
     if may_look:
         n_counted = n - int(is_left_out.sum())
         check_enough(counted, n_counted)
@@ -163,10 +163,15 @@ def check_enough(counted: int | None, n_counted: int) -> None:
         raise ValueError(f"counted must be at least {n_counted}, as many positions count, got {counted}")
 
 
+def part_of(values: Tensor, rows: slice) -> Tensor:
+    """Some rows; the tensor itself where these are all, since the host takes as long to slice it as to launch on it."""
+    return values if rows.start == 0 and rows.stop >= values.shape[0] else values[rows]
+
+
 def rows_of(hidden: Tensor, rows: slice | Tensor) -> Tensor:
     """Some rows of (..., D), counted over all leading dimensions; of a view that is no (N, D) only they are copied."""
     if hidden.dim() == 2:
-        return hidden[rows] if isinstance(rows, slice) else hidden.index_select(0, rows)
+        return part_of(hidden, rows) if isinstance(rows, slice) else hidden.index_select(0, rows)
     length = hidden.shape[-2] if hidden.dim() > 1 else 1
     hidden = hidden.reshape(-1, length, hidden.shape[-1])
     if isinstance(rows, slice):

@@ -37,13 +37,13 @@ def takes(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunked: ChunkedL
     """Whether the loss of these hidden states and this head (V, D) is made here."""
     dtype = chunked.dtype
     return (
-        small_vocabulary.takes(weight.shape[0], hidden.device, chunked.terms)
+        not chunked.uses_triton
+        and small_vocabulary.takes(weight.shape[0], hidden.device, chunked.terms)
         and dtype is sum_dtype(dtype)
         and hidden.dtype is dtype
         and weight.dtype is dtype
         and (bias is None or bias.dtype is dtype)
         and chunked.reduction != "none"
-        and not chunked.uses_triton
     )
 
 

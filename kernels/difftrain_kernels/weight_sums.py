@@ -95,11 +95,12 @@ class WeightSum:
 
     def __init__(self, weight: Tensor, plan: SumPlan, sum_dtype: torch.dtype, into: Tensor | None = None):
         self.plan, self.into = plan, into
-        self.gradient = weight.new_empty(weight.shape, dtype=plan.dtype) if into is None else into
+        where = {"device": weight.device}
+        self.gradient = torch.empty(weight.shape, dtype=plan.dtype, **where) if into is None else into
         width = weight.shape[1]
         self.own = self.beside = None
         if plan.dtype != sum_dtype:
-            self.beside = weight.new_empty(plan.beside, width, dtype=sum_dtype)
+            self.beside = torch.empty(plan.beside, width, dtype=sum_dtype, **where)
         if plan.own:
             n_narrow = plan.own * width * sum_dtype.itemsize // plan.dtype.itemsize
             self.own = self.gradient.view(-1)[:n_narrow].view(sum_dtype).view(plan.own, width)
@@ -119,7 +120,8 @@ class WeightSum:
     def add(self, gradient: Tensor, states: Tensor, scale: float) -> None:
         """One chunk: the gradient of its logits of the round's words, (rows, words), and its states (rows, D)."""
         for start, out in self.parts:
-            columns = gradient[:, start : start + len(out)]
+            is_all = out.shape[0] == gradient.shape[1]
+            columns = gradient if is_all else gradient[:, start : start + out.shape[0]]
             add_product(out, columns.t(), states, scale, 0 if self.is_first else 1)
         self.is_first = False
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from difftrain_kernels import fused_diffusion_loss, triton_kernels
+from difftrain_kernels import fused_diffusion_loss, implementation, triton_kernels
 from loss_problems import MODES, loss_and_gradient, random_problem, rows_are
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -245,6 +245,7 @@ def test_the_kernel_asked_for_by_name_never_falls_back(problem, monkeypatch):
         kernel_loss(logits.cpu(), y.cpu(), x.cpu())
     monkeypatch.setitem(sys.modules, "difftrain_kernels.triton_kernels", None)
     monkeypatch.delattr(sys.modules["difftrain_kernels"], "triton_kernels")
+    implementation.triton_kernels.cache_clear()
     with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
         kernel_loss(logits, y, x)
     assert fused_diffusion_loss(logits, y, x, MASK_ID, 0.25, 0.5).isfinite()

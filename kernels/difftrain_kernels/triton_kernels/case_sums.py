@@ -137,7 +137,7 @@ def launch_case_sums(
     n, device = len(statistics.case), statistics.case.device
     arguments = table_arguments(terms)
     width = N_SUMS if arguments is None else N_SUMS_WITH_TERMS
-    blocks = max(1, triton.cdiv(n, BLOCK))
+    blocks = max(1, -(-n // BLOCK))
     counts, sums = _empty_sums(blocks, width, device)
     with on_device(counts):
         _case_sums_kernel[(min(blocks, programs),)](
@@ -148,7 +148,7 @@ def launch_case_sums(
             total_counts, total_sums = _empty_sums(1, width, device)
             _add_blocks_kernel[(1,)](
                 counts_ptr=counts, sums_ptr=sums, total_counts_ptr=total_counts, total_sums_ptr=total_sums,
-                n_blocks=blocks, WIDTH=width, PADDED=triton.next_power_of_2(width), BLOCK=BLOCK,
+                n_blocks=blocks, WIDTH=width, PADDED=tiles.next_power_of_2(width), BLOCK=BLOCK,
                 num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
             counts, sums = total_counts, total_sums

@@ -122,7 +122,7 @@ def launch_gradient(
     if upstream.dtype != torch.float32:
         upstream = upstream.to(torch.float32)
     made_for, stated = (stated, float("nan")) if isinstance(stated, Tensor) else (None, float(stated))
-    n, vocab_size = len(y), logits.shape[-1]
+    n, vocab_size = y.shape[0], logits.shape[-1]
     tile = tile or tiles.choose_tile(logits)
     gradient = gradient_buffer(logits, gradient_out)
     if n == 0:

@@ -72,7 +72,7 @@ def launch_loss(
         terms: what the loss has beyond them; the token weights are N, of any shape.
         tile: how to cut rows; by default the one for V.
     """
-    n, vocab_size = len(y), logits.shape[-1]
+    n, vocab_size = y.shape[0], logits.shape[-1]
     tile = tile or tiles.choose_tile(logits)
     statistics = empty_statistics(n, logits.device, terms)
     if n == 0:
@@ -171,7 +171,7 @@ def launch_loss_and_gradient(
     The other arguments are those of :func:`launch_loss`. Reads the logits once from memory and
     writes the gradient once.
     """
-    n, vocab_size = len(y), logits.shape[-1]
+    n, vocab_size = y.shape[0], logits.shape[-1]
     tile = tile or tiles.choose_tile(logits)
     statistics = empty_statistics(n, logits.device, terms)
     gradient = gradient_buffer(logits, gradient_out)

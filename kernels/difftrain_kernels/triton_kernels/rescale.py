@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .device import on_device
 from .spacing import row_offset, spacing_of_rows
-from .tiles import MAX_PROGRAMS
+from .tiles import MAX_PROGRAMS, next_power_of_2
 
 WARPS = 8
 
@@ -43,12 +43,13 @@ def launch_rescale(gradient: Tensor, upstream: Tensor, *, stated: float) -> None
     For a gradient that lies over its logits, where nothing is left to recompute it from: each
     element is rounded a second time. Rows whose upstream equals ``stated`` are not touched.
     """
-    upstream = upstream.to(torch.float32)
+    if upstream.dtype != torch.float32:
+        upstream = upstream.to(torch.float32)
     n, vocab_size = gradient.shape[:-1].numel(), gradient.shape[-1]
     if n == 0:
         return
     # At least one element to a thread: in place, threads that hold copies of one would read what another wrote.
-    block = min(4096, max(32 * WARPS, triton.next_power_of_2(vocab_size)))
+    block = min(4096, max(32 * WARPS, next_power_of_2(vocab_size)))
     with on_device(gradient):
         _rescale_kernel[(min(n, MAX_PROGRAMS),)](
             gradient_ptr=gradient, upstream_ptr=upstream, stated=float(stated), n_rows=n,

@@ -149,7 +149,7 @@ def launch_slice(
         return message
     kernel = _small_slice_kernel if tile.rows else _slice_kernel
     with on_device(logits):
-        kernel[(triton.cdiv(n, tile.rows or 1),)](
+        kernel[(-(-n // (tile.rows or 1)),)](
             logits_ptr=logits, y_ptr=y.contiguous(), message_ptr=message,
             start=start, mask_id=mask_id, ignore_index=ignore_index, n_rows=n, vocab_size=vocab_size,
             spacing=spacing_of_rows(logits), terms=slice_arguments(terms, n), N_COLUMNS=len(message),
@@ -238,7 +238,7 @@ def launch_combine(
         return statistics
     rows = 128
     with on_device(messages):
-        _combine_kernel[(triton.cdiv(n, rows),)](
+        _combine_kernel[(-(-n // rows),)](
             messages_ptr=messages, y_ptr=y.contiguous(), x_ptr=x.contiguous(),
             case_ptr=statistics.case, statistics_ptr=statistics.columns,
             mask_id=mask_id, ignore_index=ignore_index, n_rows=n, vocab_size=vocab_size, n_slices=n_slices,

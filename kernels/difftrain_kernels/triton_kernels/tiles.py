@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
 from .tile_model import H100, REGISTERS, Machine, StreamedTile, tiles_by_merit
@@ -53,9 +52,14 @@ def choose_tile(logits: Tensor) -> Tile:
 @cache
 def _tile_of(vocab_size: int, itemsize: int, device: torch.device) -> Tile:
     if vocab_size <= SMALL_VOCAB:
-        block_v = max(16, triton.next_power_of_2(vocab_size))
+        block_v = max(16, next_power_of_2(vocab_size))
         return Tile(warps=max(4, block_v // 512), rows=max(1, SMALL_TILE // block_v), block_v=block_v)
     return streamed_tile(tiles_by_merit(vocab_size, itemsize, machine_of(device))[0], itemsize)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is no less; Triton's own is made for compilers, and slow on the host."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def streamed_tile(tile: StreamedTile, itemsize: int) -> Tile:
