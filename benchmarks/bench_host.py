@@ -26,6 +26,7 @@ from triton.runtime.interpreter import InterpretedFunction
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from difftrain_kernels import chunks, fused_diffusion_loss, fused_linear_diffusion_loss, weight_sums
 from measuring.arguments import count, user_path
+from measuring.environment import environment
 from measuring.timing import Nothing
 
 SHAPE = (4, 64, 66)
@@ -115,18 +116,22 @@ def measure(repeats: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--repeats", type=count, default=40)
-    parser.add_argument("--json", type=user_path, help="write the table as a list of objects")
+    parser.add_argument("--json", type=user_path, help="write the figures here too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(options.repeats)
-    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {SHAPE} bf16")
+    print(
+        f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {SHAPE} bf16; linear: D = {N_EMBD}"
+    )
     for row in rows:
         print(
             f"{row['way']:22} {row['forward_us']:8.1f} us forward {row['together_us']:8.1f} us together "
             f"{row['ratio']:6.2f} of nothing  {', '.join(row['launches'])}"
         )
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        setting = environment() | {"repeats": options.repeats, "shape": SHAPE, "n_embd": N_EMBD}
+        text = json.dumps({"setting": setting, "rows": rows}, indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

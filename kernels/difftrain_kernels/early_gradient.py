@@ -41,7 +41,7 @@ def score_rows_early(
     kernels = triton_kernels()
     if not expectation.may_open:
         return kernels.launch_loss(rows, *labels, terms=terms), EarlyGradient(expectation=expectation)
-    made_for = torch.empty(labels[0].shape, dtype=torch.float32, device=rows.device)
+    made_for = torch.empty(labels[0].shape[0], dtype=torch.float32, device=rows.device)
     statistics, gradient = kernels.launch_loss_and_gradient(
         rows, *labels, terms=terms, upstream=expectation.state, made_for_out=made_for, divisor=divisor
     )
