@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .implementation import divisor_of, no_grad, row_gradients, score_rows, triton_kernels
-from .positions import TILE_ROWS, Positions, TakenRows, check_enough, choose_positions, part_of
+from .implementation import divisor_of, load_kernels, no_grad, row_gradients, score_rows
+from .positions import TILE_ROWS, Positions, TakenRows, check_enough, choose_positions, part_of, slices_of
 from .stepwise_reference import scores_of
 from .terms import PLAIN, Terms
 from .weight_sums import ROUNDING_BYTES, SumPlan, WeightSum, add_product, plan_sums
@@ -201,7 +201,7 @@ class ChunkedLoss:
             x, pk, pm = rows.weighting
             arguments = (logits, y, part_of(x, chunk), self.mask_id, pk, pm, self.ignore_index)
             if self.uses_triton and wants_gradient:
-                return triton_kernels().launch_loss_and_gradient(
+                return load_kernels().launch_loss_and_gradient(
                     *arguments, terms=terms, upstream=1.0, divisor=1.0, gradient_out=logits
                 )
             part = score_rows(self.uses_triton, *arguments, terms=terms)
@@ -332,12 +332,6 @@ class _Gradients:
 
     def parts(self) -> tuple:
         return self.hidden, None if self.weight is None else self.weight.gradient, self.bias
-
-
-def slices_of(n: int, size: int):
-    """The slices of so many rows; one, empty, of none: sums begin there."""
-    for start in range(0, max(n, 1), size):
-        yield slice(start, start + size)
 
 
 def product(states: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:

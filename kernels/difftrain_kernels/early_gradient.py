@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .implementation import triton_kernels
+from .implementation import load_kernels
 from .terms import Terms
 from .upstream_prediction import Expectation
 
@@ -38,7 +38,7 @@ def score_rows_early(
     Args:
         labels: as for :func:`implementation.score_rows`.
     """
-    kernels = triton_kernels()
+    kernels = load_kernels()
     if not expectation.may_open:
         return kernels.launch_loss(rows, *labels, terms=terms), EarlyGradient(expectation=expectation)
     made_for = torch.empty(labels[0].shape[0], dtype=torch.float32, device=rows.device)
@@ -57,7 +57,7 @@ def finish_gradient(
 
     That buffer is given away once: a second backward makes its own.
     """
-    kernels, made, early.gradient = triton_kernels(), early.gradient, None
+    kernels, made, early.gradient = load_kernels(), early.gradient, None
     if early.expectation is not None:
         early.expectation.close(made)
     expected = {}

@@ -20,8 +20,8 @@ IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
 @cache
-def triton_kernels() -> ModuleType:
-    """The kernels, imported when first asked for; ImportError where Triton is not installed."""
+def load_kernels() -> ModuleType:
+    """The kernels, imported at the first call; ImportError where Triton is not installed."""
     from . import triton_kernels
 
     return triton_kernels
@@ -54,7 +54,7 @@ def _obstacle_to_triton(dtype: torch.dtype, device: torch.device, *, launches: b
     if dtype == torch.float64:
         return "logits in fp32, bf16 or fp16, got torch.float64"
     try:
-        kernels = triton_kernels()
+        kernels = load_kernels()
     except ImportError:
         return "the package triton, which is not installed"
     if not launches and device.type in ("meta", "cuda"):
@@ -115,7 +115,7 @@ def score_rows(uses_triton: bool, logits: Tensor, *labels, terms: Terms = PLAIN)
     """The statistics of rows; ``labels`` are y (N,), x (N,), mask_id, pk, pm, ignore_index."""
     if not uses_triton:
         return stepwise_reference.score_rows(logits, *labels, terms)
-    return triton_kernels().launch_loss(logits, *labels, terms=terms)
+    return load_kernels().launch_loss(logits, *labels, terms=terms)
 
 
 def row_gradients(
@@ -127,7 +127,7 @@ def row_gradients(
         return stepwise_reference.row_gradients(
             logits, y, statistics, upstream, divisor, mask_id=mask_id, terms=terms
         )
-    kernels = triton_kernels()
+    kernels = load_kernels()
     return kernels.launch_gradient(
         logits, y, kernels.RowStatistics(*statistics), upstream, divisor=divisor, mask_id=mask_id, terms=terms,
         gradient_out=logits if overwrite else None,
@@ -137,7 +137,7 @@ def row_gradients(
 def sum_cases(uses_triton: bool, statistics: tuple[Tensor, Tensor], terms: Terms = PLAIN) -> tuple:
     """What :class:`CaseTable` holds but ``n_positions``, in its order; None for what the terms do not have."""
     if uses_triton:
-        kernels = triton_kernels()
+        kernels = load_kernels()
         sums = kernels.launch_case_sums(kernels.RowStatistics(*statistics), terms)
         has = (terms.has_own_sums, terms.label_smoothing > 0, terms.z_loss > 0)
         return *sums[:3], *(part if wanted else None for part, wanted in zip(sums[3:], has, strict=False))
@@ -155,7 +155,7 @@ def row_values(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The case of each row, and the fields of :class:`RowOutputs` by name, (N,) each."""
     if uses_triton:
-        statistics = triton_kernels().RowStatistics(*statistics)
+        statistics = load_kernels().RowStatistics(*statistics)
         names = ["nll", "lse", "p_mask", "confidence", *(["entropy"] if terms.entropy else [])]
         return statistics.case, {name: statistics.column(name.upper(), terms) for name in names}
     return reference.row_values(stepwise_reference.scores_of(statistics, terms), terms)

@@ -29,12 +29,12 @@ from .grad_accumulation import check_accumulates, grad_behind
 from .implementation import (
     IMPLEMENTATIONS,
     forbid_second_derivative,
+    load_kernels,
     make_table,
     no_grad,
     reduce_rows,
     row_values,
     sum_cases,
-    triton_kernels,
     uses_triton,
 )
 from .linear_operators import compiled_linear_diffusion_loss
@@ -294,7 +294,7 @@ def _scaled(
     if chunked.uses_triton:
         # Compared on the device: where the upstream gradient is the expected one, nothing is read or written.
         rows = made if made.dim() == 2 else made.view(1, -1)
-        triton_kernels().launch_rescale(rows, upstream, stated=chunked.made_for)
+        load_kernels().launch_rescale(rows, upstream, stated=chunked.made_for)
     elif upstream.device.type != "cpu" or upstream != chunked.made_for:
         made.mul_(upstream / chunked.made_for)
     return made

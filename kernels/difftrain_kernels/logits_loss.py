@@ -24,13 +24,13 @@ from .implementation import (
     as_rows,
     divisor_of,
     forbid_second_derivative,
+    load_kernels,
     make_table,
     reduce_rows,
     row_gradients,
     row_values,
     score_rows,
     sum_cases,
-    triton_kernels,
     uses_triton,
 )
 from .operators import compiled_diffusion_loss
@@ -219,9 +219,9 @@ class _TritonLoss(torch.autograd.Function):
                 rows, call.labels, terms=call.terms, divisor=ctx.divisor, expectation=expectation
             )
         elif stated is None:
-            statistics = triton_kernels().launch_loss(rows, *call.labels, terms=call.terms)
+            statistics = load_kernels().launch_loss(rows, *call.labels, terms=call.terms)
         else:
-            statistics, gradient = triton_kernels().launch_loss_and_gradient(
+            statistics, gradient = load_kernels().launch_loss_and_gradient(
                 rows, *call.labels, terms=call.terms, upstream=stated, divisor=ctx.divisor,
                 gradient_out=rows if overwrite else None,
             )  # fmt: skip
@@ -263,7 +263,7 @@ class _TritonLoss(torch.autograd.Function):
 def _scale_overwritten(ctx, gradient: Tensor, upstream: Tensor) -> Tensor:
     """The gradient that lies over the logits, for this upstream gradient."""
     if ctx.made_for is None:
-        triton_kernels().launch_rescale(gradient, upstream, stated=ctx.stated)
+        load_kernels().launch_rescale(gradient, upstream, stated=ctx.stated)
         ctx.made_for = upstream.clone()
         return gradient
     ratio = torch.where(upstream == ctx.made_for, 1.0, upstream / ctx.made_for)

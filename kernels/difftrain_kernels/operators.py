@@ -32,13 +32,13 @@ from .implementation import (
     as_rows,
     divisor_of,
     forbid_backward,
+    load_kernels,
     make_table,
     reduce_rows,
     row_gradients,
     row_values,
     score_rows,
     sum_cases,
-    triton_kernels,
 )
 from .terms import PLAIN, Terms
 from .upstream_prediction import find_expectation, replays_graphs
@@ -211,7 +211,7 @@ def fake_loss(n, dtype, like, reduction, uses_triton, terms):
 def n_columns(uses_triton: bool, terms: Terms, *, sliced: bool = False) -> int:
     """How many columns the statistics of rows have, or of rows in slices of a vocabulary."""
     if uses_triton:
-        return len(triton_kernels().columns(terms))
+        return len(load_kernels().columns(terms))
     plain = sliced_reference.N_SLICED + (terms != PLAIN) if sliced else stepwise_reference.N_STATISTICS
     return plain + len(reference.other_columns(terms))
 
@@ -238,7 +238,7 @@ def _(upstream, logits, y, case, columns, reduction, uses_triton, mask_id, *flat
     if not uses_triton:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
     rows = as_rows(logits)
-    return triton_kernels().empty_gradient_like(rows, rows.storage_offset() % (16 // rows.dtype.itemsize))
+    return load_kernels().empty_gradient_like(rows, rows.storage_offset() % (16 // rows.dtype.itemsize))
 
 
 def _keep_for_backward(ctx, inputs, output):

@@ -28,11 +28,11 @@ from .implementation import (
     as_rows,
     divisor_of,
     forbid_second_derivative,
+    load_kernels,
     make_table,
     reduce_rows,
     row_values,
     sum_cases,
-    triton_kernels,
     uses_triton,
 )
 from .validation import (
@@ -230,7 +230,7 @@ class _Share:
             n_columns = operators.n_columns(self.uses_triton, self.call.terms, sliced=True)
             return y.new_empty(len(y), dtype=torch.int32), rows.new_empty(n_columns, len(y), dtype=dtype)
         call, terms = self.call, self.call.terms
-        kernels = triton_kernels() if self.uses_triton else None
+        kernels = load_kernels() if self.uses_triton else None
         if rows.shape[1] == 0:
             size = kernels.message_size(terms) if self.uses_triton else sliced_reference.message_size(terms)
             dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -272,8 +272,8 @@ class _Share:
             return sliced_reference.slice_gradients(
                 rows, y - self.start, statistics, upstream, vocab_size=call.vocab_size, **options
             )
-        statistics = triton_kernels().RowStatistics(*statistics)
-        return triton_kernels().launch_gradient(rows, y - self.start, statistics, upstream, **options)
+        statistics = load_kernels().RowStatistics(*statistics)
+        return load_kernels().launch_gradient(rows, y - self.start, statistics, upstream, **options)
 
     def table(self, statistics: Sequence[Tensor]) -> CaseTable:
         if is_traced(self.call.y):

@@ -163,6 +163,12 @@ def check_enough(counted: int | None, n_counted: int) -> None:
         raise ValueError(f"counted must be at least {n_counted}, as many positions count, got {counted}")
 
 
+def slices_of(n: int, size: int):
+    """The slices of so many rows; one, empty, of none: sums begin there."""
+    for start in range(0, max(n, 1), size):
+        yield slice(start, start + size)
+
+
 def part_of(values: Tensor, rows: slice) -> Tensor:
     """Some rows; the tensor itself where these are all, since the host takes as long to slice it as to launch on it."""
     return values if rows.start == 0 and rows.stop >= values.shape[0] else values[rows]

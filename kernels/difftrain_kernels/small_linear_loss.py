@@ -20,9 +20,9 @@ from torch import Tensor
 from . import small_vocabulary
 from .calls import LossCall, Result
 from .cases import IGNORED
-from .chunks import ChunkedLoss, slices_of, sum_dtype
+from .chunks import ChunkedLoss, sum_dtype
 from .implementation import forbid_second_derivative, make_table
-from .positions import check_enough
+from .positions import check_enough, slices_of
 from .small_vocabulary import Scored, np
 from .stepwise_reference import N_STATISTICS
 from .validation import check_upstream

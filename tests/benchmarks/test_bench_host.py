@@ -34,6 +34,6 @@ def test_each_way_is_timed_beside_nothing_and_its_launches_are_listed(tmp_path):
     assert {way: row["launches"] for way, row in rows.items()} == LAUNCHES
     nothing = rows["nothing"]["together_us"]
     for row in rows.values():
-        assert 0 < row["forward_us"]
+        assert row["forward_us"] > 0
         assert row["ratio"] == pytest.approx(row["together_us"] / nothing, rel=0.02)
     assert result["setting"]["repeats"] == 1

@@ -197,3 +197,28 @@ def test_the_figures_of_sampling_are_those_of_their_file():
         of = {key: entry[key] for key in ("kind", "errors", "sure")}
         cells = [spread(figures_of(result["repair"], name, **of)) for name in names]
         assert f"| {of['kind']}, {of['errors']:g} % | {of['sure']:g} | {' | '.join(cells)} |" in lines
+
+
+def test_what_calls_cost_the_host_is_what_was_measured():
+    rows = json.loads((RESULTS / "host-cpu-2026-11-28.json").read_text())["rows"]
+    names = {
+        "nothing": "a function that does nothing",
+        "plain": "plain (predicted since)",
+        "upstream stated": "upstream stated",
+        "not predicted": "`upstream_prediction=False`",
+        "with the case table": "plain, with the table",
+        "linear, one chunk": "linear, one chunk",
+        "linear, two chunks": "linear, two chunks",
+    }
+    section = page("benchmarks/NOTES.md").partition("## Launches and host time of a call")[2]
+    cells = [[c.strip() for c in line.split("|")] for line in section.splitlines()]
+    table = {row[1]: row for row in cells if len(row) == 9}
+    together = {row["way"]: row["together_us"] for row in rows}
+    for row in rows:
+        if row["way"] in names:
+            found = table[names[row["way"]]]
+            assert (found[3], found[5]) == (f"{row['forward_us']:.0f}", f"{row['together_us']:.0f}"), found
+            assert float(found[7]) == round(row["ratio"], 1), found
+    further = together["linear, two chunks"] - together["linear, one chunk"]
+    assert f"A further chunk takes {further:.0f}," in section
+    assert f"**the whole call of one chunk takes {together['linear, one chunk']:.0f}**" in section

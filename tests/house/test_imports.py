@@ -36,30 +36,29 @@ KERNELS = {
     "grad_accumulation": {"torch"},
     "cpu_loss": {"torch", "calls", "implementation", "small_vocabulary", "validation"},
     "chunks": {
-        "torch", "implementation", "positions", "stepwise_reference", "terms", "weight_sums", "triton_kernels",
+        "torch", "implementation", "positions", "stepwise_reference", "terms", "weight_sums",
     },
     "small_linear_loss": {
         "torch", "calls", "cases", "chunks", "implementation", "positions", "small_vocabulary", "stepwise_reference",
         "validation",
     },
     "upstream_prediction": {"torch"},
-    "early_gradient": {"torch", "terms", "upstream_prediction", "triton_kernels"},
+    "early_gradient": {"torch", "implementation", "terms", "upstream_prediction"},
     "operators": {
         "torch", "calls", "cases", "early_gradient", "implementation", "reference", "sliced_reference",
-        "small_vocabulary", "stepwise_reference", "terms", "upstream_prediction", "validation", "triton_kernels",
+        "small_vocabulary", "stepwise_reference", "terms", "upstream_prediction", "validation",
     },
     "linear_operators": {"torch", "calls", "chunks", "implementation", "operators", "small_linear_loss"},
     "logits_loss": {
         "torch", "calls", "cpu_loss", "early_gradient", "implementation", "operators", "reference", "term_validation",
-        "upstream_prediction", "validation", "triton_kernels",
+        "upstream_prediction", "validation",
     },
     "linear_loss": {
         "torch", "calls", "chunks", "grad_accumulation", "implementation", "linear_operators", "small_linear_loss",
-        "term_validation", "validation", "triton_kernels",
+        "term_validation", "validation",
     },
     "parallel_loss": {
         "torch", "calls", "cases", "implementation", "operators", "reference", "sliced_reference", "validation",
-        "triton_kernels",
     },
 }  # fmt: skip
 # The folder triton_kernels: each file also torch, triton and the terms; nothing else outside the folder.

@@ -245,7 +245,7 @@ def test_the_kernel_asked_for_by_name_never_falls_back(problem, monkeypatch):
         kernel_loss(logits.cpu(), y.cpu(), x.cpu())
     monkeypatch.setitem(sys.modules, "difftrain_kernels.triton_kernels", None)
     monkeypatch.delattr(sys.modules["difftrain_kernels"], "triton_kernels")
-    implementation.triton_kernels.cache_clear()
+    implementation.load_kernels.cache_clear()
     with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
         kernel_loss(logits, y, x)
     assert fused_diffusion_loss(logits, y, x, MASK_ID, 0.25, 0.5).isfinite()
