@@ -117,7 +117,7 @@ HINTS = {
     "bulk accesses through": "budget",
     "mean over counted": "met",
     "a scale of the loss that is stated": "linear_loss and any_upstream",
-    "a scale on the device is read": "terms",
+    "a scale on the device is read": "terms_fused and may_change",
     "the first chunk takes all": "any_chunk_size",
     "every last chunk takes": "any_chunk_size",
     "sum's gradient divided": "met",

@@ -151,3 +151,26 @@ def test_the_plain_call_launches_the_plain_kernel(family_name, monkeypatch, devi
         fused_diffusion_loss(logits, y, x, MASK_ID, 0.25, 0.5, impl="triton", gate="argmax", softcap=None)
     assert len(told) == 1
     assert told[0] is PLAIN
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_scale_on_the_device_may_change_between_forward_and_backward(reduction, impl, device):
+    logits, y, x = batch(vocab_size=37, dtype=torch.float32, device=device)
+    head = torch.randn(37, 37, generator=torch.Generator().manual_seed(1)).to(device) * 0.3
+    losses = (
+        ([logits], fused_diffusion_loss),
+        ([logits, head], lambda *leaves, **o: fused_linear_diffusion_loss(*leaves, chunk_tokens=4, **o)),
+    )
+    for tensors, loss_of in losses:
+        found = []
+        for changed in (1.0, 3.0):
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            scale = torch.full((), 0.7, dtype=torch.float32, device=device)
+            loss = loss_of(*leaves, y, x, MASK_ID, logit_scale=scale, reduction=reduction, impl=impl)
+            scale.mul_(changed)
+            upstream = torch.full_like(loss, 0.5)
+            first = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+            found.append([*first, *torch.autograd.grad(loss, leaves, upstream)])
+        for kept, after in zip(*found, strict=True):
+            torch.testing.assert_close(after, kept, rtol=0, atol=0)
