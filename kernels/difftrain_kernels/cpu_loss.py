@@ -74,11 +74,7 @@ class _CpuLoss(torch.autograd.Function):
 
 def _small_loss(logits: Tensor, call: LossCall) -> Result:
     """:func:`cpu_loss` of few words: the gradient is made with the loss, and backward multiplies it."""
-    label, seen = call.y.numpy(), call.x.numpy()
-    is_left_out = small_vocabulary.left_out(label, call.ignore_index)
-    scored = small_vocabulary.score(
-        _rows(logits.detach()), label, seen, call.mask_id, call.pk, call.pm, is_left_out
-    )
+    scored = small_vocabulary.score_rows(_rows(logits.detach()), *call.labels)
     if torch.is_grad_enabled() and logits.requires_grad:
         loss = _SmallLoss.apply(logits, call, scored)
     else:
@@ -97,12 +93,13 @@ class _SmallLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, call, scored):
         loss = small_vocabulary.reduced(scored.loss, call.reduction)
-        ctx.how = scored.factor, 1 / divisor_of(call.reduction, call.y.shape[0])
+        divisor = divisor_of(call.reduction, call.y.shape[0])
+        ctx.factor = small_vocabulary.scaled(scored.factor, divisor)
         ctx.is_left_out, ctx.made = scored.is_left_out, None
         if (
             torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         ):  # who has some wants little kept
-            ctx.made = small_vocabulary.gradient(scored.exps, scored.total, scored.place, *ctx.how)
+            ctx.made = small_vocabulary.gradient(scored.exps, scored.total, scored.place, ctx.factor)
         ctx.save_for_backward(logits, call.y)
         return loss
 
@@ -121,7 +118,7 @@ class _SmallLoss(torch.autograd.Function):
         # It is given away once. A second backward makes it again.
         made, ctx.made = ctx.made, None
         if made is None:
-            made = small_vocabulary.gradient_again(_rows(logits.detach()), y.numpy(), *ctx.how)
+            made = small_vocabulary.gradient_again(_rows(logits.detach()), y.numpy(), ctx.factor)
         upstream = upstream.reshape(-1) if upstream.dim() else upstream
         made = small_vocabulary.scale_(made, upstream, ctx.is_left_out)
         made = made if made.dtype == logits.dtype else made.to(logits.dtype)

@@ -127,9 +127,10 @@ class _SmallLinearLoss(torch.autograd.Function):
             *head, _ = ctx.saved_tensors
             made = _run_again(*head, ctx.chunked, ctx.columns, ctx.needs)
         if upstream.detach().numpy() != ctx.chunked.made_for:
+            factor = upstream / ctx.chunked.made_for
             for gradient in made:
                 if gradient is not None:
-                    gradient.mul_(upstream / ctx.chunked.made_for)
+                    gradient.mul_(factor)
         return made
 
 
@@ -168,7 +169,7 @@ def _run(
         columns[:, rows] = scored.loss, scored.factor, scored.total
         keep(rows, scored)
         if any(needs):
-            gradient = small_vocabulary.gradient(scored.exps, None, scored.place, scored.factor, 1.0)
+            gradient = small_vocabulary.gradient(scored.exps, None, scored.place, scored.factor)
             made.add(rows, gradient, states, scored.factor, scored.total)
             del gradient
         del logits, scored  # before the next chunk's are made
@@ -181,7 +182,7 @@ def _run_again(hidden, weight, bias, chunked, columns: Array, needs) -> list[Ten
     made = _Pass(hidden, weight, bias, chunked, needs)
     for rows, _, states, logits in made.chunks():
         _, factor, total = columns[:, rows]
-        gradient = small_vocabulary.gradient_again(logits, made.label[rows], factor, 1.0, shares=True)
+        gradient = small_vocabulary.gradient_again(logits, made.label[rows], factor, shares=True)
         made.add(rows, gradient, states, factor, total)
         del logits, gradient
     return made.gradients

@@ -104,6 +104,14 @@ def score(
         return Scored(exps, total, place, nll, factor, factor * nll, top, gap, marks, is_left_out)
 
 
+def score_rows(
+    logits: Tensor, y: Tensor, x: Tensor, mask_id: int, pk: Penalty, pm: Penalty, ignore_index: int
+) -> Scored:
+    """:func:`score` of logits (N, V), without gradient, and of tensors y and x (N,)."""
+    label = y.numpy()
+    return score(logits, label, x.numpy(), mask_id, pk, pm, left_out(label, ignore_index))
+
+
 def left_out(label: Array, ignore_index: int) -> Array | None:
     """Which rows do not count; None where all do."""
     is_left_out = label == ignore_index
@@ -181,15 +189,19 @@ def reduced(losses: Array, reduction: str) -> Tensor:
     return torch.from_numpy(np.asarray(total))
 
 
-def gradient(exps: Tensor, total: Array | None, place: Array, factor: Array, scale: float) -> Tensor:
-    """The gradient of scale * sum(nll * factor), in the memory of ``exps``; see :class:`Scored`.
+def scaled(factor: Array, divisor: float) -> Array:
+    """The factors of rows whose losses are divided."""
+    return factor * factor.dtype.type(1 / divisor)
+
+
+def gradient(exps: Tensor, total: Array | None, place: Array, factor: Array) -> Tensor:
+    """The gradient of sum(nll * factor), in the memory of ``exps``; see :class:`Scored`.
 
     The total of shares, which is 1, is None. Rows that do not count are 0 where their exps are finite; of logits
     that were given :func:`scale_` clears the others.
     """
     made = exps.numpy()
     with np.errstate(all="ignore"):
-        factor = factor * factor.dtype.type(scale)
         made *= (factor if total is None else factor / total)[:, None]
         made.reshape(-1)[place] -= factor
     return exps
@@ -206,15 +218,13 @@ def scale_(gradient: Tensor, upstream: Tensor, is_left_out: Array) -> Tensor:
     return gradient
 
 
-def gradient_again(
-    logits: Tensor, label: Array, factor: Array, scale: float, *, shares: bool = False
-) -> Tensor:
+def gradient_again(logits: Tensor, label: Array, factor: Array, *, shares: bool = False) -> Tensor:
     """:func:`gradient` of logits (N, V), without gradient, and labels y (N,) that were scored before."""
     values = _values_of(logits)
     with np.errstate(all="ignore"):
         exps, _, _, total = _exponentiated(logits, values, shares)
     place = _first_of_rows(values) + label.clip(0, logits.shape[1] - 1)
-    return gradient(exps, None if shares else total, place, factor, scale)
+    return gradient(exps, None if shares else total, place, factor)
 
 
 def statistics(scored: Scored) -> tuple[Tensor, Tensor]:

@@ -47,10 +47,8 @@ def score_rows(
     """
     with torch.no_grad():
         if small_vocabulary.takes(logits.shape[-1], logits.device, terms):
-            label, seen = y.numpy(), x.numpy()
-            is_left_out = small_vocabulary.left_out(label, ignore_index)
-            scored = small_vocabulary.score(logits.detach(), label, seen, mask_id, pk, pm, is_left_out)
-            return small_vocabulary.statistics(scored)
+            labels = (y, x, mask_id, pk, pm, ignore_index)
+            return small_vocabulary.statistics(small_vocabulary.score_rows(logits.detach(), *labels))
         y, x = y.long(), x.long()
         vocab_size = logits.shape[1]
         column, is_label = _target_column(y, vocab_size)
@@ -259,8 +257,9 @@ def row_gradients(
     """
     case, columns = statistics
     if small_vocabulary.takes(logits.shape[-1], logits.device, terms):
+        factor = small_vocabulary.scaled(columns[3].numpy(), divisor)
+        made = small_vocabulary.gradient_again(logits.detach(), y.numpy(), factor)
         is_left_out = case.numpy() == cases.IGNORED
-        made = small_vocabulary.gradient_again(logits.detach(), y.numpy(), columns[3].numpy(), 1 / divisor)
         return small_vocabulary.scale_(made, upstream, is_left_out).to(logits.dtype)
     _, _, _, factor, top, total, *others = columns.unbind()
     scale, z_factor = upstream / divisor, None
