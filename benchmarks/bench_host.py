@@ -25,6 +25,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from difftrain_kernels import chunks, fused_diffusion_loss, fused_linear_diffusion_loss, weight_sums
+from difftrain_kernels.positions import part_of
 from measuring.arguments import count, user_path
 from measuring.environment import environment
 from measuring.timing import Nothing
@@ -55,7 +56,7 @@ def count_launches(calls: dict) -> dict[str, list[str]]:
 
     def product(states, weight, bias, buffer):
         found.append("product")
-        return buffer[: len(states)]
+        return part_of(buffer, slice(0, states.shape[0]))
 
     def add_product(*_):
         found.append("product")

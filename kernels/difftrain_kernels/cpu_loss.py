@@ -25,9 +25,8 @@ def cpu_loss(logits: Tensor, call: LossCall) -> Result:
     if small_vocabulary.takes(logits.shape[-1], logits.device, call.terms):
         return _small_loss(logits, call)
     if torch.is_grad_enabled() and logits.requires_grad:
-        found = []
-        loss = _CpuLoss.apply(logits, call, found)
-        (statistics,) = found
+        statistics = []
+        loss = _CpuLoss.apply(logits, call, statistics)
     else:
         statistics = _score(logits, call)
         loss = reduce_rows(statistics[1][0], call.reduction)
@@ -50,9 +49,9 @@ class _CpuLoss(torch.autograd.Function):
     """(logits, ...) -> loss; puts the row statistics into the list it is given."""
 
     @staticmethod
-    def forward(ctx, logits, call, found):
+    def forward(ctx, logits, call, kept):
         statistics = _score(logits, call)
-        found.append(statistics)
+        kept += statistics
         ctx.divisor = divisor_of(call.reduction, len(call.y))
         ctx.mask_id, ctx.terms = call.mask_id, call.terms.kept()
         ctx.save_for_backward(logits, call.y, *statistics)
@@ -94,7 +93,7 @@ class _SmallLoss(torch.autograd.Function):
     def forward(ctx, logits, call, scored):
         loss = small_vocabulary.reduced(scored.loss, call.reduction)
         divisor = divisor_of(call.reduction, call.y.shape[0])
-        ctx.factor = small_vocabulary.scaled(scored.factor, divisor)
+        ctx.factor = small_vocabulary.divided(scored.factor, divisor)
         ctx.is_left_out, ctx.made = scored.is_left_out, None
         if (
             torch._C._autograd._top_saved_tensors_default_hooks(True) is None

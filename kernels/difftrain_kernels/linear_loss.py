@@ -239,7 +239,7 @@ class _LinearLoss(torch.autograd.Function):
     autograd's."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, chunked, weighting, adds, found):
+    def forward(ctx, hidden, weight, bias, chunked, weighting, adds, kept):
         # Else backward makes them, with the upstream gradient itself.
         is_made_now = chunked.reduction != "none" and not adds
         needs = tuple(ctx.needs_input_grad[:3]) if is_made_now else (False,) * 3
@@ -249,7 +249,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.shape = hidden.shape
         ctx.save_for_backward(hidden, weight, bias, chunked.y, chunked.terms.token_weights, *statistics)
-        found += statistics
+        kept += statistics
         return reduce_rows(statistics[1].select(0, 0), chunked.reduction)
 
     @staticmethod
@@ -292,8 +292,8 @@ def _scaled(
         factor = upstream if chunked.made_for == 1 else upstream / chunked.made_for
         return torch.mul(made, factor, out=torch.empty_like(made, dtype=dtype))
     if chunked.uses_triton:
-        # Compared on the device: where the upstream gradient is the expected one, nothing is read or written.
         rows = made if made.dim() == 2 else made.view(1, -1)
+        # Compared on the device: where the upstream gradient is the expected one, nothing is read or written.
         load_kernels().launch_rescale(rows, upstream, stated=chunked.made_for)
     elif upstream.device.type != "cpu" or upstream != chunked.made_for:
         made.mul_(upstream / chunked.made_for)

@@ -144,7 +144,8 @@ def vocab_parallel_diffusion_loss(
     if check_labels and not is_traced(logits):
         call.check_label_values()
     share = _Share(call, sizes, sum(sizes[:rank]), group, uses_triton(impl, logits, logits.dtype))
-    loss, *statistics = _ParallelLoss.apply(logits, call.y, share)
+    statistics: list[Tensor] = []
+    loss = _ParallelLoss.apply(logits, call.y, share, statistics)
     return call.result(loss, lambda: share.table(statistics), lambda: share.row_values(statistics))
 
 
@@ -189,20 +190,19 @@ def _check_slices(size: int, slice_sizes: object, group) -> tuple[int, list[int]
 
 
 class _ParallelLoss(torch.autograd.Function):
-    """(logits, y, share) -> (loss, case, columns); the last two are the row statistics, no gradient."""
+    """(logits, y, share, list) -> loss; the row statistics go into the list, which is no output of autograd's."""
 
     @staticmethod
-    def forward(ctx, logits, y, share):
+    def forward(ctx, logits, y, share, kept):
         statistics = share.statistics(as_rows(logits), y)
         ctx.share = share
         ctx.save_for_backward(logits, y, *statistics)
-        ctx.mark_non_differentiable(*statistics)
-        ctx.set_materialize_grads(False)  # zeros for the statistics, a launch each
+        kept += statistics
         row_loss = statistics[1].select(0, 0)  # [0] looks for the device, which a fake tensor need not have
-        return reduce_rows(row_loss, share.call.reduction), *statistics
+        return reduce_rows(row_loss, share.call.reduction)
 
     @staticmethod
-    def backward(ctx, upstream, *_):
+    def backward(ctx, upstream):
         logits, y, *statistics = ctx.saved_tensors
         with torch.no_grad():
             received = check_upstream(upstream)
@@ -210,7 +210,7 @@ class _ParallelLoss(torch.autograd.Function):
             gradient = ctx.share.gradient(as_rows(logits), y, statistics, received).view(logits.shape)
         if torch.is_grad_enabled():
             (gradient,) = forbid_second_derivative([gradient], upstream, logits)
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 @dataclass(frozen=True)
@@ -272,8 +272,9 @@ class _Share:
             return sliced_reference.slice_gradients(
                 rows, y - self.start, statistics, upstream, vocab_size=call.vocab_size, **options
             )
-        statistics = load_kernels().RowStatistics(*statistics)
-        return load_kernels().launch_gradient(rows, y - self.start, statistics, upstream, **options)
+        kernels = load_kernels()
+        statistics = kernels.RowStatistics(*statistics)
+        return kernels.launch_gradient(rows, y - self.start, statistics, upstream, **options)
 
     def table(self, statistics: Sequence[Tensor]) -> CaseTable:
         if is_traced(self.call.y):

@@ -189,9 +189,10 @@ def reduced(losses: Array, reduction: str) -> Tensor:
     return torch.from_numpy(np.asarray(total))
 
 
-def scaled(factor: Array, divisor: float) -> Array:
-    """The factors of rows whose losses are divided."""
-    return factor * factor.dtype.type(1 / divisor)
+def divided(factor: Array, divisor: float) -> Array:
+    """The factors of rows whose losses are divided by this."""
+    with np.errstate(all="ignore"):
+        return factor * factor.dtype.type(1 / divisor)
 
 
 def gradient(exps: Tensor, total: Array | None, place: Array, factor: Array) -> Tensor:

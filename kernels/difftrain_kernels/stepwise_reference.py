@@ -257,7 +257,7 @@ def row_gradients(
     """
     case, columns = statistics
     if small_vocabulary.takes(logits.shape[-1], logits.device, terms):
-        factor = small_vocabulary.scaled(columns[3].numpy(), divisor)
+        factor = small_vocabulary.divided(columns[3].numpy(), divisor)
         made = small_vocabulary.gradient_again(logits.detach(), y.numpy(), factor)
         is_left_out = case.numpy() == cases.IGNORED
         return small_vocabulary.scale_(made, upstream, is_left_out).to(logits.dtype)

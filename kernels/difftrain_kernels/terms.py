@@ -66,7 +66,7 @@ class Terms:
         weights = self.token_weights
         if weights.dim() != 1:
             length = weights.shape[-1] if weights.dim() else 1
-            weights = weights.reshape(-1, length)
+            weights = weights.reshape(weights.shape[:-1].numel(), length)  # of no position too
             place = rows
             if isinstance(rows, slice):
                 place = torch.arange(

@@ -95,12 +95,13 @@ class WeightSum:
 
     def __init__(self, weight: Tensor, plan: SumPlan, sum_dtype: torch.dtype, into: Tensor | None = None):
         self.plan, self.into = plan, into
-        where = {"device": weight.device}
-        self.gradient = torch.empty(weight.shape, dtype=plan.dtype, **where) if into is None else into
+        self.gradient = into
+        if into is None:
+            self.gradient = torch.empty(weight.shape, dtype=plan.dtype, device=weight.device)
         width = weight.shape[1]
         self.own = self.beside = None
         if plan.dtype != sum_dtype:
-            self.beside = torch.empty(plan.beside, width, dtype=sum_dtype, **where)
+            self.beside = torch.empty(plan.beside, width, dtype=sum_dtype, device=weight.device)
         if plan.own:
             n_narrow = plan.own * width * sum_dtype.itemsize // plan.dtype.itemsize
             self.own = self.gradient.view(-1)[:n_narrow].view(sum_dtype).view(plan.own, width)

@@ -355,6 +355,7 @@ MUTANTS = [
     (SMALL_LINEAR, "few words: a graph's rows are all of one case", "case.numpy()[rows], columns", "case.numpy()[:1], columns"),
     (SMALL_VOCABULARY, "a second backward divides shares by their total", "None if shares else total, place", "total, place"),
     (SMALL_VOCABULARY, "the mean's gradient is the sum's", "factor.dtype.type(1 / divisor)", "factor.dtype.type(1)"),
+    (SMALL_VOCABULARY, "an underflow of the factors is told", 'with np.errstate(all="ignore"):\n        return factor', "if True:\n        return factor"),
     (SMALL_VOCABULARY, "the sum for the mean", 'if reduction == "mean":', "if False:"),
     (CPU_LOSS, "a scale changed later counts", "call.terms.kept()", "call.terms"),
     (REFERENCE, "a forbidden target is a label", "is_label = is_label & (y != mask_id)", "pass"),

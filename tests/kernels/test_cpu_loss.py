@@ -367,6 +367,21 @@ def test_a_row_that_does_not_count_has_gradient_0_whatever_reaches_it(reduction,
     assert not leaf.grad[y != -1].isfinite().all()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_what_numpy_would_raise_stays_within(reduction):
+    """Where a program has made NumPy's warnings errors: weights below the normal numbers, an infinite logit."""
+    logits = torch.zeros(6, 11)
+    logits[:, MASK_ID], logits[0, 2] = 1.0, math.inf
+    leaf = logits.requires_grad_()
+    y, x = torch.full((6,), 3), torch.full((6,), MASK_ID)
+    with np.errstate(all="raise"):
+        loss, _ = fused_diffusion_loss(
+            leaf, y, x, MASK_ID, 1.2e-38, 1.2e-38, reduction=reduction, return_cases=True
+        )
+        loss.backward()
+    assert leaf.grad[1:].isfinite().all()
+
+
 def test_under_hooks_on_saved_tensors_no_gradient_is_kept_for_backward(monkeypatch):
     logits, y, x = problem()
     expected = results(logits, y, x)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="
 
 N, D, V, MASK_ID = 16, 8, 24, 4
 CHUNK = ["masked_fill", "mm", "addmm", "addmm"]  # states, logits, and the gradients of hidden and weight
+BIASED_CHUNK = ["masked_fill", "addmm", "addmm", "addmm", "sum", "add_"]
 # Options, and what is asked forward and backward.
 LOGITS = {
     "plain": ({}, ["mean"], []),
@@ -23,6 +24,7 @@ LOGITS = {
     "stated": ({"upstream_scale": 1.0}, ["mean"], []),
     "table": ({"return_cases": True}, ["mean"], []),
     "sum": ({"reduction": "sum"}, ["sum"], []),
+    "row losses": ({"reduction": "none"}, ["clone"], []),
 }
 LINEAR = {
     # Backward rounds the weight's fp32 sums to bf16.
@@ -30,20 +32,23 @@ LINEAR = {
     "table": (torch.bfloat16, {"return_cases": True}, ["eq", *CHUNK, "mean"], ["mul"]),
     "two chunks": (torch.bfloat16, {"chunk_tokens": 8}, ["eq", *CHUNK, *CHUNK, "cat", "cat", "mean"], ["mul"]),
     "fp32": (torch.float32, {}, ["eq", *CHUNK, "mean"], []),
+    "bias": (torch.bfloat16, {}, ["eq", "new_zeros", *BIASED_CHUNK, "mean"], ["mul", "mul"]),
 }  # fmt: skip
-# Views, buffers and answers of the host; and what a CPU alone copies, which multiplies no bf16 into fp32.
+# Views, buffers and answers of the host.
 NO_LAUNCHES = {
     "alias", "as_strided", "detach", "empty", "empty_like", "new_empty", "promote_types", "select", "slice", "t",
-    "unsqueeze", "view", "_to_copy",
+    "unsqueeze", "view",
 }  # fmt: skip
 
 
 class Asked(TorchDispatchMode):
-    """The names of the operations that launch something."""
+    """The names of the operations that launch something on a device."""
 
-    def __init__(self):
+    def __init__(self, device):
         super().__init__()
         self._names = []
+        # A CPU multiplies no bf16 into fp32, and copies.
+        self._no_launches = NO_LAUNCHES | ({"_to_copy"} if device.type == "cpu" else set())
 
     def take(self):
         """Those since the last time."""
@@ -52,7 +57,7 @@ class Asked(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.removeprefix("aten::")
-        if name not in NO_LAUNCHES:
+        if name not in self._no_launches:
             self._names.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -64,17 +69,18 @@ def asked(device, monkeypatch):
 
         kernel_type = type(triton_kernels.rescale._rescale_kernel)
         monkeypatch.setattr(kernel_type, "__getitem__", lambda kernel, grid: lambda **arguments: None)
-    return Asked()
+    return Asked(device)
 
 
 def check(asked, device, call, inputs, forward, backward):
-    upstream = torch.ones((), dtype=torch.float32, device=device)
     with asked:
         for _ in range(2):  # the first call of its kind begins a prediction
             asked.take()
             result = call()
             found = asked.take()
             loss = result[0] if isinstance(result, tuple) else result
+            upstream = torch.ones(loss.shape, dtype=torch.float32, device=device)
+            asked.take()
             torch.autograd.grad(loss, inputs, upstream)
         assert found == forward
         assert asked.take() == backward
@@ -95,16 +101,16 @@ def test_a_call_of_the_logits_loss_asks_pytorch_for_its_reduction_alone(way, dev
 @pytest.mark.parametrize("way", LINEAR)
 def test_a_call_of_the_linear_loss_asks_pytorch_for_these_operations_alone(way, device, asked):
     dtype, options, forward, backward = LINEAR[way]
-    hidden, weight = (
-        torch.zeros(n, D, dtype=dtype, device=device, requires_grad=True) for n in (N, V)
-    )  # fmt: skip
+    shapes = [(N, D), (V, D), (V,)][: 3 if way == "bias" else 2]
+    inputs = [torch.zeros(s, dtype=dtype, device=device, requires_grad=True) for s in shapes]
     y = torch.zeros(N, dtype=torch.int64, device=device)
 
     def call():
+        hidden, weight, bias = (*inputs, None)[:3]
         labels = (y, y, MASK_ID, 0.25, 0.5)
-        return fused_linear_diffusion_loss(hidden, weight, *labels, impl="triton", **options)
+        return fused_linear_diffusion_loss(hidden, weight, *labels, bias=bias, impl="triton", **options)
 
-    check(asked, device, call, [hidden, weight], forward, backward)
+    check(asked, device, call, inputs, forward, backward)
 
 
 @pytest.mark.usefixtures("alone")

@@ -136,6 +136,28 @@ def test_a_sparse_upstream_gradient_is_refused(way, reduction, device):
         loss.backward(torch.ones_like(loss).to_sparse())
 
 
+class Forgetful(torch.autograd.Function):
+    """The same numbers, of which nothing comes back."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_upstream_gradient_that_is_undefined_counts_as_zeros(way, reduction, device):
+    arguments = trained(way, device)
+    inputs = [arguments[name] for name in inputs_of(way)]
+    loss = Forgetful.apply(call(way, arguments, reduction=reduction))
+    (loss.sum() + sum(t.sum() for t in inputs)).backward()
+    assert all(torch.equal(t.grad, torch.ones_like(t)) for t in inputs)
+
+
 @EVERY_LOSS
 def test_a_subclass_with_plain_memory_and_a_result_still_on_its_way_are_taken(way):
     class Tagged(torch.Tensor):

@@ -188,6 +188,24 @@ def test_a_row_of_weight_0_is_not_looked_at(hostile):
     assert cases.counts.sum() == (y[[0, 2]] != -1).sum()
 
 
+@pytest.mark.parametrize(
+    ("shape", "weights_shape"),
+    [((4, 0), (4, 0)), ((4, 0), (4, 1)), ((4, 0), ()), ((0, 4), (0, 4)), ((0, 4), (4,)), ((0,), (0,))],
+    ids=str,
+)
+def test_token_weights_of_no_position_make_0(shape, weights_shape):
+    y = torch.zeros(shape, dtype=torch.int64)
+    hidden = torch.zeros(*shape, 3, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    loss = fused_linear_diffusion_loss(
+        hidden, head, y, y, MASK_ID, reduction="sum", token_weights=torch.ones(weights_shape)
+    )
+    gradients = torch.autograd.grad(loss, [hidden, head])
+    assert loss == 0
+    assert [g.shape for g in gradients] == [hidden.shape, head.shape]
+    assert not gradients[1].any()
+
+
 def test_a_hidden_state_of_weight_0_may_hold_nan():
     hidden, y, x = batch()
     hidden[1] = math.nan
