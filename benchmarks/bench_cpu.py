@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,12 +22,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import measuring.checkout  # noqa: F401  our packages are this checkout's, installed or not
 from difftrain_kernels import fused_diffusion_loss
 from measuring.arguments import count, user_path
 from measuring.environment import environment
+from measuring.live_memory import peak_mib
 from measuring.timing import cpu_times, quantiles
 
 SHAPES = ("768x66", "4096x1003", "512x50304", "512x50304xbfloat16")
@@ -69,44 +68,6 @@ def step(loss: Callable[..., Tensor], arguments: tuple) -> None:
     loss(*arguments).backward()
 
 
-class _LiveBytes(TorchDispatchMode):
-    """The most bytes that storages made under it hold at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.live, self.peak = set(), 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        # A view's storage was seen before, unless it is an input's.
-        inputs = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage(), inputs)
-        return result
-
-    def _follow(self, storage, inputs: set) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen or key in inputs:
-            return
-        self.seen.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-        def end():
-            self.live -= size
-            self.seen.discard(key)
-
-        weakref.finalize(storage, end)
-
-
-def peak_mib(loss: Callable[..., Tensor], arguments: tuple) -> float:
-    arguments[0].grad = None
-    with _LiveBytes() as followed:
-        loss(*arguments).backward()
-    return followed.peak / 2**20
-
-
 def measure(shape: str, seconds: float) -> dict[str, dict[str, float]]:
     """Milliseconds of CPU, ratios to eager and peak MiB of each contender."""
     arguments = problem(shape)
@@ -116,7 +77,7 @@ def measure(shape: str, seconds: float) -> dict[str, dict[str, float]]:
         ratios = [ours / eager for ours, eager in zip(values, times["eager"], strict=True)]
         rows[name] = dict(zip(("median_ms", "q20_ms", "q80_ms"), quantiles(values), strict=True))
         rows[name]["ratio"] = quantiles(ratios)[0]
-        rows[name]["peak_mib"] = peak_mib(CONTENDERS[name], arguments)
+        rows[name]["peak_mib"] = peak_mib(partial(step, CONTENDERS[name], arguments))
     return rows
 
 

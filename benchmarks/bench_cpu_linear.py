@@ -6,7 +6,8 @@ Takes about two minutes. Prints a table, and writes it to the file that --json n
 
 The eager formula is written as a user writes it: ``linear``, ``cross_entropy`` of each position, ``argmax``, the
 weights, a mean. Both run in one process, in turns of at least 20 ms. What is compared is the CPU seconds of all
-threads, by median; the ratio is ours over eager. fp32, case table included.
+threads, by median; the ratio is ours over eager. fp32, case table included. Memory is the most that torch's tensors
+hold beyond the inputs at one time, gradients included.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from comparison.problems import IGNORE_INDEX, Problem, make_problem
 from difftrain_kernels import fused_linear_diffusion_loss
 from measuring.arguments import count, linear_shape, user_path
 from measuring.environment import environment
+from measuring.live_memory import peak_mib
 from measuring.timing import cpu_times
 
 SHAPES = [(768, 128, 66), (4096, 256, 1003), (512, 768, 50304)]
@@ -52,6 +54,13 @@ def step(loss: Callable[[Problem], torch.Tensor], problem: Problem) -> None:
     loss(problem).backward()
 
 
+def peak_of(loss: Callable[[Problem], torch.Tensor], problem: Problem) -> float:
+    """MiB of a step."""
+    for tensor in problem.inputs:
+        tensor.grad = None
+    return peak_mib(partial(step, loss, problem))
+
+
 def compare(problem: Problem, seconds: float) -> tuple[float, float, int]:
     """Median CPU milliseconds of ours and of eager, and how many turns they are of."""
     torch.testing.assert_close(ours(problem), eager(problem), rtol=1e-4, atol=1e-5)
@@ -72,6 +81,11 @@ def main(arguments: list[str] | None = None) -> None:
     for n, width, vocab_size in options.shape:
         problem = make_problem(n, vocab_size, torch.float32, "cpu", width)
         problem.y[: int(options.ignored * n)] = IGNORE_INDEX
+        peaks = {f"{loss.__name__}_peak_mib": peak_of(loss, problem) for loss in (ours, eager)}
+        print(
+            f"{n} x {width} x {vocab_size}, MiB: "
+            + "{ours_peak_mib:.1f}, eager {eager_peak_mib:.1f}".format(**peaks)
+        )
         for threads in options.threads:
             torch.set_num_threads(threads)
             mine, theirs, turns = compare(problem, options.seconds)
@@ -81,7 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
                 flush=True,
             )
             figure = {"shape": [n, width, vocab_size], "threads": threads, "turns": turns}
-            found.append(figure | {"ours_ms": mine, "eager_ms": theirs, "ratio": mine / theirs})
+            figure |= {"ours_ms": mine, "eager_ms": theirs, "ratio": mine / theirs}
+            found.append(figure | peaks)
     if options.json:
         setting = environment() | {"seconds": options.seconds, "ignored": options.ignored}
         text = json.dumps({"setting": setting, "figures": found}, indent=1)

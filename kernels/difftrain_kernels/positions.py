@@ -170,7 +170,7 @@ def slices_of(n: int, size: int):
 
 
 def part_of(values: Tensor, rows: slice) -> Tensor:
-    """Some rows; the tensor itself where these are all, since the host takes as long to slice it as to launch on it."""
+    """Some rows; the tensor itself where these are all: a slice costs the host time."""
     return values if rows.start == 0 and rows.stop >= values.shape[0] else values[rows]
 
 

@@ -10,7 +10,7 @@ import torch
 from difftrain.config import Config
 from difftrain.errors import UserError
 from difftrain.reporting.log import FILE
-from difftrain.runtime import resolve_device, resolve_dtype, start_runtime
+from difftrain.runtime import Runtime, resolve_device, resolve_dtype, start_runtime
 from difftrain.training.loop import train
 from resume_runs import train_with_stop
 from run_digests import digests_of
@@ -67,6 +67,15 @@ def test_a_cuda_device_has_its_number_and_the_dtype_that_it_computes_in(name, nu
 @pytest.mark.usefixtures("two_gpus")
 def test_a_dtype_is_that_of_its_name_and_auto_what_the_device_has(name, device, dtype):
     assert resolve_dtype(name, torch.device(device)) == dtype
+
+
+def test_what_goes_to_a_gpu_is_pinned_and_nothing_waits_for_its_copy(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append("pinned") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *a, **k: asked.append((a, k)) or tensor)
+    gpu = torch.device("cuda", 0)
+    Runtime(gpu, torch.float32, 0, 1).to_device(torch.zeros(2))
+    assert asked == ["pinned", ((gpu,), {"non_blocking": True})]
 
 
 @pytest.mark.parametrize(("name", "got"), [("int8", "'int8'"), ("", "''")])

@@ -357,3 +357,10 @@ def test_what_waits_is_seen(walk):
             wait()
     value.copy_(torch.ones((), device="cpu"))
     assert copies_from_the_host(walk) == ["copy_"]
+
+
+def test_streams_learn_apart(walk, monkeypatch):
+    for stream in (0, 7, 7):
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index, s=stream: s, raising=False)
+        call("logits", 66)
+    assert len(upstream_prediction._expectations) == 2

@@ -95,6 +95,13 @@ def test_two_losses_in_turn_settle_at_6(traffic, device):
     assert moved_by(traffic, [problem] * 12, [1.0, 0.125] * 6) == [6, 8, *[6] * 10]
 
 
+def test_models_of_one_shape_share_what_is_expected(traffic, device):
+    """Of one thread and stream: where they disagree they are as two losses in turn."""
+    a, b = problem_of(device), tuple(t.flip(0) for t in problem_of(device))
+    assert moved_by(traffic, [a, b] * 3, [0.25] * 6) == [6, *[4] * 5]
+    assert moved_by(traffic, [a, b] * 6, [0.25, 0.5] * 6)[-8:] == [6] * 8
+
+
 def test_a_smaller_last_micro_batch_of_another_class_of_rows_is_expected_too(traffic, device):
     whole, last = problem_of(device, n=8), problem_of(device, n=3)
     moved = moved_by(traffic, [whole, whole, whole, last] * 3, [0.3, 0.3, 0.3, 0.1] * 3)
@@ -364,6 +371,36 @@ def test_kinds_are_told_apart(device):
     gradient_of((logits[:4], y[:4], x[:4]), 1.0)  # 4 and 5 rows are of one
     gradient_of((logits[:, :8], y.clamp(max=7), x.clamp(max=7)), 1.0)
     assert len(upstream_prediction._expectations) == 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are recorded in the interpreter")
+def test_a_steps_launches_repeated_are_right_for_whatever_arrives(monkeypatch):
+    """As a captured graph repeats them, with nothing of the host between."""
+    from triton.runtime.interpreter import GridExecutor
+
+    run, launches = GridExecutor.__call__, []
+
+    def record(executor, *arguments, **options):
+        launches.append((executor, arguments, options))
+        return run(executor, *arguments, **options)
+
+    logits, y, x = problem_of("cpu")
+    leaf = logits.clone().requires_grad_()
+    upstream = torch.full((), 0.5, dtype=torch.float32, device="cpu")
+    monkeypatch.setattr(GridExecutor, "__call__", record)
+    for _ in range(2):  # the second makes its gradient in forward
+        launches.clear()
+        (gradient,) = torch.autograd.grad(loss_of(leaf, y, x), leaf, upstream)
+    monkeypatch.setattr(GridExecutor, "__call__", run)
+    assert len(launches) == 2
+    for arrives in (0.5, 0.25, 0.25, 0.25, -1.0, 0.5, math.nan, 0.5, 0.5):
+        upstream.fill_(arrives)
+        with torch.no_grad():
+            leaf.copy_(leaf.flip(0))
+        for executor, arguments, options in launches:
+            run(executor, *arguments, **options)
+        expected = gradient_of((leaf.detach(), y, x), arrives, upstream_prediction=False)
+        assert torch.equal(gradient.view(torch.int16), expected.view(torch.int16)), arrives
 
 
 def test_only_one_gradient_waits_for_its_backward(traffic, device):
