@@ -166,13 +166,14 @@ def _run(
         scored = small_vocabulary.score(
             logits, made.label[rows], seen[rows], chunked.mask_id, pk, pm, is_left_out, shares=True
         )
+        del logits  # before the gradients are made, which take as much
         columns[:, rows] = scored.loss, scored.factor, scored.total
         keep(rows, scored)
         if any(needs):
             gradient = small_vocabulary.gradient(scored.exps, None, scored.place, scored.factor)
             made.add(rows, gradient, states, scored.factor, scored.total)
             del gradient
-        del logits, scored  # before the next chunk's are made
+        del scored  # before the next chunk's are made
     return small_vocabulary.reduced(columns[0], chunked.reduction), columns, made.gradients
 
 
@@ -183,8 +184,9 @@ def _run_again(hidden, weight, bias, chunked, columns: Array, needs) -> list[Ten
     for rows, _, states, logits in made.chunks():
         _, factor, total = columns[:, rows]
         gradient = small_vocabulary.gradient_again(logits, made.label[rows], factor, shares=True)
+        del logits
         made.add(rows, gradient, states, factor, total)
-        del logits, gradient
+        del gradient
     return made.gradients
 
 

@@ -259,6 +259,7 @@ MUTANTS = [
     (LOOP, "the best at the penalties of the moment", 'record["loss_final"]', 'record["loss"]'),
     (LOOP, "a stop does not save", "if run.saved_step != run.step:", "if run.saved_step > run.step:"),
     (RUNTIME, "torchrun's echo of Ctrl-C counts as a second one", "> ONE_KEYSTROKE:", "> 0:"),
+    (RUNTIME, "a batch waits for its turn in pageable memory", "tensor = tensor.pin_memory()", "pass"),
     (RUNTIME, "a CUDA device without a number", 'if device.type == "cuda" and device.index is None:', "if False:"),
     (RUNTIME, "bfloat16 where the device only emulates it", "is_bf16_supported(including_emulation=False)", "is_bf16_supported()"),
     (RUNTIME, "the current device is asked for bfloat16, not the run's", "with torch.cuda.device(device):", "if True:"),

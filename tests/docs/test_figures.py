@@ -121,7 +121,7 @@ def test_the_first_runs_figures_are_those_of_its_file():
 
 
 def test_the_losss_cpu_figures_are_those_of_their_file():
-    figures = json.loads((RESULTS / "loss-cpu-2026-11-28.json").read_text())["figures"]
+    figures = json.loads((RESULTS / "loss-cpu-2026-11-29.json").read_text())["figures"]
     text = page("benchmarks/NOTES.md")
     for figure in figures:
         rows, columns, *dtype = figure["shape"].split("x")
@@ -133,12 +133,18 @@ def test_the_losss_cpu_figures_are_those_of_their_file():
 
 
 def test_the_linear_losss_cpu_figures_are_those_of_their_file():
-    figures = json.loads((RESULTS / "linear-cpu-2026-11-28.json").read_text())["figures"]
+    figures = json.loads((RESULTS / "linear-cpu-2026-11-29.json").read_text())["figures"]
     ratios = {}
     for figure in figures:
         ratios.setdefault(tuple(figure["shape"]), []).append(f"{figure['ratio']:.2f}")
     told = ", ".join(f"{' and '.join(found)} at {shape}" for shape, found in ratios.items())
-    assert f"with one thread and two: {told}." in " ".join(page("benchmarks/NOTES.md").split())
+    text = " ".join(page("benchmarks/NOTES.md").split())
+    assert f"with one thread and two: {told}." in text
+    first, *others = {f"{f['ours_peak_mib']:.1f} for {f['eager_peak_mib']:.1f}": None for f in figures}
+    assert (
+        f"Peak memory is {first.replace(' for', ' MiB for')} at the first shape, {' and '.join(others)} at"
+        in text
+    )
 
 
 def test_a_plain_models_step_takes_as_long_as_the_table_says():
