@@ -140,11 +140,10 @@ def test_the_linear_losss_cpu_figures_are_those_of_their_file():
     told = ", ".join(f"{' and '.join(found)} at {shape}" for shape, found in ratios.items())
     text = " ".join(page("benchmarks/NOTES.md").split())
     assert f"with one thread and two: {told}." in text
-    first, *others = {f"{f['ours_peak_mib']:.1f} for {f['eager_peak_mib']:.1f}": None for f in figures}
-    assert (
-        f"Peak memory is {first.replace(' for', ' MiB for')} at the first shape, {' and '.join(others)} at"
-        in text
+    first, *others = dict.fromkeys(
+        f"{f['ours_peak_mib']:.1f} MiB for {f['eager_peak_mib']:.1f}" for f in figures
     )
+    assert f"Peak memory is {first} at the first shape, {' and '.join(others)} at" in text
 
 
 def test_a_plain_models_step_takes_as_long_as_the_table_says():
