@@ -45,7 +45,7 @@ def test_the_goals_are_the_agreed_ones():
     assert asked["cost of the weights, loss and gradient", (8192, 50304)] == (2, False)
     assert asked["linear", (8192, 768, 50304)] == (1.25, False)
     assert asked["linear", (8192, 4096, 128256)] == (1.10, False)
-    assert asked["linear, memory beside inputs and gradients", (8192, 4096, 128256)] == (1.25 * 1024, False)
+    assert asked["linear, memory beside inputs and gradients", (8192, 4096, 128256)] == (1024, False)
     assert asked["linear, memory beside inputs and gradients", (65536, 768, 50304)] == (512, False)
 
 
