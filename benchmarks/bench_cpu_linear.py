@@ -54,13 +54,6 @@ def step(loss: Callable[[Problem], torch.Tensor], problem: Problem) -> None:
     loss(problem).backward()
 
 
-def peak_of(loss: Callable[[Problem], torch.Tensor], problem: Problem) -> float:
-    """MiB of a step."""
-    for tensor in problem.inputs:
-        tensor.grad = None
-    return peak_mib(partial(step, loss, problem))
-
-
 def compare(problem: Problem, seconds: float) -> tuple[float, float, int]:
     """Median CPU milliseconds of ours and of eager, and how many turns they are of."""
     torch.testing.assert_close(ours(problem), eager(problem), rtol=1e-4, atol=1e-5)
@@ -81,11 +74,9 @@ def main(arguments: list[str] | None = None) -> None:
     for n, width, vocab_size in options.shape:
         problem = make_problem(n, vocab_size, torch.float32, "cpu", width)
         problem.y[: int(options.ignored * n)] = IGNORE_INDEX
-        peaks = {f"{loss.__name__}_peak_mib": peak_of(loss, problem) for loss in (ours, eager)}
-        print(
-            f"{n} x {width} x {vocab_size}, MiB: "
-            + "{ours_peak_mib:.1f}, eager {eager_peak_mib:.1f}".format(**peaks)
-        )
+        mine, theirs = (peak_mib(partial(step, loss, problem)) for loss in (ours, eager))
+        print(f"{n} x {width} x {vocab_size}, MiB: ours {mine:.1f}, eager {theirs:.1f}")
+        peaks = {"ours_peak_mib": mine, "eager_peak_mib": theirs}
         for threads in options.threads:
             torch.set_num_threads(threads)
             mine, theirs, turns = compare(problem, options.seconds)
